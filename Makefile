@@ -1,0 +1,36 @@
+# make demo and make test set everything up by themselves; see README.md.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+BIN := .venv/bin
+# Nothing here needs the network once the environment is installed.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.synced: uv.lock pyproject.toml bootstrap.sh
+	./bootstrap.sh
+	@touch $@
+
+demo: .venv/.synced ## record PushT, precompute LAM tokens, train on them, draw what happened (5 minutes)
+	$(BIN)/lerobot-lam-demo
+
+test: .venv/.synced ## the fast tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/.synced ## spawned processes, fresh environments, whole commands
+	$(BIN)/pytest -m slow
+
+lint: .venv/.synced ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.synced ## format and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and what was made in it
+	rm -rf .venv .cache outputs

@@ -1,0 +1,50 @@
+#!/bin/sh
+# Make the environment `.venv` of this checkout: find a Python >= 3.12, get uv, install what uv.lock pins.
+# Called by make; run it again at any time. PYTHON=/path/to/python3.12 chooses the interpreter.
+set -eu
+cd "$(dirname "$0")"
+
+works() { # a pyenv shim can be on PATH and still run nothing
+    "$1" -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+    for candidate in "${PYTHON:-}" python3.12 python3.13 python3 python \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3 \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3 \
+        "$HOME"/.local/share/uv/python/cpython-3.1[23]*/bin/python3 \
+        /usr/bin/python3.1[23] /usr/local/bin/python3.1[23] /opt/homebrew/bin/python3.1[23] \
+        /opt/python/cp31[23]-cp31[23]/bin/python3 /opt/python*/bin/python3; do
+        if [ -n "$candidate" ] && works "$candidate"; then
+            "$candidate" -c 'import sys; print(sys.executable)'
+            return
+        fi
+    done
+    return 1
+}
+
+if ! python=$(find_python); then
+    cat >&2 <<'MESSAGE'
+No Python 3.12 or 3.13 was found (on PATH, under pyenv, uv, /usr, /usr/local, /opt). LeRobot needs one. Install it with
+one of
+    sudo apt install python3.12 python3.12-venv
+    pyenv install 3.12
+    brew install python@3.12
+or name one that you have: make PYTHON=/path/to/python3.12
+MESSAGE
+    exit 1
+fi
+
+if command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1; then
+    uv=uv
+else
+    uv=.cache/uv/bin/uv
+    if ! "$uv" --version >/dev/null 2>&1; then
+        echo "Getting uv from PyPI into .cache/uv ..."
+        "$python" -m venv --clear .cache/uv
+        .cache/uv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+    fi
+fi
+
+echo "Installing into .venv with $python (the first time this takes minutes: PyTorch is large) ..."
+UV_PYTHON_DOWNLOADS=never "$uv" sync --frozen --extra dev --python "$python"

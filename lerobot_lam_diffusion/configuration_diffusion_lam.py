@@ -1,0 +1,171 @@
+"""`--policy.type=diffusion_lam`: LeRobot's Diffusion Policy plus what it needs to know about LAM tokens."""
+
+from dataclasses import dataclass
+
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.utils.constants import OBS_PREFIX
+
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.problems import raise_problems
+
+# The token of a LAM whose shape nobody has told yet: 2 learned tokens of width 32.
+DEFAULT_NUM_LEARNED_TOKENS = 2
+DEFAULT_ACTION_LATENT_DIM = 32
+
+AGGREGATIONS = ("latest", "concat")
+LAM_DTYPES = ("float32", "bfloat16")
+
+
+@PreTrainedConfig.register_subclass("diffusion_lam")
+@dataclass
+class DiffusionLamConfig(DiffusionConfig):
+    """Configuration of `DiffusionLamPolicy`; every field of `DiffusionConfig` keeps its meaning.
+
+    Token of frame i = LAM(frame i - stride, frame i) inside one episode; zero where frame i - stride does
+    not exist. A field that is unset (`None`) is taken from the token store or the LAM when training starts
+    and saved with the checkpoint; one that is set must agree with them.
+
+    Args:
+        use_lam_conditioning: Condition the U-Net on LAM tokens. False: exactly the stock Diffusion Policy.
+        use_precomputed_lam_tokens: True: tokens come with the batch (store, dataset column or
+            `LamTokenDataset`) and training loads no LAM. False: the LAM computes them on the fly.
+        lam_tokens_key: Batch key of the tokens and name of a native dataset column that holds them.
+        lam_tokens_path: Token store (folder or file). None in precomputed mode: the dataset's own column.
+        lam_model_path: LAM folder (`model_config.json` + `model.safetensors`), the name of a shipped LAM
+            (`pusht-compact`) or a Hub id such as `microsoft/villa-x`. Required on the fly.
+        lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`).
+            Required on the fly.
+        lam_num_learned_tokens: Vectors per frame pair, n.
+        lam_action_latent_dim: Width of one vector, a. A frame's token has n * a numbers.
+        lam_use_vq_tokens: True: codebook rows. False: the vectors before quantisation.
+        lam_dtype: Arithmetic of the LAM, "float32" or "bfloat16"; the quantiser is always float32.
+        lam_temporal_aggregation: "latest": condition on the newest token. "concat": on all of the window.
+        lam_frame_stride: Gap of a frame pair, in frames of the dataset.
+        lam_conditioning_steps: Tokens in the conditioning vector. Derived once ("latest": 1; "concat":
+            `n_obs_steps` precomputed, `n_obs_steps - 1` on the fly), then saved, so that a checkpoint can
+            change its token source without changing shape.
+        lam_fingerprint: SHA-256 of the LAM that made the tokens. Written by training.
+        lam_token_scale: RMS of the codebook's entries; tokens are divided by it. Written by training.
+        lam_source: Where training took its tokens from. Written by training.
+
+    Raises:
+        ValueError: fields contradict each other; all contradictions are told at once.
+    """
+
+    use_lam_conditioning: bool = True
+    use_precomputed_lam_tokens: bool = False
+    lam_tokens_key: str = OBS_LAM_TOKENS
+    # draccus tries a union's members in order: `str | list[str]` would turn a list into its text.
+    lam_tokens_path: list[str] | str | None = None
+    lam_model_path: list[str] | str | None = None
+    lam_camera_key: list[str] | str | None = None
+    lam_num_learned_tokens: int | None = None
+    lam_action_latent_dim: int | None = None
+    lam_use_vq_tokens: bool = True
+    lam_dtype: str = "float32"
+    lam_temporal_aggregation: str = "latest"
+    lam_frame_stride: int | None = None
+    lam_conditioning_steps: int | None = None
+    lam_fingerprint: list[str] | str | None = None
+    lam_token_scale: float | None = None
+    lam_source: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_lam_conditioning:
+            return
+        raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
+        if self.lam_conditioning_steps is None:
+            self.lam_conditioning_steps = self._derived_conditioning_steps()
+
+    @property
+    def lam_token_dim(self) -> int:
+        """Numbers in one frame's token, n * a."""
+        n = self.lam_num_learned_tokens or DEFAULT_NUM_LEARNED_TOKENS
+        a = self.lam_action_latent_dim or DEFAULT_ACTION_LATENT_DIM
+        return n * a
+
+    @property
+    def lam_conditioning_dim(self) -> int:
+        """Numbers that the LAM adds to the U-Net's conditioning; 0 without LAM conditioning."""
+        if not self.use_lam_conditioning:
+            return 0
+        return len(self.lam_token_deltas) * self.lam_token_dim
+
+    @property
+    def lam_token_deltas(self) -> list[int]:
+        """Frame offsets of the conditioning tokens, oldest first, e.g. `[-1, 0]`."""
+        steps = self.lam_conditioning_steps or self._derived_conditioning_steps()
+        return list(range(1 - steps, 1))
+
+    def validate_features(self) -> None:
+        # Tokens are never normalised: a native column would arrive as one more STATE feature, and LeRobot
+        # would scale it by its statistics as soon as the dataset has some.
+        if self.input_features:
+            self.input_features.pop(self.lam_tokens_key, None)
+        super().validate_features()
+
+    def _derived_conditioning_steps(self) -> int:
+        if self.lam_temporal_aggregation == "latest":
+            return 1
+        return self.n_obs_steps if self.use_precomputed_lam_tokens else self.n_obs_steps - 1
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if not self.lam_tokens_key.startswith(OBS_PREFIX):
+            problems.append(
+                f"lam_tokens_key={self.lam_tokens_key!r} must start with '{OBS_PREFIX}': LeRobot gives other "
+                "keys no observation window and drops them"
+            )
+        if self.lam_temporal_aggregation not in AGGREGATIONS:
+            problems.append(
+                f"lam_temporal_aggregation={self.lam_temporal_aggregation!r} must be one of "
+                f"{list(AGGREGATIONS)}"
+            )
+        if self.lam_dtype not in LAM_DTYPES:
+            problems.append(f"lam_dtype={self.lam_dtype!r} must be one of {list(LAM_DTYPES)}")
+        for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_frame_stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(
+                    f"{name}={value} must be a positive integer, or unset to take it from the LAM"
+                )
+        for name in ("lam_tokens_path", "lam_model_path", "lam_camera_key", "lam_fingerprint"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != 1:
+                problems.append(
+                    f"{name} has {len(value)} entries; several LAMs at once are not supported yet"
+                )
+        return problems + self._source_problems() + self._conditioning_problems()
+
+    def _source_problems(self) -> list[str]:
+        if self.use_precomputed_lam_tokens:
+            return []
+        problems = []
+        if not self.lam_model_path:
+            problems.append(
+                "tokens on the fly need a LAM: set --policy.lam_model_path=<LAM folder or Hub id>, or "
+                "--policy.use_precomputed_lam_tokens=true to train on precomputed tokens"
+            )
+        if not self.lam_camera_key:
+            problems.append(
+                "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for example "
+                "observation.images.top"
+            )
+        if self.n_obs_steps < 2 and self.lam_conditioning_steps is None:
+            problems.append(
+                f"tokens on the fly need n_obs_steps >= 2 to see a frame pair, got {self.n_obs_steps}; raise "
+                "--policy.n_obs_steps or train on precomputed tokens"
+            )
+        return problems
+
+    def _conditioning_problems(self) -> list[str]:
+        steps = self.lam_conditioning_steps
+        if steps is None:
+            return []
+        if self.lam_temporal_aggregation == "latest" and steps != 1:
+            return [f"lam_conditioning_steps={steps} must be 1 with lam_temporal_aggregation=latest"]
+        if not 1 <= steps <= self.n_obs_steps:
+            return [f"lam_conditioning_steps={steps} must be in 1..n_obs_steps={self.n_obs_steps}"]
+        return []

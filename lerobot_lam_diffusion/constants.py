@@ -1,0 +1,7 @@
+"""Batch keys, named as LeRobot names its own (`lerobot.utils.constants`)."""
+
+OBS_LAM_TOKENS = "observation.lam_tokens"
+"""LAM tokens of the observation window, float32 `(B, T, token_dim)`."""
+
+OBS_LAM_IMAGES = "observation.lam_images"
+"""Raw (not normalised) frames of the LAM's camera on their way to the LAM."""

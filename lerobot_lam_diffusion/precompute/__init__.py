@@ -1,0 +1,1 @@
+"""LeRobot dataset → token store: decode, pair, encode, write."""

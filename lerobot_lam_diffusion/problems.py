@@ -1,0 +1,15 @@
+"""Errors that are the user's to mend: all at once, with what was found, what was expected, what to do."""
+
+
+class UserError(ValueError):
+    """Bad input. Command lines print its message without a traceback."""
+
+
+def raise_problems(what: str, problems: list[str], error: type[UserError] = UserError) -> None:
+    """Raise one `error` that lists all `problems`, or return if there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise error(f"{what}: {problems[0]}.")
+    listing = "".join(f"\n  {number}. {problem}." for number, problem in enumerate(problems, 1))
+    raise error(f"{what}; {len(problems)} problems:{listing}")

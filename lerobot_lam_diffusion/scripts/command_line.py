@@ -1,0 +1,74 @@
+"""What our command lines share: LeRobot's flags, the dash-spelled ones, and errors without a traceback.
+
+draccus itself takes `--dataset.repo_id=x`; it knows neither `--dataset-repo-id x` nor `--episodes 0 1 2`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import draccus
+
+from lerobot_lam_diffusion.problems import UserError
+
+DASHED = {
+    "--dataset-repo-id": "dataset.repo_id",
+    "--dataset-root": "dataset.root",
+    "--episodes": "dataset.episodes",
+    "--lam-model-path": "lam.path",
+    "--lam-revision": "lam.revision",
+    "--camera-key": "camera_key",
+    "--frame-stride": "frame_stride",
+    "--output-dir": "output_dir",
+    "--batch-size": "batch_size",
+}
+SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
+LISTS = {"dataset.episodes"}
+
+
+def run_command(
+    config_class: type, command: Callable[[Any], None], argv: Sequence[str] | None = None
+) -> None:
+    """Parse the command line into `config_class` and run `command` on it.
+
+    Exits with status 1 and one message where the input is bad, and 130 after an interrupt.
+    """
+    arguments = normalise(sys.argv[1:] if argv is None else argv)
+    try:
+        command(draccus.parse(config_class, args=arguments))
+    except (UserError, FileExistsError, FileNotFoundError, draccus.utils.DecodingError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Arguments as draccus takes them: dashed names dotted, lists as `[0,1,2]`."""
+    arguments: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        field = DASHED.get(name, name.removeprefix("--"))
+        if word in SWITCHES:
+            arguments.append(SWITCHES[word])
+        elif field in LISTS and not value.startswith("["):
+            values = value.split() if equals else []
+            while rest and not rest[0].startswith("--"):
+                values += rest.pop(0).split()
+            arguments.append(f"--{field}={_as_list(values)}")
+        elif name in DASHED:
+            arguments.append(f"--{field}={value if equals else _value_of(name, rest)}")
+        else:
+            arguments.append(word)
+    return arguments
+
+
+def _as_list(values: list[str]) -> str:
+    return "[" + ",".join(value.strip("[],") for value in values) + "]"
+
+
+def _value_of(flag: str, rest: list[str]) -> str:
+    if not rest:
+        sys.exit(f"error: {flag} needs a value")
+    return rest.pop(0)

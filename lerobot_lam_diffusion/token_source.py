@@ -1,0 +1,124 @@
+"""Where a policy's tokens come from, settled before its first training step.
+
+The policy's `__init__` gets the dataset's metadata from LeRobot's `make_policy` in training. Here the token
+store is opened and checked against that dataset, and what it says about its LAM enters the config, so that
+the checkpoint knows how it was fed. At deployment there is no dataset, and nothing is opened.
+"""
+
+from typing import Any
+
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.provenance import VQ
+
+
+def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore | None:
+    """Open the store that `config` names, check it, and copy its provenance into `config`.
+
+    Args:
+        config: Of a policy in precomputed mode; fields that are unset are filled in.
+        dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+
+    Returns:
+        The store, or None if the tokens come with the batch (native column, `LamTokenDataset`) or the policy
+        is not being trained from a dataset.
+
+    Raises:
+        ValueError: no source, two sources, or a source that contradicts the config.
+        TokenStoreError: the store is missing, damaged or of another dataset.
+    """
+    path = single(config.lam_tokens_path)
+    trained_before = config.lam_source is not None
+    if dataset_meta is None and (path is None or trained_before):
+        return None
+
+    column = dataset_meta.features.get(config.lam_tokens_key) if dataset_meta is not None else None
+    if path is None:
+        _settle_column(config, column, dataset_meta)
+        return None
+    if column is not None:
+        raise UserError(
+            f"two sources of LAM tokens: --policy.lam_tokens_path={path} and the column "
+            f"{config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r}. Leave lam_tokens_path unset to "
+            "train on the column, or name another --policy.lam_tokens_key to train on the store"
+        )
+    store = TokenStore.open(path, dataset_meta)
+    _settle_store(config, store, dataset_meta)
+    return store
+
+
+def single(value: list[str] | str | None) -> str | None:
+    """The one entry of a field that will take several later."""
+    return value[0] if isinstance(value, list) else value
+
+
+def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta: Any) -> None:
+    if column is None:
+        raise UserError(
+            f"no LAM tokens to train on: dataset {dataset_meta.repo_id!r} has no column "
+            f"{config.lam_tokens_key!r} and --policy.lam_tokens_path is unset. Make a store with "
+            f"lerobot-lam-precompute --dataset.repo_id={dataset_meta.repo_id} --lam.path=<LAM> "
+            "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>"
+        )
+    shape = tuple(column["shape"])
+    if shape != (config.lam_token_dim,):
+        raise UserError(
+            f"column {config.lam_tokens_key!r} has shape {shape}, the policy expects "
+            f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set --policy.lam_num_learned_tokens and "
+            "--policy.lam_action_latent_dim to the LAM's"
+        )
+    config.lam_source = f"column:{config.lam_tokens_key}"
+
+
+def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:
+    problems = _contradictions(config, store, dataset_meta)
+    raise_problems(f"token store {store.path} does not fit the policy", problems)
+    config.lam_source = f"store:{store.path}"
+    config.lam_frame_stride = store.frame_stride
+    if store.provenance is None:
+        return
+    lam = store.provenance.lam
+    config.lam_num_learned_tokens = lam.num_learned_tokens
+    config.lam_action_latent_dim = lam.action_latent_dim
+    config.lam_token_scale = config.lam_token_scale or lam.token_scale
+    config.lam_fingerprint = lam.fingerprint
+    config.lam_dtype = store.provenance.dtype
+    config.lam_model_path = config.lam_model_path or lam.path
+    config.lam_camera_key = config.lam_camera_key or _camera_of_policy(config, store.provenance.camera_key)
+
+
+def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> list[str]:
+    """Fields that are set and differ from what the store holds."""
+    told: list[tuple[str, Any, Any]] = [("lam_frame_stride", config.lam_frame_stride, store.frame_stride)]
+    if store.provenance is not None:
+        lam = store.provenance.lam
+        told += [
+            ("lam_num_learned_tokens", config.lam_num_learned_tokens, lam.num_learned_tokens),
+            ("lam_action_latent_dim", config.lam_action_latent_dim, lam.action_latent_dim),
+            ("lam_fingerprint", single(config.lam_fingerprint), lam.fingerprint),
+        ]
+        camera = single(config.lam_camera_key)
+        if dataset_meta is not None and camera in dataset_meta.camera_keys:
+            told.append(("lam_camera_key", camera, store.provenance.camera_key))
+    elif store.token_dim != config.lam_token_dim:
+        told.append(("lam_num_learned_tokens * lam_action_latent_dim", config.lam_token_dim, store.token_dim))
+    problems = [
+        f"--policy.{name} is {want}, the store has {have}"
+        for name, want, have in told
+        if want not in (None, have)
+    ]
+    if config.lam_use_vq_tokens != (store.kind == VQ):
+        flag = str(store.kind == VQ).lower()
+        problems.append(
+            f"it holds {store.kind} tokens: pass --policy.lam_use_vq_tokens={flag} or extract the other kind"
+        )
+    return problems
+
+
+def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str) -> str | None:
+    """The store's camera under the policy's name for it; unknown after a `rename_map` of several cameras."""
+    cameras = list(config.image_features)
+    if dataset_camera in cameras:
+        return dataset_camera
+    return cameras[0] if len(cameras) == 1 else None

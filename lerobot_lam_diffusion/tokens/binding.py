@@ -1,0 +1,93 @@
+"""Bind a store to the dataset that it was made of.
+
+Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. The digest
+covers every episode's boundaries and the statistics of its actions, states and pictures, and reads only
+`meta/episodes`, so that it is cheap at every start of a training.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.tokens.store import TokenStore
+
+BOUNDARIES = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
+STATISTICS = ("count", "min", "max", "mean", "std")
+FEATURES = ("action", "observation.state")
+
+
+def dataset_digest(meta: Any, camera_key: str) -> str:
+    """SHA-256 of what tells this dataset's frames from another's.
+
+    Args:
+        meta: `LeRobotDatasetMetadata`.
+        camera_key: The LAM's camera; its statistics count too.
+
+    Raises:
+        UserError: the dataset has no `meta/episodes` files (LeRobot's v3 layout).
+    """
+    files = sorted((Path(meta.root) / "meta" / "episodes").rglob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"{meta.root} has no meta/episodes/*.parquet: not a LeRobot dataset v3. Convert older ones with "
+            "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+        )
+    wanted = [*BOUNDARIES]
+    wanted += [f"stats/{feature}/{name}" for feature in (*FEATURES, camera_key) for name in STATISTICS]
+    present = set(pq.read_schema(files[0]).names)
+    columns = [name for name in wanted if name in present]
+    table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+    table = table.sort_by("episode_index")
+    digest = hashlib.sha256()
+    for name in columns:
+        values = _flat(table[name].combine_chunks())
+        digest.update(f"{name}:{len(values)}:".encode())
+        digest.update(values.astype("<f8").tobytes())
+    return digest.hexdigest()
+
+
+def _flat(column: pa.Array) -> np.ndarray:
+    """A column of numbers or (nested) lists of numbers as one flat array."""
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=False)
+
+
+def check_binding(store: "TokenStore", meta: Any) -> None:
+    """Refuse a store that was made of other frames than the dataset's.
+
+    Raises:
+        TokenStoreError: with every difference.
+    """
+    assert store.provenance is not None
+    origin = store.provenance.dataset
+    told = {
+        "frames": (origin.total_frames, meta.total_frames),
+        "episodes": (origin.total_episodes, meta.total_episodes),
+        "fps": (origin.fps, meta.fps),
+    }
+    problems = [
+        f"it has {have} {name}, the dataset {want}" for name, (have, want) in told.items() if have != want
+    ]
+    camera = store.provenance.camera_key
+    if camera not in meta.camera_keys:
+        problems.append(f"its camera {camera!r} is not among the dataset's cameras {list(meta.camera_keys)}")
+    elif not problems and origin.digest != dataset_digest(meta, camera):
+        problems.append(
+            "the dataset's episodes differ from those that the tokens were made of (edited, re-recorded or "
+            "another dataset with as many frames)"
+        )
+    raise_problems(
+        f"token store {store.path} (made of {origin.repo_id!r}) does not belong to dataset "
+        f"{meta.repo_id!r} at {meta.root}; extract its tokens with lerobot-lam-precompute",
+        problems,
+        TokenStoreError,
+    )

@@ -1,0 +1,59 @@
+"""`LamTokenDataset`: a LeRobot dataset whose items bring their LAM tokens, for one's own training loop."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.store import TokenStore
+
+
+class LamTokenDataset(Dataset):
+    """Map-style wrapper that adds `observation.lam_tokens` to each item; all else is the dataset's own.
+
+    Args:
+        dataset: A `LeRobotDataset`.
+        path: Token store made of that dataset; checked here, before any item is read.
+        deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
+            frame's own token.
+        key: Item key of the tokens.
+
+    An item's tokens are float32 `(len(deltas), token_dim)`.
+
+    Raises:
+        TokenStoreError: no store there, damaged, or of another dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        path: str | Path | TokenStore,
+        deltas: Sequence[int] = (0,),
+        key: str = OBS_LAM_TOKENS,
+    ) -> None:
+        if key in dataset.meta.features:
+            raise UserError(
+                f"the dataset has a column {key!r} already: train on that column, or drop it with "
+                "lerobot-edit-dataset before joining a token store"
+            )
+        self.dataset = dataset
+        self.store = path if isinstance(path, TokenStore) else TokenStore.open(path, dataset.meta)
+        self.deltas = tuple(deltas)
+        self.key = key
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        item = self.dataset[position]
+        index = torch.as_tensor(item["index"]).reshape(1)
+        return {**item, self.key: self.store.window(index, self.deltas)[0]}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while unpickling, before the instance has its fields
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

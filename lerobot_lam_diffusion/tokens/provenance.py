@@ -1,0 +1,179 @@
+"""`lam_tokens.json`: what a store's tokens are, of which frames, made by which LAM."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot_lam_diffusion.problems import UserError
+
+FORMAT = "lerobot_lam_diffusion.token_store"
+FORMAT_VERSION = 1
+
+VQ = "vq"
+CONTINUOUS = "continuous"
+KINDS = (VQ, CONTINUOUS)
+PAIR_CONTEXT = "pair"
+
+
+class ProvenanceError(UserError):
+    """A provenance file that is missing, damaged or newer than this package."""
+
+
+@dataclass(frozen=True)
+class DatasetOrigin:
+    """The dataset whose frames the LAM looked at. `digest`: see `binding.dataset_digest`."""
+
+    repo_id: str
+    revision: str | None
+    total_frames: int
+    total_episodes: int
+    fps: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class LamOrigin:
+    """The LAM that made the tokens, and their shape.
+
+    `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows.
+    """
+
+    path: str
+    revision: str | None
+    fingerprint: str
+    num_learned_tokens: int
+    action_latent_dim: int
+    num_codes: int
+    token_scale: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The identity of a store's tokens.
+
+    Args:
+        dataset: Which frames.
+        lam: Which LAM.
+        camera_key: The dataset's name of the camera.
+        frame_stride: Gap of a frame pair, in frames; `stride_seconds`: the same in seconds.
+        context: How many frames the LAM saw for a token; "pair": the two of the pair.
+        token_kind: "vq" (codebook rows) or "continuous" (vectors before quantisation).
+        dtype: Arithmetic of the encoder; the quantiser always ran in float32.
+        versions: Packages that made the store.
+        tensors_sha256: SHA-256 of `lam_tokens.safetensors`.
+    """
+
+    dataset: DatasetOrigin
+    lam: LamOrigin
+    camera_key: str
+    frame_stride: int
+    stride_seconds: float
+    token_kind: str
+    dtype: str
+    versions: dict[str, str]
+    tensors_sha256: str = ""
+    context: str = PAIR_CONTEXT
+
+    def to_json(self) -> str:
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Provenance":
+        """Read and check a provenance file.
+
+        Raises:
+            ProvenanceError: it is not JSON, not ours, newer than this package, or fields are missing or of
+                the wrong type (all of them are told at once).
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ProvenanceError(
+                f"{path} is not readable as JSON ({error}); extract the tokens again with "
+                "lerobot-lam-precompute"
+            ) from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ProvenanceError(
+                f'{path} does not describe a token store: expected "format": "{FORMAT}"; extract the tokens '
+                "again with lerobot-lam-precompute"
+            )
+        _refuse_newer(document.get("format_version"), path)
+        problems: list[str] = []
+        provenance = _decode(cls, document, "", problems)
+        problems += _value_problems(provenance) if not problems else []
+        if problems:
+            raise ProvenanceError(
+                f"{path} is damaged: {'; '.join(problems)}. Extract the tokens again with "
+                "lerobot-lam-precompute"
+            )
+        return provenance
+
+
+def _refuse_newer(version: Any, path: Path) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ProvenanceError(
+            f"{path} is damaged: format_version is {version!r}, expected a positive integer"
+        )
+    if version > FORMAT_VERSION:
+        raise ProvenanceError(
+            f"{path} has format version {version}; this lerobot_policy_diffusion_lam reads versions up to "
+            f"{FORMAT_VERSION}. Install a newer one: pip install --upgrade lerobot_policy_diffusion_lam"
+        )
+
+
+def _decode(kind: type, document: Any, prefix: str, problems: list[str]) -> Any:
+    """Build dataclass `kind` from a JSON object; add what is missing or mistyped to `problems`."""
+    if not isinstance(document, dict):
+        problems.append(f"{prefix.rstrip('.') or 'the document'} is not an object")
+        return None
+    values = {}
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if field.name not in document:
+            problems.append(f"{name} is missing")
+        elif dataclasses.is_dataclass(field.type):
+            assert isinstance(field.type, type)
+            values[field.name] = _decode(field.type, document[field.name], name + ".", problems)
+        elif _has_type(document[field.name], field.type):
+            values[field.name] = document[field.name]
+        else:
+            problems.append(f"{name} is {document[field.name]!r}, expected {_type_name(field.type)}")
+    return None if problems else kind(**values)
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected == dict[str, str]:
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    return isinstance(value, expected)
+
+
+def _type_name(expected: Any) -> str:
+    return expected.__name__ if isinstance(expected, type) else str(expected)
+
+
+def _value_problems(provenance: Provenance) -> list[str]:
+    problems = []
+    if provenance.token_kind not in KINDS:
+        problems.append(f"token_kind is {provenance.token_kind!r}, expected one of {list(KINDS)}")
+    counts = {
+        "frame_stride": provenance.frame_stride,
+        "lam.num_learned_tokens": provenance.lam.num_learned_tokens,
+        "lam.action_latent_dim": provenance.lam.action_latent_dim,
+        "lam.num_codes": provenance.lam.num_codes,
+        "dataset.total_frames": provenance.dataset.total_frames,
+        "dataset.total_episodes": provenance.dataset.total_episodes,
+    }
+    problems += [
+        f"{name} is {value}, expected a positive integer" for name, value in counts.items() if value < 1
+    ]
+    scale = provenance.lam.token_scale
+    if not 0 < scale < float("inf"):
+        problems.append(f"lam.token_scale is {scale}, expected a positive number")
+    return problems

@@ -1,0 +1,114 @@
+"""Read a user's own `lam_tokens.pt`: a dict with `tokens (N, n·a)` and, perhaps, metadata.
+
+Nothing in such a file tells which LAM, dataset or camera it was made with, so it is used with a warning.
+"""
+
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
+from lerobot_lam_diffusion.tokens.store import TokenStore
+
+logger = logging.getLogger(__name__)
+
+
+def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
+    """Open a `.pt` file as an (unverified) store of `dataset_meta`'s frames.
+
+    The file is read with `weights_only=True`: what would execute code is refused. Rows that have no token by
+    the rule "frame i - stride lies in another episode" are zeroed.
+
+    Raises:
+        TokenStoreError: missing, not a dict of tensors, code inside, wrong shape, NaN or Inf, or another
+            number of rows than the dataset has frames.
+    """
+    document = _load(path)
+    tokens = document.get("tokens") if isinstance(document, dict) else None
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not tokens.is_floating_point():
+        found = f"{type(tokens).__name__} {tuple(tokens.shape) if isinstance(tokens, Tensor) else ''}".strip()
+        raise TokenStoreError(
+            f"{path} is not a token file: expected a dict with a float tensor 'tokens' (N, n*a), found "
+            f"{found}"
+        )
+    if dataset_meta is None:
+        raise TokenStoreError(
+            f"{path} does not say where episodes begin; open it together with its dataset, or make a store "
+            "that stands alone with lerobot-lam-precompute"
+        )
+    if len(tokens) != dataset_meta.total_frames:
+        raise TokenStoreError(
+            f"{path} has {len(tokens)} rows, dataset {dataset_meta.repo_id!r} has "
+            f"{dataset_meta.total_frames} frames; it was made of another dataset or version. Extract the "
+            "tokens with lerobot-lam-precompute"
+        )
+    problem = not_finite(tokens, "token")
+    if problem:
+        raise TokenStoreError(f"{path}: {problem}; extract the tokens again with lerobot-lam-precompute")
+
+    metadata = _metadata(document)
+    stride = metadata.get("frame_stride", 1)
+    store = TokenStore(
+        path=path,
+        provenance=None,
+        kind=VQ if metadata.get("use_vq_tokens", True) else CONTINUOUS,
+        frame_stride=stride if isinstance(stride, int) and stride > 0 else 1,
+        token_dim=tokens.shape[1],
+        values=tokens.float(),
+        codebook=None,
+        episode_from=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
+        episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
+        episode_row=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
+    )
+    _warn(store)
+    return store
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise TokenStoreError(f"no token file at {path}; make a store with lerobot-lam-precompute")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise TokenStoreError(
+            f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
+            f"({str(error).splitlines()[0]}). Make a store with lerobot-lam-precompute"
+        ) from error
+
+
+def _metadata(document: dict) -> dict:
+    """Metadata beside the tokens, under `metadata` or at the top level."""
+    nested = document.get("metadata")
+    return {**document, **(nested if isinstance(nested, dict) else {})}
+
+
+def _warn(store: TokenStore) -> None:
+    logger.warning(
+        "%s is unverified: a .pt file says nothing reliable about its LAM, dataset and camera. A store made "
+        "by lerobot-lam-precompute is checked.",
+        store.path,
+    )
+    starts = torch.cat([torch.arange(store.frame_stride) + start for start in store.episode_from.tolist()])
+    starts = starts[starts < len(store.values)]
+    filled = int(store.values[starts].any(1).sum())
+    if filled:
+        logger.warning(
+            "%s: %d frames at episode starts have no frame %d before them, but hold non-zero tokens; they "
+            "count as missing (zero).",
+            store.path,
+            filled,
+            store.frame_stride,
+        )

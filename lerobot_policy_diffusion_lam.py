@@ -1,0 +1,3 @@
+"""What LeRobot's plugin discovery imports: the distribution's own name. The package does the registering."""
+
+import lerobot_lam_diffusion  # noqa: F401
