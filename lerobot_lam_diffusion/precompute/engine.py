@@ -71,7 +71,7 @@ def precompute_tokens(
         frame_stride: Gap of a pair, in frames.
         use_vq_tokens: VQ or continuous tokens.
         batch_size: Pairs at a time; it does not change the tokens.
-        video_backend: "torchcodec" or "pyav"; LeRobot's choice if None.
+        video_backend: "torchcodec" or "pyav"; the dataset's own if None.
         show_progress: Draw a progress bar.
 
     Raises:

@@ -25,6 +25,10 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
         UserError: no such camera, a depth camera, or several to choose from. Lists the cameras.
     """
     cameras = [key for key in meta.camera_keys if key not in meta.depth_keys]
+    if not cameras:
+        raise UserError(
+            f"dataset {meta.repo_id!r} has no RGB camera for the LAM to look at; use another dataset"
+        )
     if camera_key is None and len(cameras) == 1:
         return cameras[0]
     if camera_key is not None and camera_key in cameras:
@@ -42,13 +46,13 @@ class EpisodeFrames:
     Args:
         dataset: `LeRobotDataset`, of all or some episodes.
         camera_key: An RGB camera of it, kept as video or as images.
-        video_backend: "torchcodec" or "pyav"; LeRobot's choice if None.
+        video_backend: "torchcodec" or "pyav"; the dataset's own if None.
     """
 
     def __init__(self, dataset: Any, camera_key: str, video_backend: str | None = None) -> None:
         self._dataset = dataset
         self._camera_key = camera_key
-        self._video_backend = video_backend
+        self._video_backend = video_backend or dataset._video_backend
         self._is_video = camera_key in dataset.meta.video_keys
         columns = dataset.hf_dataset.data
         self._index = columns.column("index").to_numpy()  # ascending: the absolute frame of each row

@@ -47,11 +47,13 @@ def rebatch(batches: Iterable[PairBatch], batch_size: int) -> Iterator[PairBatch
     for batch in batches:
         waiting.append(batch)
         count += len(batch.rows)
-        while count >= batch_size:
-            merged = _merge(waiting)
-            yield _slice(merged, 0, batch_size)
-            waiting = [_slice(merged, batch_size, count)]
-            count -= batch_size
+        if count < batch_size:
+            continue
+        merged = _merge(waiting)
+        rest = count - count % batch_size
+        for start in range(0, rest, batch_size):
+            yield _slice(merged, start, start + batch_size)
+        waiting, count = [_slice(merged, rest, count)], count - rest
     if count:
         yield _merge(waiting)
 

@@ -5,10 +5,12 @@ draccus itself takes `--dataset.repo_id=x`; it knows neither `--dataset-repo-id 
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import draccus
 
+from lerobot_lam_diffusion.lam.errors import LamError
 from lerobot_lam_diffusion.problems import UserError
 
 DASHED = {
@@ -21,9 +23,23 @@ DASHED = {
     "--frame-stride": "frame_stride",
     "--output-dir": "output_dir",
     "--batch-size": "batch_size",
+    "--config-path": "config_path",
 }
 SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
 LISTS = {"dataset.episodes"}
+
+
+@dataclass
+class LamSource:
+    """Which LAM.
+
+    Args:
+        path: Folder (`model_config.json` + `model.safetensors`), shipped name (`pusht-compact`) or Hub id.
+        revision: Commit, branch or tag of a Hub id.
+    """
+
+    path: str
+    revision: str | None = None
 
 
 def run_command(
@@ -36,10 +52,17 @@ def run_command(
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     try:
         command(draccus.parse(config_class, args=arguments))
-    except (UserError, FileExistsError, FileNotFoundError, draccus.utils.DecodingError) as error:
-        sys.exit(f"error: {error}")
+    except (UserError, LamError, OSError, draccus.ParsingError) as error:
+        sys.exit(f"error: {_told_by(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _told_by(error: BaseException) -> BaseException:
+    """The error that says what is wrong: draccus wraps what a config's own checks raise."""
+    while type(error) is draccus.ParsingError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -69,6 +92,6 @@ def _as_list(values: list[str]) -> str:
 
 
 def _value_of(flag: str, rest: list[str]) -> str:
-    if not rest:
+    if not rest or rest[0].startswith("--"):
         sys.exit(f"error: {flag} needs a value")
     return rest.pop(0)

@@ -7,34 +7,26 @@ A YAML file can hold the flags (`--config_path=precompute.yaml`); `--dataset-rep
 `--camera-key`, `--output-dir`, `--batch-size`, `--no-vq-tokens` and `--episodes 0 1 2` are understood too.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import choose_camera
-from lerobot_lam_diffusion.problems import raise_problems
-from lerobot_lam_diffusion.scripts.command_line import run_command
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
-
-@dataclass
-class LamSource:
-    """Which LAM.
-
-    Args:
-        path: Folder (`model_config.json` + `model.safetensors`), shipped name (`pusht-compact`) or Hub id.
-        revision: Commit, branch or tag of a Hub id.
-    """
-
-    path: str
-    revision: str | None = None
+VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
 @dataclass
@@ -75,6 +67,12 @@ class PrecomputeConfig:
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
         if self.dataset.streaming:
             problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
+        if self.dataset.episodes == []:
+            problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
+        if self.dataset.video_backend not in VIDEO_BACKENDS:
+            problems.append(
+                f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
+            )
         raise_problems("these flags do not work", problems)
 
 
@@ -83,6 +81,10 @@ def precompute(config: PrecomputeConfig) -> None:
     output_dir = config.output_dir.expanduser()
     refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
+    device = _usable_device(config.device)
+    meta = _open_meta(config.dataset)
+    camera_key = choose_camera(meta, config.camera_key)
+    _refuse_unknown_episodes(config.dataset.episodes, meta)
     dataset = LeRobotDataset(
         config.dataset.repo_id,
         root=config.dataset.root,
@@ -92,11 +94,10 @@ def precompute(config: PrecomputeConfig) -> None:
         tolerance_s=config.tolerance_s,
         return_uint8=True,
     )
-    camera_key = choose_camera(dataset.meta, config.camera_key)
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
-        device=config.device or auto_select_torch_device().type,
+        device=device,
         dtype=getattr(torch, config.dtype),
     )
     summary = precompute_tokens(
@@ -111,6 +112,41 @@ def precompute(config: PrecomputeConfig) -> None:
         video_backend=config.dataset.video_backend,
     )
     print(report(summary, config))
+
+
+def _usable_device(device: str | None) -> str:
+    """The device to compute on, found out before the dataset and the LAM are read."""
+    if device is None:
+        return auto_select_torch_device().type
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
+            "for the best there is"
+        ) from error
+    return device
+
+
+def _open_meta(config: DatasetConfig) -> LeRobotDatasetMetadata:
+    try:
+        return LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor fetched "
+            f"from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+        ) from error
+
+
+def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
+    unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
+    if unknown:
+        raise UserError(
+            f"--dataset.episodes names {unknown}, but dataset {meta.repo_id!r} has the episodes 0 to "
+            f"{meta.total_episodes - 1}; leave out the others"
+        )
 
 
 def recorded_path(lam_path: str) -> str:
@@ -135,13 +171,18 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
-    root = f" --dataset.root={config.dataset.root}" if config.dataset.root else ""
+    dataset = [f"--dataset.repo_id={config.dataset.repo_id}"]
+    if config.dataset.root:
+        dataset.append(f"--dataset.root={config.dataset.root}")
+    if store.missing_episodes:
+        dataset.append(f"--dataset.episodes={sorted(set(config.dataset.episodes or []))}".replace(" ", ""))
+    tokens = f"--policy.lam_tokens_path={store.path.resolve()}"
     kind = "" if config.use_vq_tokens else " --policy.lam_use_vq_tokens=false"
     lines += [
         "",
         "Train on it:",
-        f"  lerobot-train --policy.type=diffusion_lam --dataset.repo_id={config.dataset.repo_id}{root} \\",
-        f"    --policy.use_precomputed_lam_tokens=true --policy.lam_tokens_path={store.path.resolve()}{kind} \\",
+        f"  lerobot-train --policy.type=diffusion_lam {shlex.join(dataset)} \\",
+        f"    --policy.use_precomputed_lam_tokens=true {shlex.quote(tokens)}{kind} \\",
         "    --policy.push_to_hub=false",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 
@@ -17,7 +18,7 @@ class LamTokenDataset(Dataset):
 
     Args:
         dataset: A `LeRobotDataset`.
-        path: Token store made of that dataset; checked here, before any item is read.
+        path: Token store made of that dataset (or the opened store); checked here, before any item is read.
         deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
             frame's own token.
         key: Item key of the tokens.
@@ -41,7 +42,11 @@ class LamTokenDataset(Dataset):
                 "lerobot-edit-dataset before joining a token store"
             )
         self.dataset = dataset
-        self.store = path if isinstance(path, TokenStore) else TokenStore.open(path, dataset.meta)
+        if isinstance(path, TokenStore):
+            check_binding(path, dataset.meta)
+            self.store = path
+        else:
+            self.store = TokenStore.open(path, dataset.meta)
         self.deltas = tuple(deltas)
         self.key = key
 

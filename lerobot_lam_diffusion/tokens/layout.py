@@ -88,7 +88,8 @@ def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list
         if tensor.ndim != len(shape) or any(
             want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
         ):
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+            expected = ", ".join("N" if size is None else str(size) for size in shape)
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
     return problems or _table_problems(tensors, dataset.total_frames)
 
 
@@ -97,7 +98,7 @@ def _table_problems(tensors: dict[str, Tensor], total_frames: int) -> list[str]:
     start, stop, row = (tensors[name] for name in ("episode_from", "episode_to", "episode_row"))
     lengths = stop - start
     tiled = start[0] == 0 and stop[-1] == total_frames and bool((start[1:] == stop[:-1]).all())
-    if not tiled or not bool((lengths > 0).all()):
+    if not tiled or not bool((start < stop).all()):
         return [f"the episodes do not tile the dataset's {total_frames} frames"]
     covered = row >= 0
     ends = torch.cumsum(lengths[covered], 0)

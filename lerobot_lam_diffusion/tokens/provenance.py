@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from lerobot_lam_diffusion.problems import UserError
 
 FORMAT = "lerobot_lam_diffusion.token_store"
 FORMAT_VERSION = 1
+PACKAGE = "lerobot_policy_diffusion_lam"
 
 VQ = "vq"
 CONTINUOUS = "continuous"
@@ -90,7 +93,11 @@ class Provenance:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: not UTF-8, JSON, or a huge number
             raise ProvenanceError(
                 f"{path} is not readable as JSON ({error}); extract the tokens again with "
                 "lerobot-lam-precompute"
@@ -100,7 +107,7 @@ class Provenance:
                 f'{path} does not describe a token store: expected "format": "{FORMAT}"; extract the tokens '
                 "again with lerobot-lam-precompute"
             )
-        _refuse_newer(document.get("format_version"), path)
+        _refuse_newer(document, path)
         problems: list[str] = []
         provenance = _decode(cls, document, "", problems)
         problems += _value_problems(provenance) if not problems else []
@@ -112,16 +119,26 @@ class Provenance:
         return provenance
 
 
-def _refuse_newer(version: Any, path: Path) -> None:
+def _refuse_newer(document: dict, path: Path) -> None:
+    version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ProvenanceError(
-            f"{path} is damaged: format_version is {version!r}, expected a positive integer"
+            f"{path} is damaged: format_version is {version!r}, expected a positive integer. Extract the "
+            "tokens again with lerobot-lam-precompute"
         )
     if version > FORMAT_VERSION:
         raise ProvenanceError(
-            f"{path} has format version {version}; this lerobot_policy_diffusion_lam reads versions up to "
-            f"{FORMAT_VERSION}. Install a newer one: pip install --upgrade lerobot_policy_diffusion_lam"
+            f"{path} has format version {version}; this {PACKAGE} reads versions up to {FORMAT_VERSION}. "
+            f"Install the version that made it, or a newer one: pip install --upgrade '{_maker(document)}'"
         )
+
+
+def _maker(document: dict) -> str:
+    """Requirement of the package version that wrote a provenance file, as far as it tells."""
+    versions = document.get("versions")
+    version = versions.get(PACKAGE) if isinstance(versions, dict) else None
+    known = isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", version)
+    return f"{PACKAGE}>={version}" if known else PACKAGE
 
 
 def _decode(kind: type, document: Any, prefix: str, problems: list[str]) -> Any:
@@ -148,7 +165,8 @@ def _has_type(value: Any, expected: Any) -> bool:
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
     if expected == dict[str, str]:
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, expected)
@@ -171,9 +189,11 @@ def _value_problems(provenance: Provenance) -> list[str]:
         "dataset.total_episodes": provenance.dataset.total_episodes,
     }
     problems += [
-        f"{name} is {value}, expected a positive integer" for name, value in counts.items() if value < 1
+        f"{name} is {value}, expected a positive integer"
+        for name, value in counts.items()
+        if not 0 < value < 2**63
     ]
     scale = provenance.lam.token_scale
-    if not 0 < scale < float("inf"):
+    if scale <= 0:
         problems.append(f"lam.token_scale is {scale}, expected a positive number")
     return problems

@@ -4,8 +4,6 @@ Nothing in such a file tells which LAM, dataset or camera it was made with, so i
 """
 
 import logging
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,7 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
             number of rows than the dataset has frames.
     """
     document = _load(path)
-    tokens = document.get("tokens") if isinstance(document, dict) else None
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not tokens.is_floating_point():
-        found = f"{type(tokens).__name__} {tuple(tokens.shape) if isinstance(tokens, Tensor) else ''}".strip()
-        raise TokenStoreError(
-            f"{path} is not a token file: expected a dict with a float tensor 'tokens' (N, n*a), found "
-            f"{found}"
-        )
+    tokens = _tokens(document, path)
     if dataset_meta is None:
         raise TokenStoreError(
             f"{path} does not say where episodes begin; open it together with its dataset, or make a store "
@@ -48,19 +40,25 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
             f"{dataset_meta.total_frames} frames; it was made of another dataset or version. Extract the "
             "tokens with lerobot-lam-precompute"
         )
-    problem = not_finite(tokens, "token")
+    tokens = tokens.detach().float()
+    problem = not_finite(tokens, "token")  # after the conversion: float64's large numbers become Inf
     if problem:
         raise TokenStoreError(f"{path}: {problem}; extract the tokens again with lerobot-lam-precompute")
 
     metadata = _metadata(document)
     stride = metadata.get("frame_stride", 1)
+    if not isinstance(stride, int) or isinstance(stride, bool) or not 0 < stride < 2**63:
+        raise TokenStoreError(
+            f"{path} says frame_stride = {stride!r}, expected a positive integer; correct the file, or make "
+            "a store with lerobot-lam-precompute"
+        )
     store = TokenStore(
         path=path,
         provenance=None,
         kind=VQ if metadata.get("use_vq_tokens", True) else CONTINUOUS,
-        frame_stride=stride if isinstance(stride, int) and stride > 0 else 1,
+        frame_stride=stride,
         token_dim=tokens.shape[1],
-        values=tokens.float(),
+        values=tokens,
         codebook=None,
         episode_from=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
         episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
@@ -70,22 +68,37 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
     return store
 
 
+def _tokens(document: Any, path: Path) -> Tensor:
+    tokens = document.get("tokens") if isinstance(document, dict) else None
+    if (
+        isinstance(tokens, Tensor)
+        and tokens.ndim == 2
+        and tokens.is_floating_point()
+        and tokens.layout == torch.strided
+    ):
+        return tokens
+    if isinstance(tokens, Tensor):
+        found = f"tokens {tuple(tokens.shape)} of {tokens.dtype}, {tokens.layout}"
+    elif isinstance(document, dict):
+        found = f"a dict with {[str(key) for key in document]}"
+    else:
+        found = type(document).__name__
+    raise TokenStoreError(
+        f"{path} is not a token file: found {found}, expected a dict with a float tensor 'tokens' (N, n*a). "
+        "Make a store with lerobot-lam-precompute"
+    )
+
+
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise TokenStoreError(f"no token file at {path}; make a store with lerobot-lam-precompute")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # a damaged pickle raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TokenStoreError(
             f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
-            f"({str(error).splitlines()[0]}). Make a store with lerobot-lam-precompute"
+            f"({reason}). Make a store with lerobot-lam-precompute"
         ) from error
 
 
@@ -101,9 +114,9 @@ def _warn(store: TokenStore) -> None:
         "by lerobot-lam-precompute is checked.",
         store.path,
     )
-    starts = torch.cat([torch.arange(store.frame_stride) + start for start in store.episode_from.tolist()])
-    starts = starts[starts < len(store.values)]
-    filled = int(store.values[starts].any(1).sum())
+    missing = torch.ones(len(store.values), dtype=torch.bool)
+    missing[store.frames_with_tokens()] = False
+    filled = int(store.values[missing].any(1).sum())
     if filled:
         logger.warning(
             "%s: %d frames at episode starts have no frame %d before them, but hold non-zero tokens; they "

@@ -13,6 +13,7 @@ store where that is -1.
 """
 
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class TokenStore:
             TokenStoreError: missing, damaged, newer than this package, or of another dataset.
         """
         path = Path(path).expanduser()
-        if path.suffix in (".pt", ".pth"):
+        if path.suffix in (".pt", ".pth") and not path.is_dir():
             from lerobot_lam_diffusion.tokens.pt import open_pt
 
             return open_pt(path, dataset_meta)
@@ -148,32 +149,34 @@ class TokenStore:
         self._refuse_uncovered(index, episode)
         first = self.episode_from[episode].unsqueeze(1)
         last = self.episode_to[episode].unsqueeze(1) - 1
-        frame = (index.unsqueeze(1) + torch.as_tensor(deltas)).clamp(first, last)  # (B, T)
+        offsets = torch.tensor([operator.index(delta) for delta in deltas], dtype=torch.int64)
+        frame = (index.unsqueeze(1) + offsets).clamp(first, last)  # (B, T)
         tokens = self._decode(self.values[self.episode_row[episode].unsqueeze(1) + frame - first])
         tokens = tokens.masked_fill((frame - first < self.frame_stride).unsqueeze(-1), 0.0)
         return tokens.to(device)
 
     def code_perplexity(self) -> list[float]:
-        """Per slot, how many codes are in use, as the perplexity of their shares; missing tokens do not count.
+        """Per slot, how many codes are in use: the perplexity of their shares, without missing tokens.
 
         Empty for continuous tokens.
         """
         if self.codebook is None:
             return []
         perplexity = []
-        for codes in self.values[self._present_rows()].T:
+        frame = self.frames_with_tokens()
+        episode = torch.searchsorted(self.episode_from, frame, right=True) - 1
+        rows = self.episode_row[episode] + frame - self.episode_from[episode]
+        for codes in self.values[rows].T:
             shares = torch.bincount(codes.long(), minlength=len(self.codebook)) / max(len(codes), 1)
             perplexity.append(float(torch.exp(-torch.xlogy(shares, shares).sum())))
         return perplexity
 
-    def _present_rows(self) -> Tensor:
-        """Which rows hold a token, bool `(N,)`."""
-        covered = self.episode_row >= 0
-        present = torch.ones(len(self.values), dtype=torch.bool)
-        lengths = (self.episode_to - self.episode_from)[covered]
-        for row, length in zip(self.episode_row[covered].tolist(), lengths.tolist(), strict=True):
-            present[row : row + min(length, self.frame_stride)] = False
-        return present
+    def frames_with_tokens(self) -> Tensor:
+        """Absolute indices of the frames that have a token, ascending, int64."""
+        frame = torch.arange(self.num_frames)
+        episode = torch.searchsorted(self.episode_from, frame, right=True) - 1
+        has_pair = frame - self.episode_from[episode] >= self.frame_stride
+        return frame[has_pair & (self.episode_row[episode] >= 0)]
 
     def _decode(self, values: Tensor) -> Tensor:
         """Rows of the store `(B, T, ·)` as tokens `(B, T, token_dim)`."""

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +17,35 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuse to write where something is already.
+    """Refuse to write where something is already, or where nothing can be.
 
     Raises:
         FileExistsError: `folder` is a file or a folder that is not empty.
+        NotADirectoryError, PermissionError: no folder can be made there.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists already and is not empty; choose another --output_dir or remove it first"
         )
+    ground = next(parent for parent in folder.resolve().parents if parent.exists())
+    if not ground.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {ground} is a file; choose another --output_dir")
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{folder} cannot be made: {ground} is not writable; choose another --output_dir"
+        )
 
 
 def index_dtype(num_codes: int) -> torch.dtype:
-    """The smallest of uint8 and uint16 that holds an index of `num_codes` codes."""
+    """The smallest of uint8 and uint16 that holds an index of `num_codes` codes.
+
+    Raises:
+        ValueError: neither does.
+    """
+    if num_codes > 1 << 16:
+        raise ValueError(
+            f"a codebook of {num_codes} rows, expected at most 65536: indices are stored as uint16"
+        )
     return torch.uint8 if num_codes <= 256 else torch.uint16
 
 
@@ -60,6 +77,7 @@ def write_store(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     refuse_existing(folder)
+    folder = folder.resolve()  # "." has no name to write beside, a link cannot be renamed onto
     lengths = (episode_to - episode_from) * covered
     tensors = {
         "episode_from": episode_from,
@@ -72,9 +90,9 @@ def write_store(
         tensors |= {"tokens": values.float()}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        partial.mkdir()
+        partial.chmod(0o755)  # mkdtemp makes private folders
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS_FILE)
         provenance = replace(provenance, tensors_sha256=sha256_of(partial / TENSORS_FILE))
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")

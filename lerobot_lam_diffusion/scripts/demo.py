@@ -1,0 +1,160 @@
+"""The whole job in minutes and offline: record PushT, precompute LAM tokens, train on them, draw a picture.
+
+    lerobot-lam-demo                                             # into outputs/demo, or outputs/demo-2, ...
+    lerobot-lam-demo --lam.path=my_lam --steps=500
+    lerobot-lam-demo --record_only=true --root=data/pusht --num_episodes=200 --near_goal=false
+
+It needs the simulator: pip install 'lerobot_policy_diffusion_lam[pusht]'.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import huggingface_hub.constants
+
+from lerobot_lam_diffusion.lam import resolve_lam
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+
+DEFAULT_FOLDER = Path("outputs/demo")
+SIMULATOR = ("gym_pusht", "pymunk", "shapely", "matplotlib")
+
+
+@dataclass
+class DemoConfig:
+    """What `lerobot-lam-demo` makes.
+
+    Args:
+        output_dir: Folder of everything; must be empty. outputs/demo, or the next free outputs/demo-2, ...
+        num_episodes: To record; the last one is held out of training.
+        steps: Of training.
+        seed: Of training.
+        first_seed: Of the first recorded episode; each has its own.
+        lam: Which LAM makes the tokens.
+        device: For LAM and training. On a CPU two runs give the same figures.
+        record_only: Only record a dataset.
+        root: Where (with record_only); output_dir/pusht if left out.
+        repo_id: Its name (with record_only).
+        near_goal: Short episodes near the goal (with record_only); false: the task's own starts.
+    """
+
+    output_dir: Path | None = None
+    num_episodes: int = 20
+    steps: int = 100
+    seed: int = 0
+    first_seed: int = 0
+    lam: LamSource = field(default_factory=lambda: LamSource("pusht-compact"))
+    device: str = "cpu"
+    record_only: bool = False
+    root: Path | None = None
+    repo_id: str = "local/pusht"
+    near_goal: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        least = 1 if self.record_only else 2
+        if self.num_episodes < least:
+            why = "" if self.record_only else ": one is held out of training"
+            problems.append(f"--num_episodes={self.num_episodes} must be at least {least}{why}")
+        if self.steps < 1:
+            problems.append(f"--steps={self.steps} must be at least 1")
+        for name in ("seed", "first_seed"):
+            if getattr(self, name) < 0:
+                problems.append(f"--{name}={getattr(self, name)} must not be negative")
+        only_recording = {"root": None, "repo_id": "local/pusht", "near_goal": True}
+        if not self.record_only:
+            problems += [
+                f"--{name}={getattr(self, name)} goes with --record_only=true; leave it out"
+                for name, default in only_recording.items()
+                if getattr(self, name) != default
+            ]
+        raise_problems("these flags do not work", problems)
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Check what can be checked at once, then record, or tell the whole story."""
+    require_simulator()
+    go_offline()
+    # Only now: these need the simulator.
+    from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
+
+    if config.record_only:
+        root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
+        summary = record(
+            root.expanduser(), config.repo_id, config.num_episodes, config.near_goal, config.first_seed
+        )
+        print(f"{recorded_text(summary)}: {summary.root}")
+        return
+    resolve_lam(config.lam.path, config.lam.revision)
+    tell_story(
+        Demo(
+            folder=demo_folder(config.output_dir),
+            num_episodes=config.num_episodes,
+            first_seed=config.first_seed,
+            steps=config.steps,
+            seed=config.seed,
+            lam_path=config.lam.path,
+            lam_revision=config.lam.revision,
+            device=config.device,
+        )
+    )
+
+
+def demo_folder(output_dir: Path | None) -> Path:
+    """The empty folder to work in: the user's, or the first free outputs/demo, outputs/demo-2, ...
+
+    Raises:
+        UserError: the user's folder is not empty.
+    """
+    if output_dir is None:
+        others = (DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}") for number in count(2))
+        return DEFAULT_FOLDER if _is_free(DEFAULT_FOLDER) else next(filter(_is_free, others))
+    output_dir = output_dir.expanduser()
+    if not _is_free(output_dir):
+        raise UserError(
+            f"--output_dir={output_dir} is not an empty folder, and the demo overwrites nothing: pass another "
+            f"--output_dir, leave it out for a new folder under {DEFAULT_FOLDER.parent}, or remove it first"
+        )
+    return output_dir
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def require_simulator() -> None:
+    """Raise a UserError unless the extra `pusht` is installed."""
+    missing = [name for name in SIMULATOR if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the demo needs {', '.join(missing)}, not installed here. Install the simulator: "
+            "pip install 'lerobot_policy_diffusion_lam[pusht]'"
+        )
+
+
+def go_offline() -> None:
+    """No request to the Hub from here on, in this process and in the commands that it starts."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # read from the environment long ago
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(DemoConfig, run_demo, normalise_switch(sys.argv[1:] if argv is None else argv))
+
+
+def normalise_switch(argv: Sequence[str]) -> list[str]:
+    """`--record-only` as draccus takes it: dotted and with a value."""
+    words = [
+        word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") and "=" not in word else word
+        for word in argv
+    ]
+    return ["--record_only=true" if word == "--record_only" else word for word in words]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Fit a compact LAM of the villa-X architecture to the frames of a LeRobot dataset.
+
+    lerobot-lam-fit --dataset.repo_id=lerobot/pusht --camera_key=observation.image --output_dir=./data/my_lam
+
+writes a folder that every `--lam.path` takes, with a card of held-out figures. A YAML file can hold the flags
+(`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.device_utils import auto_select_torch_device
+from torch import Tensor
+from tqdm import tqdm
+
+from lerobot_lam_diffusion.lam import load_lam, save_lam
+from lerobot_lam_diffusion.lam.fit.card import write_card
+from lerobot_lam_diffusion.lam.fit.data import FitData
+from lerobot_lam_diffusion.lam.fit.presets import PRESETS
+from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
+from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
+from lerobot_lam_diffusion.lam.preprocess import resize
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.scripts.command_line import run_command
+
+STATE_KEY = "observation.state"
+FRAMES_FILE = "fit_frames.npy"
+
+
+@dataclass
+class FitLamConfig:
+    """Frames of a dataset → a LAM of one's own.
+
+    Args:
+        dataset: As in lerobot-train; `--dataset.episodes=[0,1]` uses those only.
+        output_dir: Where the LAM will stand.
+        camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
+        preset: Size of the model.
+        steps: Optimiser steps in all.
+        batch_size: Frame pairs a step.
+        seed: Of weights, batches and noise.
+        learning_rate: Peak of the learning rate.
+        state_weight: Weight of the loss that ties tokens to the change of `observation.state`; 0: pixels alone.
+        frame_stride: Gap of a frame pair, in frames.
+        holdout_episodes: How many of the last episodes only measure the LAM; a tenth, at least 5, if left out.
+        device: cuda, mps, cpu; the best there is if left out.
+        resume: Continue the fit that `output_dir` holds.
+        save_every: Steps between checkpoints.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
+    """
+
+    dataset: DatasetConfig
+    output_dir: Path
+    camera_key: str | None = None
+    preset: str = "compact"
+    steps: int = 3000
+    batch_size: int = 64
+    seed: int = 0
+    learning_rate: float = 1e-3
+    state_weight: float = 1.0
+    frame_stride: int = 1
+    holdout_episodes: int | None = None
+    device: str | None = None
+    resume: bool = False
+    save_every: int = 200
+    tolerance_s: float = 1e-4
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.preset not in PRESETS:
+            problems.append(f"--preset={self.preset} is unknown, choose one of {', '.join(PRESETS)}")
+        least = {"steps": 1, "batch_size": 2, "frame_stride": 1, "save_every": 1, "state_weight": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                problems.append(f"--{name}={getattr(self, name)} must be at least {value}")
+        if self.learning_rate <= 0:
+            problems.append(f"--learning_rate={self.learning_rate} must be positive")
+        if self.holdout_episodes is not None and self.holdout_episodes < 1:
+            problems.append(f"--holdout_episodes={self.holdout_episodes} must be at least 1")
+        raise_problems("cannot fit a LAM so", problems)
+
+    def recipe(self) -> FitRecipe:
+        return FitRecipe(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            learning_rate=self.learning_rate,
+            state_weight=self.state_weight,
+        )
+
+
+def fit_lam(config: FitLamConfig) -> FitReport:
+    """Load the frames, fit, measure on held-out episodes, write the model folder and its card."""
+    _check_output(config)
+    model_config, recipe = PRESETS[config.preset], config.recipe()
+    device = config.device or auto_select_torch_device().type
+    dataset = LeRobotDataset(
+        config.dataset.repo_id,
+        root=config.dataset.root,
+        revision=config.dataset.revision,
+        episodes=config.dataset.episodes,
+        tolerance_s=config.tolerance_s,
+        video_backend=config.dataset.video_backend,
+    )
+    camera = choose_camera(dataset.meta, config.camera_key)
+    data = _load_data(dataset, camera, model_config.resolution, config)
+
+    fit = Fit(model_config, recipe, data, device)
+    if config.resume:
+        fit.resume(config.output_dir)
+    fit.run(config.output_dir, config.save_every)
+
+    about = (
+        f"{config.preset} LAM fitted to {config.dataset.repo_id} ({camera}), frame stride {config.frame_stride}"
+    )
+    model = fit.model
+    save_lam(
+        config.output_dir, model_config, model.encoder, model.vq, model.decoder, description=about, version=1
+    )
+    lam = load_lam(config.output_dir, device=device, fdm=True)
+    report = evaluate(lam, data)
+    write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
+    for leftover in (CHECKPOINT_FILE, FRAMES_FILE):
+        (config.output_dir / leftover).unlink(missing_ok=True)
+    _tell(config, report)
+    return report
+
+
+def _check_output(config: FitLamConfig) -> None:
+    folder = config.output_dir
+    checkpoint = folder / CHECKPOINT_FILE
+    if config.resume and not checkpoint.is_file():
+        raise UserError(f"--resume=true found no {checkpoint}, expected a checkpoint: start without --resume")
+    if not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"--output_dir={folder} exists and is not empty, expected a new folder: choose another one, or "
+            "continue an interrupted fit with --resume=true"
+        )
+
+
+def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: FitLamConfig) -> FitData:
+    columns = dataset.hf_dataset.data
+    episodes = torch.from_numpy(np.array(columns.column("episode_index")))
+    holdout = config.holdout_episodes
+    if holdout is None:
+        holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)
+    nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
+    data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)  # checked before decoding
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    return replace(data, frames=_frames(dataset, camera, episodes, resolution, config.output_dir / FRAMES_FILE))
+
+
+def _states(columns: Any) -> Tensor | None:
+    if STATE_KEY not in columns.column_names:
+        return None
+    states = np.array(columns.column(STATE_KEY).to_pylist(), dtype=np.float32)
+    return torch.from_numpy(states.reshape(len(states), -1))
+
+
+def _frames(dataset: LeRobotDataset, camera: str, episodes: Tensor, resolution: int, path: Path) -> Tensor:
+    """All frames at the model's resolution, uint8 (F, 3, R, R), decoded once into a file beside the model."""
+    shape = (len(episodes), 3, resolution, resolution)
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        source = EpisodeFrames(dataset, camera)
+        row = 0
+        for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
+            for chunk in source.chunks(episode):
+                frames[row : row + len(chunk)] = resize(chunk, resolution).numpy()
+                row += len(chunk)
+        frames.flush()
+        shutil.move(partial, path)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData) -> dict[str, str]:
+    stride = config.frame_stride
+    return {
+        "dataset": f"`{config.dataset.repo_id}`, {dataset.num_episodes} episodes, {dataset.num_frames} frames",
+        "camera": f"`{camera}`",
+        "frame stride": f"{stride} ({stride / dataset.fps:.3g} s at {dataset.fps} fps)",
+        "held out": f"the last {data.holdout_episodes} episodes",
+        "preset": f"`{config.preset}`",
+        "recipe": f"{config.steps} steps of {config.batch_size} pairs, learning rate {config.learning_rate:g}, "
+        f"seed {config.seed}, weight of the state {config.state_weight:g}",
+    }
+
+
+def _tell(config: FitLamConfig, report: FitReport) -> None:
+    print("\n".join(report.lines()))
+    print(f"\nThe LAM stands in {config.output_dir}. Next:")
+    print(
+        f"  lerobot-lam-precompute --dataset.repo_id={config.dataset.repo_id} --lam.path={config.output_dir} "
+        f"--frame_stride={config.frame_stride} --output_dir={config.output_dir}_tokens"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(FitLamConfig, fit_lam, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What the tests share: real LeRobot datasets with encoded video, and a LAM with many codes on them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("SVT_LOG", "1")
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
+from lerobot_lam_diffusion.lam.decoder import Decoder
+from lerobot_lam_diffusion.lam.encoder import Encoder
+from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
+from lerobot_lam_diffusion.tokens import TokenStore
+
+TOP = "observation.images.top"
+EPISODE_LENGTHS = (14, 9, 17, 8, 12)
+FPS = 10
+SIZE = 48
+
+SMALL_LAM = LamConfig(
+    resolution=32, patch_size=8, d_t=4, encoder_depth=2, encoder_embed_dim=32, encoder_n_heads=4,
+    action_latent_dim=32, num_learned_tokens=2, map_heads=4, decoder_depth=1, decoder_embed_dim=16,
+    decoder_n_heads=2, n_codes=16,
+)  # fmt: skip
+
+
+def record_dataset(
+    root: Path,
+    lengths: Sequence[int] = EPISODE_LENGTHS,
+    cameras: Sequence[str] = (TOP,),
+    use_videos: bool = True,
+    extra: dict[str, dict] | None = None,
+    seed: int = 0,
+) -> LeRobotDataset:
+    """A LeRobot dataset of squares that wander over noise, encoded as LeRobot encodes video.
+
+    Args:
+        extra: More features, name → `{"dtype": …, "shape": …, "names": …}`; filled with zeros.
+    """
+    extra = extra or {}
+    kind = "video" if use_videos else "image"
+    image = {"dtype": kind, "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    vector = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
+    features = {"observation.state": vector, "action": vector, **dict.fromkeys(cameras, image), **extra}
+    dataset = LeRobotDataset.create(
+        "local/squares", FPS, features, root=root, use_videos=use_videos, video_backend="pyav"
+    )
+    generator = np.random.default_rng(seed)
+    for length in lengths:
+        background = generator.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
+        position = generator.uniform(8, SIZE - 16, 2)
+        for _ in range(length):
+            step = generator.uniform(-6, 6, 2)
+            target = np.clip(position + step, 0, SIZE - 12)
+            frame = background.copy()
+            x, y = position.astype(int)
+            frame[y : y + 12, x : x + 12] = (250, 180, 40)
+            pixels = {camera: np.roll(frame, 3 * k, axis=0) for k, camera in enumerate(cameras)}
+            zeros = {name: np.zeros(spec["shape"], spec["dtype"]) for name, spec in extra.items()}
+            vectors = {"observation.state": position.astype("float32"), "action": target.astype("float32")}
+            dataset.add_frame({**pixels, **vectors, **zeros, "task": "wander"})
+            position = target
+        dataset.save_episode()
+    dataset.finalize()
+    return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
+
+
+def write_lam(folder: Path, frames: torch.Tensor, seed: int = 0, **changes: object) -> Path:
+    """A random LAM whose codebook rows are its own tokens of `frames`, so that many codes occur.
+
+    Args:
+        frames: uint8 `(T, 3, H, W)`, at least K + 1 of them.
+    """
+    config = replace(SMALL_LAM, **changes)
+    torch.manual_seed(seed)
+    encoder, quantizer, decoder = Encoder(config), Quantizer(config), Decoder(config)
+    save_lam(folder, config, encoder, quantizer, decoder)
+    tokens = load_lam(folder).encode_pairs(frames[:-1], frames[1:]).continuous
+    rows = tokens.unflatten(1, (config.num_learned_tokens, -1)).flatten(0, 1)  # (pairs * n, a)
+    # A random encoder gives nearly the same token always: stretch what differs.
+    mean, spread = rows.mean(0), rows.std(0)
+    last = encoder.map_block.final_proj[0]
+    last.weight.data /= spread.unsqueeze(1)
+    last.bias.data = (last.bias.data - mean) / spread
+    some = rows[torch.randperm(len(rows))[: config.n_codes]]
+    quantizer.embedding.weight.data = (some - mean) / spread
+    return save_lam(folder, config, encoder, quantizer, decoder)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> LeRobotDataset:
+    """60 frames in 5 episodes, one camera, encoded video. Not to be changed."""
+    return record_dataset(tmp_path_factory.mktemp("squares") / "data")
+
+
+@pytest.fixture(scope="session")
+def frames(dataset) -> torch.Tensor:
+    """All its frames by LeRobot's own random access, uint8 `(N, 3, H, W)`."""
+    return torch.stack([dataset[i][TOP] for i in range(len(dataset))])
+
+
+@pytest.fixture(scope="session")
+def lam_folder(tmp_path_factory, frames) -> Path:
+    """A small LAM (n = 2, a = 32, K = 16) that uses many codes on `dataset`."""
+    return write_lam(tmp_path_factory.mktemp("lam"), frames)
+
+
+@pytest.fixture(scope="session")
+def lam(lam_folder):
+    return load_lam(lam_folder)
+
+
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory, lam, lam_folder):
+    """Extracts tokens of a dataset: `make_store(dataset, use_vq_tokens=False, frame_stride=3)`."""
+
+    def make(of: LeRobotDataset, camera_key: str = TOP, **options) -> TokenStore:
+        folder = tmp_path_factory.mktemp("tokens") / "store"
+        return precompute_tokens(
+            of,
+            lam,
+            folder,
+            camera_key=camera_key,
+            lam_path=str(lam_folder),
+            show_progress=False,
+            **{"batch_size": 8, **options},
+        ).store
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(dataset, make_store) -> TokenStore:
+    """VQ tokens of `dataset`, stride 1. Not to be changed."""
+    return make_store(dataset)
+
+
+@pytest.fixture(scope="session")
+def continuous_store(dataset, make_store) -> TokenStore:
+    return make_store(dataset, use_vq_tokens=False)

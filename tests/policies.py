@@ -1,0 +1,50 @@
+"""Small policies on the datasets of `conftest.py`, built the way `lerobot-train` builds them."""
+
+from typing import Any
+
+import torch
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.policies.factory import make_policy, make_pre_post_processors
+
+from lerobot_lam_diffusion import DiffusionLamConfig
+
+SMALL = {
+    "device": "cpu",
+    "pretrained_backbone_weights": None,
+    "push_to_hub": False,
+    "down_dims": (16, 32),
+    "n_groups": 4,
+    "horizon": 8,
+    "n_action_steps": 4,
+    "num_train_timesteps": 10,
+    "spatial_softmax_num_keypoints": 8,
+}
+
+
+def lam_config(**fields: Any) -> DiffusionLamConfig:
+    return DiffusionLamConfig(**{"use_precomputed_lam_tokens": True, **SMALL, **fields})
+
+
+def stock_config(**fields: Any) -> DiffusionConfig:
+    return DiffusionConfig(**{**SMALL, **fields})
+
+
+def build(config: DiffusionConfig, dataset: LeRobotDataset, seed: int = 0) -> Any:
+    """A policy and its pre-processor, with weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    policy = make_policy(config, ds_meta=dataset.meta)
+    preprocessor, _ = make_pre_post_processors(config, dataset_stats=dataset.meta.stats)
+    return policy, preprocessor
+
+
+def training_batch(config: DiffusionConfig, dataset: LeRobotDataset, rows: list[int]) -> dict[str, Any]:
+    """A collated batch of these rows with the windows that the policy asks for, float images."""
+    windowed = LeRobotDataset(
+        dataset.repo_id,
+        root=dataset.root,
+        delta_timestamps=resolve_delta_timestamps(config, dataset.meta),
+        video_backend="pyav",
+    )
+    return torch.utils.data.default_collate([windowed[row] for row in rows])

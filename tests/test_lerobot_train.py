@@ -1,0 +1,135 @@
+"""Stock `lerobot-train` runs `diffusion_lam` on precomputed tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.scripts import lerobot_train
+from lerobot.utils.import_utils import register_third_party_plugins
+from safetensors.torch import load_file
+
+from lerobot_lam_diffusion import DiffusionLamPolicy
+
+SMALL_FLAGS = [
+    "--policy.type=diffusion_lam",
+    "--policy.use_precomputed_lam_tokens=true",
+    "--policy.push_to_hub=false",
+    "--policy.device=cpu",
+    "--policy.pretrained_backbone_weights=null",
+    "--policy.down_dims=[16,32]",
+    "--policy.n_groups=4",
+    "--policy.horizon=8",
+    "--policy.n_action_steps=4",
+    "--policy.drop_n_last_frames=3",
+    "--dataset.repo_id=local/squares",
+    "--batch_size=4",
+    "--num_workers=0",
+    "--log_freq=1",
+    "--seed=7",
+]
+
+
+def train(monkeypatch, *flags):
+    """`lerobot-train` in this process."""
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", *flags])
+    register_third_party_plugins()
+    lerobot_train.train()
+
+
+@pytest.fixture
+def flags(dataset, store, tmp_path):
+    return [
+        *SMALL_FLAGS,
+        f"--dataset.root={dataset.root}",
+        f"--policy.lam_tokens_path={store.path}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+
+
+def weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_trains_resumes_and_loads_again(monkeypatch, flags, tmp_path, store):
+    run = tmp_path / "run"
+    train(monkeypatch, *flags, "--steps=2")
+    before = weights(run)
+    checkpoint = run / "checkpoints" / "000002" / "pretrained_model"
+    train(monkeypatch, f"--config_path={checkpoint / 'train_config.json'}", "--resume=true", "--steps=4")
+    after = weights(run, "000004")
+    assert before.keys() == after.keys()
+    assert not same(before, after)
+
+    policy = DiffusionLamPolicy.from_pretrained(run / "checkpoints" / "last" / "pretrained_model")
+    assert same(dict(policy.state_dict()), after)
+    saved = json.loads((checkpoint / "config.json").read_text())
+    assert saved["type"] == "diffusion_lam"
+    assert saved["lam_fingerprint"] == store.provenance.lam.fingerprint
+    assert saved["lam_conditioning_steps"] == 1
+    assert any(value.any() for name, value in after.items() if name.endswith("cond_encoder.lam.weight"))
+
+
+def test_fine_tunes_on_the_store_that_the_command_line_names(
+    monkeypatch, flags, tmp_path, dataset, make_store
+):
+    """The path saved with the checkpoint does not win over the flag."""
+    train(monkeypatch, *flags, "--steps=1")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    moved = make_store(dataset)
+    train(
+        monkeypatch,
+        f"--policy.path={checkpoint}",
+        f"--policy.lam_tokens_path={moved.path}",
+        "--policy.push_to_hub=false",
+        f"--dataset.root={dataset.root}",
+        "--dataset.repo_id=local/squares",
+        f"--output_dir={tmp_path / 'tuned'}",
+        "--steps=1",
+        "--batch_size=4",
+        "--num_workers=0",
+    )
+    saved = json.loads(
+        (tmp_path / "tuned" / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text()
+    )
+    assert saved["lam_tokens_path"] == str(moved.path)
+    assert saved["lam_source"] == f"store:{moved.path}"
+
+
+def test_trains_on_some_episodes_with_a_held_out_split(monkeypatch, flags, tmp_path):
+    train(
+        monkeypatch,
+        *flags,
+        "--dataset.episodes=[3,0,2]",
+        "--dataset.eval_split=0.3",
+        "--eval_steps=1",
+        "--steps=2",
+    )
+    assert weights(tmp_path / "run")
+
+
+def test_a_bad_store_stops_before_training(monkeypatch, flags, tmp_path):
+    with pytest.raises(ValueError, match=r"no token store at .*lerobot-lam-precompute"):
+        train(monkeypatch, *flags, f"--policy.lam_tokens_path={tmp_path}/nothing", "--steps=1")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_and_two_processes(flags, tmp_path):
+    """torchrun as LeRobot's CPU runs need it: two ranks, each with its own loader."""
+    console = Path(sys.executable).parent
+    command = [console / "torchrun", "--nproc_per_node=2", console / "lerobot-train", *flags, "--steps=3"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), "--num_workers=1"], env=environment, capture_output=True, text=True, timeout=540
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Effective batch size: 4 x 2 = 8" in done.stdout + done.stderr
+    assert weights(tmp_path / "run")

@@ -1,0 +1,148 @@
+"""Bad sources of tokens: one clear error each, while the policy is built, before anything trains."""
+
+import shutil
+
+import pytest
+import torch
+from lerobot.datasets.dataset_tools import add_features, delete_episodes
+
+from lerobot_lam_diffusion import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.problems import UserError
+from tests.conftest import record_dataset
+from tests.policies import build, lam_config, training_batch
+
+
+@pytest.fixture(scope="module")
+def with_column(dataset, store, tmp_path_factory):
+    """The dataset with its tokens as a native column."""
+    tokens = store.window(torch.arange(len(dataset)), [0])[:, 0].numpy()
+    feature = {"dtype": "float32", "shape": (64,), "names": None}
+    return add_features(
+        dataset,
+        features={OBS_LAM_TOKENS: (tokens, feature)},
+        output_dir=tmp_path_factory.mktemp("column") / "data",
+        repo_id="local/column",
+    )
+
+
+def refused(dataset, *messages, **fields):
+    with pytest.raises(UserError) as error:
+        build(lam_config(**fields), dataset)
+    for message in messages:
+        assert message in str(error.value), str(error.value)
+
+
+def test_no_source(dataset):
+    refused(
+        dataset,
+        "no column 'observation.lam_tokens'",
+        "--policy.lam_tokens_path is unset",
+        "lerobot-lam-precompute --dataset.repo_id=local/squares",
+    )
+
+
+def test_missing_store(dataset, tmp_path):
+    refused(
+        dataset,
+        f"no token store at {tmp_path / 'nowhere'}",
+        "lerobot-lam-precompute",
+        lam_tokens_path=str(tmp_path / "nowhere"),
+    )
+
+
+def test_truncated_store(dataset, store, tmp_path):
+    shutil.copytree(store.path, tmp_path / "store")
+    file = tmp_path / "store" / "lam_tokens.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    refused(dataset, "lam_tokens.safetensors is damaged", lam_tokens_path=str(tmp_path / "store"))
+
+
+def test_store_of_another_dataset(store, tmp_path):
+    other = record_dataset(tmp_path / "other", seed=1)
+    refused(other, "does not belong to dataset", "episodes differ", lam_tokens_path=str(store.path))
+
+
+def test_store_of_an_edited_dataset(dataset, store, tmp_path):
+    edited = delete_episodes(dataset, [0], output_dir=tmp_path / "edited", repo_id="local/edited")
+    refused(edited, "60 frames, the dataset 46", "5 episodes, the dataset 4", lam_tokens_path=str(store.path))
+
+
+def test_path_and_column_at_once(with_column, store):
+    refused(with_column, "two sources of LAM tokens", str(store.path), "'observation.lam_tokens'",
+            lam_tokens_path=str(store.path))  # fmt: skip
+
+
+def test_column_of_another_width(with_column):
+    refused(with_column, "shape (64,)", "expects (96,)", "lam_num_learned_tokens", lam_num_learned_tokens=3)
+
+
+def test_fields_that_contradict_the_store_are_told_at_once(dataset, store):
+    refused(
+        dataset,
+        "5 problems",
+        "lam_frame_stride is 3, the store has 1",
+        "lam_num_learned_tokens is 4, the store has 2",
+        "lam_action_latent_dim is 16, the store has 32",
+        "lam_fingerprint is abc, the store has",
+        "it holds vq tokens: pass --policy.lam_use_vq_tokens=true",
+        lam_tokens_path=str(store.path),
+        lam_frame_stride=3,
+        lam_num_learned_tokens=4,
+        lam_action_latent_dim=16,
+        lam_fingerprint="abc",
+        lam_use_vq_tokens=False,
+    )
+
+
+def test_continuous_store_names_the_flag(dataset, continuous_store):
+    refused(dataset, "--policy.lam_use_vq_tokens=false", lam_tokens_path=str(continuous_store.path))
+
+
+def test_two_cameras_one_of_which_the_store_saw(tmp_path, make_store):
+    cameras = ("observation.images.top", "observation.images.wrist")
+    both = record_dataset(tmp_path / "both", lengths=(6, 5), cameras=cameras)
+    store = make_store(both, camera_key="observation.images.wrist")
+    refused(both, "lam_camera_key is observation.images.top, the store has observation.images.wrist",
+            lam_tokens_path=str(store.path), lam_camera_key="observation.images.top")  # fmt: skip
+    policy, _ = build(lam_config(lam_tokens_path=str(store.path)), both)
+    assert policy.config.lam_camera_key == "observation.images.wrist"
+
+
+def test_partial_store_warns_and_the_batch_names_episode_and_frame(dataset, make_store, caplog):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    some = LeRobotDataset("local/squares", root=dataset.root, episodes=[1, 3], return_uint8=True)
+    store = make_store(some)
+    policy, preprocess = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    assert "2 of 5 episodes (1, 3)" in caplog.text
+    covered = preprocess(training_batch(policy.config, dataset, [14, 41]))
+    assert torch.isfinite(policy.forward(covered)[0])
+    with pytest.raises(ValueError, match=r"lacks episode 2, which frame 30 belongs to; .*--dataset.episodes"):
+        policy.forward(preprocess(training_batch(policy.config, dataset, [14, 30])))
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_stats):
+    """Also where the dataset has statistics for the column, by which LeRobot would normalise it."""
+    if with_stats:
+        statistics = {"min": -1, "max": 3, "mean": 0.5, "std": 2, "count": 60}
+        with_column.meta.stats[OBS_LAM_TOKENS] = {
+            name: torch.full((64,), float(value)).numpy() for name, value in statistics.items()
+        }
+    losses = []
+    for source, fields in ((dataset, {"lam_tokens_path": str(store.path)}), (with_column, {})):
+        config = lam_config(**fields, lam_temporal_aggregation="concat")
+        policy, preprocess = build(config, source)
+        policy.config.lam_token_scale = store.provenance.lam.token_scale
+        make_lam_weights_matter(policy)
+        batch = preprocess(training_batch(policy.config, source, [1, 20, 30]))
+        torch.manual_seed(0)
+        losses.append(policy.forward(batch)[0].item())
+    assert losses[0] == losses[1]
+
+
+def make_lam_weights_matter(policy):
+    torch.manual_seed(3)
+    for name, parameter in policy.named_parameters():
+        if name.endswith("cond_encoder.lam.weight"):
+            torch.nn.init.normal_(parameter)
