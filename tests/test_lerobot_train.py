@@ -133,3 +133,23 @@ def test_two_workers_and_two_processes(flags, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Effective batch size: 4 x 2 = 8" in done.stdout + done.stderr
     assert weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_example_loop_trains_and_its_checkpoint_loads(dataset, store, tmp_path):
+    script = Path(__file__).parents[1] / "docs" / "examples" / "train_with_precomputed_lam.py"
+    arguments = {
+        "--dataset-repo-id": "local/squares",
+        "--dataset-root": dataset.root,
+        "--lam-tokens-path": store.path,
+        "--output-dir": tmp_path / "own",
+        "--num-epochs": 1,
+        "--learning-rate": 1e-4,
+        "--batch-size": 30,
+        "--num-workers": 0,
+        "--device": "cpu",
+    }
+    words = [str(word) for pair in arguments.items() for word in pair]
+    subprocess.run([sys.executable, script, *words], check=True, timeout=540)
+    policy = DiffusionLamPolicy.from_pretrained(tmp_path / "own" / "last")
+    assert policy.config.lam_fingerprint == store.provenance.lam.fingerprint
