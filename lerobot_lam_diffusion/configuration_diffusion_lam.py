@@ -15,6 +15,12 @@ DEFAULT_ACTION_LATENT_DIM = 32
 
 AGGREGATIONS = ("latest", "concat")
 LAM_DTYPES = ("float32", "bfloat16")
+MISSING = ("error", "zero")
+
+
+def single(value: list[str] | str | None) -> str | None:
+    """The one entry of a field that will take several later."""
+    return value[0] if isinstance(value, list) else value
 
 
 @PreTrainedConfig.register_subclass("diffusion_lam")
@@ -48,6 +54,14 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_fingerprint: SHA-256 of the LAM that made the tokens. Written by training.
         lam_token_scale: RMS of the codebook's entries; tokens are divided by it. Written by training.
         lam_source: Where training took its tokens from. Written by training.
+        lam_allow_mismatch: Compute live tokens with another LAM than trained with; warns.
+        lam_token_dropout: Probability p in training of dropping a sample's whole window of tokens, and
+            otherwise of each token of it; 0.5 is villa-X's masking. A policy trained with it survives
+            missing tokens.
+        lam_missing: Where neither tokens nor a LAM are at hand: "error", or "zero" to act without them (for
+            a policy trained with `lam_token_dropout`).
+        init_from_stock: Checkpoint of a stock Diffusion Policy whose weights this one starts from; cleared
+            once they are loaded.
 
     Raises:
         ValueError: fields contradict each other; all contradictions are told at once.
@@ -70,6 +84,10 @@ class DiffusionLamConfig(DiffusionConfig):
     lam_fingerprint: list[str] | str | None = None
     lam_token_scale: float | None = None
     lam_source: str | None = None
+    lam_allow_mismatch: bool = False
+    lam_token_dropout: float = 0.0
+    lam_missing: str = "error"
+    init_from_stock: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +117,16 @@ class DiffusionLamConfig(DiffusionConfig):
         steps = self.lam_conditioning_steps or self._derived_conditioning_steps()
         return list(range(1 - steps, 1))
 
+    @property
+    def observation_delta_indices(self) -> list[int]:
+        """Frame offsets that the dataset delivers: on the fly also those of the LAM's frame pairs."""
+        window = super().observation_delta_indices
+        if not self.use_lam_conditioning or self.use_precomputed_lam_tokens:
+            return window
+        stride = self.lam_frame_stride or 1
+        pairs = {delta - gap for delta in self.lam_token_deltas for gap in (0, stride)}
+        return sorted({*window, *pairs})
+
     def validate_features(self) -> None:
         # Tokens are never normalised: a native column would arrive as one more STATE feature, and LeRobot
         # would scale it by its statistics as soon as the dataset has some.
@@ -125,6 +153,15 @@ class DiffusionLamConfig(DiffusionConfig):
             )
         if self.lam_dtype not in LAM_DTYPES:
             problems.append(f"lam_dtype={self.lam_dtype!r} must be one of {list(LAM_DTYPES)}")
+        if not 0 <= self.lam_token_dropout <= 1:
+            problems.append(f"lam_token_dropout={self.lam_token_dropout} must be in 0..1")
+        if self.lam_missing not in MISSING:
+            problems.append(f"lam_missing={self.lam_missing!r} must be one of {list(MISSING)}")
+        elif self.lam_missing == "zero" and not self.lam_token_dropout:
+            problems.append(
+                "lam_missing=zero is for policies trained with lam_token_dropout > 0; this one has never "
+                "seen a missing token"
+            )
         for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_frame_stride"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,8 +1,8 @@
 """Diffusion Policy conditioned on LAM tokens.
 
     batch["index"] ─► TokenStore.window ┐
-    native column, LamTokenDataset ─────┴► tokens (B, T, n·a) ─► lam_projection ─► every residual block's
-                                                                                   conditioning, added
+    native column, LamTokenDataset ─────┼► tokens (B, T, n·a) ─► lam_projection ─► every residual block's
+    raw frames ─► LAM (live_tokens.py) ─┘                                          conditioning, added
 
 The stock U-Net is built as it is, and each residual block's conditioning layer gets a second linear, zero at
 the start: `linear(cond) + linear_lam(lam)`. So a fresh policy gives the stock loss bit for bit, the random
@@ -11,7 +11,7 @@ would not be bit-exact: the order of summation changes.)
 """
 
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lerobot.policies.diffusion.modeling_diffusion import (
@@ -19,13 +19,20 @@ from lerobot.policies.diffusion.modeling_diffusion import (
     DiffusionModel,
     DiffusionPolicy,
 )
+from lerobot.utils.constants import ACTION, OBS_PREFIX
 from lerobot.utils.import_utils import require_package
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
-from lerobot_lam_diffusion.token_source import settle_precomputed_source
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
+
+if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
+    from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveLam
 
 __all__ = ["OBS_LAM_IMAGES", "OBS_LAM_TOKENS", "DiffusionLamModel", "DiffusionLamPolicy"]
 
@@ -34,12 +41,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
     """`DiffusionPolicy` that also sees motion, as LAM tokens.
 
     Args:
-        config: Policy configuration. In training, what the token store says about its LAM is written into it.
+        config: Policy configuration. In training, what the token store or the LAM says about itself is
+            written into it.
         dataset_meta: Metadata of the training dataset, as LeRobot's `make_policy` passes it. The token
             store is checked against it here, before the first step.
 
     Raises:
-        ValueError: no or contradictory sources of tokens (see `token_source`).
+        UserError: no or contradictory sources of tokens (see `token_source`).
     """
 
     config_class = DiffusionLamConfig
@@ -53,13 +61,31 @@ class DiffusionLamPolicy(DiffusionPolicy):
         super(DiffusionPolicy, self).__init__(config)
         config.validate_features()
         self.token_store: TokenStore | None = None
+        self._live_lam: LiveLam | None = None
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
             self.token_store = settle_precomputed_source(config, dataset_meta)
+        elif config.use_lam_conditioning:
+            settle_live_source(config, dataset_meta, self.live_lam.lam)
         self.diffusion = DiffusionLamModel(config)
+        if config.init_from_stock is not None:
+            load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
+            config.init_from_stock = None
+        if self._live_lam is not None:
+            self.diffusion.lam_model = self._live_lam.lam
         self.reset()
+
+    @property
+    def live_lam(self) -> "LiveLam":
+        """The LAM that computes tokens from frames; it is loaded when they are first needed."""
+        if self._live_lam is None:
+            from lerobot_lam_diffusion.live_tokens import LiveLam
+
+            self._live_lam = LiveLam(self.config)
+        return self._live_lam
 
     def reset(self) -> None:
         super().reset()
+        self._history: FrameHistory | None = None
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
@@ -67,8 +93,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Loss of a training batch.
 
         Args:
-            batch: As stock diffusion's, and LAM tokens `(B, T, n·a)` under `lam_tokens_key`, T at least
-                `lam_conditioning_steps` (the last ones count), or `index` `(B,)` to find them in the store.
+            batch: As stock diffusion's, and one of: LAM tokens `(B, T, n·a)` under `lam_tokens_key`, T at
+                least `lam_conditioning_steps` (the last ones count); `index` `(B,)` to find them in the
+                store; raw frames from the pre-processor, to compute them on the fly.
         """
         return super().forward(self._with_window_tokens(batch))
 
@@ -81,32 +108,34 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """One action `(B, action_dim)`; the batch brings the tick's token `(B, n·a)`, `lam_tokens_key`."""
+        """One action `(B, action_dim)`.
+
+        Tokens are the batch's own, `(B, n·a)` under `lam_tokens_key`, or else the LAM computes them from the
+        frames seen since `reset()`, when a new chunk of actions is predicted.
+        """
         if self.config.use_lam_conditioning:
-            key = self.config.lam_tokens_key
-            if key not in batch:
-                raise ValueError(
-                    f"this diffusion_lam policy needs the LAM token of each observation, and the batch has "
-                    f"no {key!r} (it has {sorted(batch)}). Deployment without tokens in the batch is not "
-                    "supported yet"
-                )
-            batch = {**batch, OBS_LAM_TOKENS: batch[key]}
+            batch = self._with_current_tokens(batch)
         return super().select_action(batch, noise=noise)
 
-    def _with_window_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_window_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its conditioning tokens `(B, lam_conditioning_steps, n·a)` under a fixed key."""
         if not self.config.use_lam_conditioning:
             return batch
-        return {**batch, OBS_LAM_TOKENS: self._window_tokens(batch)}
+        tokens = self._window_tokens(batch)
+        if self.training and self.config.lam_token_dropout:
+            tokens = drop_tokens(tokens, self.config.lam_token_dropout)
+        return {**self._last_observations(batch), OBS_LAM_TOKENS: tokens}
 
-    def _window_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+    def _window_tokens(self, batch: dict[str, Any]) -> Tensor:
         key, deltas = self.config.lam_tokens_key, self.config.lam_token_deltas
         if key in batch:
             tokens = batch[key]
+        elif not self.config.use_precomputed_lam_tokens:
+            tokens = self._computed_window(batch)
         elif "index" in batch:
             tokens = self._opened_store().window(batch["index"], deltas)
         else:
-            raise ValueError(
+            raise UserError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
                 f"them by (it has {sorted(batch)})"
             )
@@ -114,7 +143,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
             tokens = tokens.unsqueeze(1)
         steps = len(deltas)
         if tokens.ndim != 3 or tokens.shape[1] < steps or tokens.shape[2] != self.config.lam_token_dim:
-            raise ValueError(
+            raise UserError(
                 f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, at least {steps}, "
                 f"{self.config.lam_token_dim}) = (batch, lam_conditioning_steps, lam_num_learned_tokens * "
                 "lam_action_latent_dim)"
@@ -123,19 +152,112 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     def _opened_store(self) -> TokenStore:
         if self.token_store is None:
-            raise ValueError(
+            raise UserError(
                 f"the batch has no LAM tokens under {self.config.lam_tokens_key!r} and this policy has no "
                 "token store open: wrap the dataset in LamTokenDataset, or build the policy with LeRobot's "
                 "make_policy and --policy.lam_tokens_path"
             )
         return self.token_store
 
+    def _computed_window(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens of a dataset batch on the fly."""
+        deltas = self.config.observation_delta_indices
+        frames = self._raw_frames(batch)
+        if frames.ndim != 5 or frames.shape[1] != len(deltas):
+            raise UserError(
+                f"frames of {single(self.config.lam_camera_key)!r} have shape {tuple(frames.shape)}, "
+                f"expected (B, {len(deltas)}, 3, H, W): one frame for each of the policy's observation_delta_indices "
+                f"{deltas}"
+            )
+        return self.live_lam.window(frames, deltas, _padding(batch, frames), batch.get("index"))
+
+    def _with_current_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch of one tick, with tokens if a chunk of actions is about to be predicted."""
+        key = self.config.lam_tokens_key
+        given = batch.get(key)
+        if given is None and self.config.lam_missing == "zero" and not self._can_compute(batch):
+            given = torch.zeros(len(batch["observation.state"]), self.config.lam_token_dim)
+            given = given.to(batch["observation.state"].device)
+        if given is not None:
+            self._history = None  # frames of this tick are not kept: a later pair must not bridge the gap
+            return {**batch, OBS_LAM_TOKENS: given}
+        if self._history is None:
+            from lerobot_lam_diffusion.live_tokens import FrameHistory
+
+            self.diffusion.lam_model = self.live_lam.lam  # before the first action, or a clear error
+            self._history = FrameHistory(self.config)
+        self._history.append(self._raw_frames(batch))
+        if self._queues[ACTION]:
+            return batch
+        tokens = self._history.tokens(self.live_lam)
+        queue = self._queues[OBS_LAM_TOKENS]
+        queue.clear()
+        queue.extend(tokens[:, :-1].unbind(1))
+        return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
+
+    def _can_compute(self, batch: dict[str, Any]) -> bool:
+        """Whether there is a LAM, and a camera for it."""
+        try:
+            _ = self.live_lam.lam
+        except UserError:
+            return False
+        return single(self.config.lam_camera_key) in batch.get(OBS_LAM_IMAGES, {})
+
+    def _raw_frames(self, batch: dict[str, Any]) -> Tensor:
+        """uint8 frames `(..., 3, H, W)` of the LAM's camera, as the pre-processor passed them on."""
+        from lerobot_lam_diffusion.live_tokens import as_uint8
+
+        camera = single(self.config.lam_camera_key)
+        frames = batch.get(OBS_LAM_IMAGES)
+        if frames is None:
+            raise UserError(
+                f"the batch has no raw frames under {OBS_LAM_IMAGES!r} for the LAM, only {sorted(batch)}: "
+                "use the pre-processor of this policy (make_pre_post_processors, or the one saved with its "
+                "checkpoint)"
+            )
+        if isinstance(frames, Tensor):
+            return as_uint8(frames)
+        if camera not in frames:
+            raise UserError(
+                f"the LAM's camera {camera!r} is not among the cameras {sorted(frames)}; name one of them by "
+                "--policy.lam_camera_key"
+            )
+        return as_uint8(frames[camera])
+
+    def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the older frames that only the LAM needs: the last `n_obs_steps` of every observation."""
+        window = len(self.config.observation_delta_indices)
+        older = window - self.config.n_obs_steps
+        if not older:
+            return batch
+        return {
+            key: value[:, older:]
+            if key.startswith(OBS_PREFIX)
+            and isinstance(value, Tensor)
+            and value.ndim > 1
+            and value.shape[1] == window
+            else value
+            for key, value in batch.items()
+        }
+
+    def _lam_parameters(self) -> set[str]:
+        """Plain names of the parameters that a stock Diffusion Policy does not have."""
+        names = {plain(name) for name, _ in self.named_parameters()}
+        return {name for name in names if "lam_projection" in name or "cond_encoder.lam." in name}
+
+    @classmethod
+    def _load_as_safetensor(
+        cls, model: "DiffusionLamPolicy", model_file: str, map_location: str, strict: bool
+    ) -> "DiffusionLamPolicy":
+        load_weights(model, load_file(model_file), model_file)
+        return model
+
 
 class DiffusionLamModel(DiffusionModel):
     """`DiffusionModel` whose conditioning takes LAM tokens, or exactly that model without them.
 
     Attributes:
-        lam_model: The LAM, where tokens are computed live; None otherwise.
+        lam_model: The LAM, where tokens are computed live; None otherwise. Not an `nn.Module`.
         lam_projection: Linear `n·a -> n·a` without bias, the identity at the start: a missing token, zero,
             stays zero and adds nothing.
     """
@@ -144,7 +266,7 @@ class DiffusionLamModel(DiffusionModel):
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         super().__init__(config)
-        self.lam_model = None
+        self.lam_model: Any = None
         if config.use_lam_conditioning:
             self.lam_projection = _linear_without_drawing(config.lam_token_dim, config.lam_token_dim)
             nn.init.eye_(self.lam_projection.weight)
@@ -182,6 +304,27 @@ class LamCondEncoder(nn.Sequential):
         stock, lam = cond.split([linear.in_features, self.lam.in_features], dim=-1)
         # contiguous: the same memory layout as in the stock model, hence the same bits.
         return linear(mish(stock.contiguous())) + self.lam(lam)
+
+
+def drop_tokens(tokens: Tensor, probability: float) -> Tensor:
+    """Zero whole windows with `probability`, and in the others each token with the same `probability`.
+
+    At 0.5 this is the masking with which villa-X trains its actor. Tokens are `(B, T, n·a)`.
+    """
+    whole = torch.rand(len(tokens), 1, 1, device=tokens.device) < probability
+    each = torch.rand(*tokens.shape[:2], 1, device=tokens.device) < probability
+    return tokens.masked_fill(whole | each, 0.0)
+
+
+def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
+    """Which frames `(B, T)` are LeRobot's copies; its flags are alike for all observations."""
+    for key, value in batch.items():
+        if key.startswith(OBS_PREFIX) and key.endswith("_is_pad") and value.shape == frames.shape[:2]:
+            return value.to(frames.device)
+    raise UserError(
+        "the batch does not tell which frames are padding (no 'observation.*_is_pad'), so that tokens at "
+        "episode starts cannot be told from motion: build the dataset with delta_timestamps"
+    )
 
 
 def _linear_without_drawing(in_features: int, out_features: int) -> nn.Linear:

@@ -1,11 +1,47 @@
-"""Pre- and post-processors of `diffusion_lam`."""
+"""Pre- and post-processors of `diffusion_lam`: LeRobot's own, and a step that keeps raw frames for the LAM."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from lerobot.processor import PolicyAction, PolicyProcessorPipeline, make_default_pre_post_processors
+from lerobot.configs.types import PipelineFeatureType, PolicyFeature
+from lerobot.processor import (
+    ObservationProcessorStep,
+    PolicyAction,
+    PolicyProcessorPipeline,
+    ProcessorStepRegistry,
+    make_default_pre_post_processors,
+)
+from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
+from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES
+
+
+@dataclass
+@ProcessorStepRegistry.register(name="lam_images_processor")
+class LamImagesProcessorStep(ObservationProcessorStep):
+    """Pass references to all RGB frames on, before they are normalised.
+
+    `observation.lam_images` becomes a dict camera → frames `(..., 3, H, W)` in 0..1. The step keeps no
+    camera: it is saved with the checkpoint, and the policy's `lam_camera_key`, which a flag can change, chooses.
+    """
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        frames = {key: value for key, value in observation.items() if _is_rgb(key, value)}
+        return {**observation, OBS_LAM_IMAGES: frames}
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        return features
+
+
+def _is_rgb(key: str, value: Any) -> bool:
+    return (
+        key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-3] == 3
+    )
 
 
 def make_diffusion_lam_pre_post_processors(
@@ -15,13 +51,26 @@ def make_diffusion_lam_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """LeRobot's default pipelines: LAM tokens pass through them untouched.
+    """LeRobot's default pipelines, with the raw frames kept for the LAM. Tokens pass through untouched.
 
     Args:
         config: Policy configuration.
         dataset_stats: Statistics for normalisation.
 
     Returns:
-        The pre-processor (rename, batch, device, normalise) and the post-processor (unnormalise, CPU).
+        The pre-processor (rename, batch, device, raw frames, normalise) and the post-processor (unnormalise,
+        CPU).
     """
-    return make_default_pre_post_processors(config, dataset_stats)
+    if not config.use_lam_conditioning:
+        return make_default_pre_post_processors(config, dataset_stats)
+    steps = make_default_policy_processor_steps(config, dataset_stats)
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            steps.to_device,
+            LamImagesProcessorStep(),
+            steps.normalize,
+        ],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )

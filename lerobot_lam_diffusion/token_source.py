@@ -7,10 +7,11 @@ the checkpoint knows how it was fed. At deployment there is no dataset, and noth
 
 from typing import Any
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 
 def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore | None:
@@ -48,9 +49,36 @@ def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> 
     return store
 
 
-def single(value: list[str] | str | None) -> str | None:
-    """The one entry of a field that will take several later."""
-    return value[0] if isinstance(value, list) else value
+def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) -> None:
+    """Copy what the LAM says about itself into the config of a policy that computes tokens on the fly.
+
+    Args:
+        lam: The opened LAM (`live_tokens.open_lam` has checked that it fits the config).
+        dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+
+    Raises:
+        UserError: the dataset brings tokens of its own as well, or the policy has no such camera.
+    """
+    problems = []
+    camera = single(config.lam_camera_key)
+    if config.image_features and camera not in config.image_features:
+        problems.append(
+            f"--policy.lam_camera_key={camera} is not among the policy's cameras "
+            f"{list(config.image_features)}"
+        )
+    if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
+        problems.append(
+            f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
+            "train on them with --policy.use_precomputed_lam_tokens=true, or name another --policy.lam_tokens_key"
+        )
+    raise_problems("tokens cannot be computed on the fly", problems)
+    config.lam_num_learned_tokens = lam.num_learned_tokens
+    config.lam_action_latent_dim = lam.action_latent_dim
+    config.lam_frame_stride = config.lam_frame_stride or 1
+    config.lam_token_scale = config.lam_token_scale or codebook_scale(lam.codebook.cpu())
+    config.lam_fingerprint = config.lam_fingerprint or lam.fingerprint
+    if dataset_meta is not None:
+        config.lam_source = f"live:{single(config.lam_model_path)}"
 
 
 def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta: Any) -> None:
@@ -65,8 +93,8 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
     if shape != (config.lam_token_dim,):
         raise UserError(
             f"column {config.lam_tokens_key!r} has shape {shape}, the policy expects "
-            f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set --policy.lam_num_learned_tokens and "
-            "--policy.lam_action_latent_dim to the LAM's"
+            f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
+            "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
         )
     config.lam_source = f"column:{config.lam_tokens_key}"
 

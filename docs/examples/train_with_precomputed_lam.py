@@ -38,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
 
-    # The policy. make_policy hands it the dataset's metadata: it opens the token store, checks that it was made
-    # of this dataset, and takes the LAM's shape from it.
+    # The policy. make_policy hands it the dataset's metadata: it opens the token store, checks that it was
+    # made of this dataset, and takes the LAM's shape from it.
     config = DiffusionLamConfig(
         use_precomputed_lam_tokens=True,
         lam_tokens_path=args.lam_tokens_path,

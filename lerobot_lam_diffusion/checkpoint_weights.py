@@ -1,0 +1,105 @@
+"""Weights of checkpoints, by their plain names: our own, and a stock Diffusion Policy's as a warm start."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+
+COMPILED = "_orig_mod."
+"""`torch.compile` renames every parameter of the module that it wraps, in checkpoints too."""
+
+# What shapes the weights, or what they mean. Other fields (learning rate, device, ...) may differ.
+MUST_AGREE = (
+    "n_obs_steps", "horizon", "normalization_mapping", "vision_backbone", "resize_shape", "crop_shape",
+    "use_group_norm", "spatial_softmax_num_keypoints", "use_separate_rgb_encoder_per_camera", "down_dims",
+    "kernel_size", "n_groups", "diffusion_step_embed_dim", "use_film_scale_modulation",
+    "noise_scheduler_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "clip_sample",
+    "clip_sample_range",
+)  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what `torch.compile` adds."""
+    return name.replace(COMPILED, "")
+
+
+def load_weights(
+    module: nn.Module, weights: dict[str, Tensor], where: str, may_lack: set[str] | None = None
+) -> None:
+    """Load `weights` strictly, whether or not they or `module` are compiled.
+
+    Stock LeRobot only warns of a checkpoint whose names do not fit and goes on with random weights.
+
+    Args:
+        module: Whom to load into.
+        weights: Parameter name → tensor.
+        where: Of the weights, for the message.
+        may_lack: Plain names that `weights` may lack.
+
+    Raises:
+        UserError: names or shapes do not fit; all are told.
+    """
+    own = {plain(name): (name, tensor) for name, tensor in module.state_dict().items()}
+    given = {plain(name): tensor for name, tensor in weights.items()}
+    problems = [f"{name} is missing" for name in own if name not in given and name not in (may_lack or set())]
+    problems += [f"{name} is unexpected" for name in given if name not in own]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, (_, tensor) in own.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if len(problems) > 12:
+        problems = [*problems[:12], f"… and {len(problems) - 12} more"]
+    raise_problems(f"the weights in {where} do not fit this policy", problems)
+    module.load_state_dict({own[name][0]: tensor for name, tensor in given.items()}, strict=False)
+
+
+def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_parameters: set[str]) -> None:
+    """Start `policy` from a stock Diffusion Policy: the same loss, bit for bit, as the stock policy has.
+
+    Args:
+        policy: A fresh `DiffusionLamPolicy`.
+        config: Its `DiffusionLamConfig`.
+        checkpoint: Folder or Hub id of the stock checkpoint.
+        own_parameters: Plain names of the parameters that only `policy` has; they stay as they are.
+
+    Raises:
+        UserError: not a stock diffusion checkpoint, or fields that must agree differ; all are told.
+    """
+    try:
+        stock = PreTrainedConfig.from_pretrained(checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"--policy.init_from_stock={checkpoint} is not a policy checkpoint: {error}"
+        ) from error
+    if type(stock) is not DiffusionConfig:
+        raise UserError(
+            f"--policy.init_from_stock={checkpoint} is a policy of type {stock.type!r}, expected 'diffusion'; "
+            "a diffusion_lam checkpoint is fine-tuned with --policy.path"
+        )
+    mine, theirs = _comparable(config), _comparable(stock)
+    problems = [
+        f"--policy.{name} is {mine[name]}, the stock policy has {theirs[name]}"
+        for name in mine
+        if mine[name] != theirs[name]
+    ]
+    raise_problems(f"--policy.init_from_stock={checkpoint} is another architecture", problems)
+    file = Path(checkpoint) / "model.safetensors"
+    if not file.is_file():
+        file = Path(hf_hub_download(checkpoint, "model.safetensors"))
+    load_weights(policy, load_file(file), str(file), may_lack=own_parameters)
+
+
+def _comparable(config: DiffusionConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in MUST_AGREE}
+    for side in ("input_features", "output_features"):
+        features = getattr(config, side) or {}
+        values[side] = {name: dataclasses.astuple(feature)[1] for name, feature in sorted(features.items())}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
