@@ -20,8 +20,8 @@ MUST_AGREE = (
     "n_obs_steps", "horizon", "normalization_mapping", "vision_backbone", "resize_shape", "crop_shape",
     "use_group_norm", "spatial_softmax_num_keypoints", "use_separate_rgb_encoder_per_camera", "down_dims",
     "kernel_size", "n_groups", "diffusion_step_embed_dim", "use_film_scale_modulation",
-    "noise_scheduler_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "clip_sample",
-    "clip_sample_range",
+    "noise_scheduler_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end",
+    "prediction_type", "clip_sample", "clip_sample_range",
 )  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
         ) from error
     if type(stock) is not DiffusionConfig:
         raise UserError(
-            f"--policy.init_from_stock={checkpoint} is a policy of type {stock.type!r}, expected 'diffusion'; "
-            "a diffusion_lam checkpoint is fine-tuned with --policy.path"
+            f"--policy.init_from_stock={checkpoint} is a policy of type {stock.type!r}, expected "
+            "'diffusion'; a diffusion_lam checkpoint is fine-tuned with --policy.path"
         )
     mine, theirs = _comparable(config), _comparable(stock)
     problems = [

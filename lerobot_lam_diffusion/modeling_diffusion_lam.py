@@ -166,8 +166,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if frames.ndim != 5 or frames.shape[1] != len(deltas):
             raise UserError(
                 f"frames of {single(self.config.lam_camera_key)!r} have shape {tuple(frames.shape)}, "
-                f"expected (B, {len(deltas)}, 3, H, W): one frame for each of the policy's observation_delta_indices "
-                f"{deltas}"
+                f"expected (B, {len(deltas)}, 3, H, W): one frame for each of the policy's "
+                f"observation_delta_indices {deltas}"
             )
         return self.live_lam.window(frames, deltas, _padding(batch, frames), batch.get("index"))
 

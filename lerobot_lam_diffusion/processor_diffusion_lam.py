@@ -1,4 +1,4 @@
-"""Pre- and post-processors of `diffusion_lam`: LeRobot's own, and a step that keeps raw frames for the LAM."""
+"""Pre- and post-processors of `diffusion_lam`: LeRobot's, and a step that keeps raw frames for the LAM."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ class LamImagesProcessorStep(ObservationProcessorStep):
     """Pass references to all RGB frames on, before they are normalised.
 
     `observation.lam_images` becomes a dict camera → frames `(..., 3, H, W)` in 0..1. The step keeps no
-    camera: it is saved with the checkpoint, and the policy's `lam_camera_key`, which a flag can change, chooses.
+    camera: it is saved with the checkpoint, and the policy's `lam_camera_key`, which a flag can change,
+    chooses.
     """
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) 
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
         problems.append(
             f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
-            "train on them with --policy.use_precomputed_lam_tokens=true, or name another --policy.lam_tokens_key"
+            "train on them with --policy.use_precomputed_lam_tokens=true, or name "
+            "another --policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
     config.lam_num_learned_tokens = lam.num_learned_tokens

@@ -11,8 +11,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, fields
+from itertools import count, zip_longest
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -63,9 +63,8 @@ class DemoConfig:
             problems.append(f"--num_episodes={self.num_episodes} must be at least {least}{why}")
         if self.steps < 1:
             problems.append(f"--steps={self.steps} must be at least 1")
-        for name in ("seed", "first_seed"):
-            if getattr(self, name) < 0:
-                problems.append(f"--{name}={getattr(self, name)} must not be negative")
+        seeds = {"seed": self.seed, "first_seed": self.first_seed}
+        problems += [f"--{name}={seed} must not be negative" for name, seed in seeds.items() if seed < 0]
         only_recording = {"root": None, "repo_id": "local/pusht", "near_goal": True}
         if not self.record_only:
             problems += [
@@ -84,10 +83,8 @@ def run_demo(config: DemoConfig) -> None:
     from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
 
     if config.record_only:
-        root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
-        summary = record(
-            root.expanduser(), config.repo_id, config.num_episodes, config.near_goal, config.first_seed
-        )
+        root = (config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht").expanduser()
+        summary = record(root, config.repo_id, config.num_episodes, config.near_goal, config.first_seed)
         print(f"{recorded_text(summary)}: {summary.root}")
         return
     resolve_lam(config.lam.path, config.lam.revision)
@@ -101,7 +98,8 @@ def run_demo(config: DemoConfig) -> None:
             lam_path=config.lam.path,
             lam_revision=config.lam.revision,
             device=config.device,
-        )
+        ),
+        sys.stdout,
     )
 
 
@@ -117,8 +115,8 @@ def demo_folder(output_dir: Path | None) -> Path:
     output_dir = output_dir.expanduser()
     if not _is_free(output_dir):
         raise UserError(
-            f"--output_dir={output_dir} is not an empty folder, and the demo overwrites nothing: pass another "
-            f"--output_dir, leave it out for a new folder under {DEFAULT_FOLDER.parent}, or remove it first"
+            f"--output_dir={output_dir} is not an empty folder, and the demo overwrites nothing: pass "
+            "another --output_dir, leave it out for a new folder, or remove this one first"
         )
     return output_dir
 
@@ -144,16 +142,23 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, normalise_switch(sys.argv[1:] if argv is None else argv))
+    run_command(DemoConfig, run_demo, normalise(sys.argv[1:] if argv is None else argv))
 
 
-def normalise_switch(argv: Sequence[str]) -> list[str]:
-    """`--record-only` as draccus takes it: dotted and with a value."""
-    words = [
-        word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") and "=" not in word else word
-        for word in argv
-    ]
-    return ["--record_only=true" if word == "--record_only" else word for word in words]
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Our flags as draccus takes them: `--num-episodes 3` with underscores, `--record-only` with a value."""
+    ours = {each.name for each in fields(DemoConfig)}
+    words = []
+    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in ours:
+            words.append(word)
+        elif name == "record_only" and not equals and following.startswith("--"):
+            words.append("--record_only=true")
+        else:
+            words.append(f"--{name}{equals}{value}")
+    return words
 
 
 if __name__ == "__main__":

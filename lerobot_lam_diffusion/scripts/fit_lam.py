@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.device_utils import auto_select_torch_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,11 @@ from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
+from lerobot_lam_diffusion.scripts.precompute_lam_tokens import (
+    _open_meta,
+    _refuse_unknown_episodes,
+    _usable_device,
+)
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -49,9 +53,9 @@ class FitLamConfig:
         batch_size: Frame pairs a step.
         seed: Of weights, batches and noise.
         learning_rate: Peak of the learning rate.
-        state_weight: Weight of the loss that ties tokens to the change of `observation.state`; 0: pixels alone.
+        state_weight: Weight of the loss that ties tokens to changes of `observation.state`; 0: pixels only.
         frame_stride: Gap of a frame pair, in frames.
-        holdout_episodes: How many of the last episodes only measure the LAM; a tenth, at least 5, if left out.
+        holdout_episodes: How many of the last episodes only measure the LAM; if left out a tenth, at least 5.
         device: cuda, mps, cpu; the best there is if left out.
         resume: Continue the fit that `output_dir` holds.
         save_every: Steps between checkpoints.
@@ -98,11 +102,14 @@ class FitLamConfig:
         )
 
 
-def fit_lam(config: FitLamConfig) -> FitReport:
+def fit_lam(config: FitLamConfig) -> None:
     """Load the frames, fit, measure on held-out episodes, write the model folder and its card."""
     _check_output(config)
     model_config, recipe = PRESETS[config.preset], config.recipe()
-    device = config.device or auto_select_torch_device().type
+    device = _usable_device(config.device)
+    meta = _open_meta(config.dataset)
+    camera = choose_camera(meta, config.camera_key)
+    _refuse_unknown_episodes(config.dataset.episodes, meta)
     dataset = LeRobotDataset(
         config.dataset.repo_id,
         root=config.dataset.root,
@@ -111,7 +118,6 @@ def fit_lam(config: FitLamConfig) -> FitReport:
         tolerance_s=config.tolerance_s,
         video_backend=config.dataset.video_backend,
     )
-    camera = choose_camera(dataset.meta, config.camera_key)
     data = _load_data(dataset, camera, model_config.resolution, config)
 
     fit = Fit(model_config, recipe, data, device)
@@ -119,9 +125,7 @@ def fit_lam(config: FitLamConfig) -> FitReport:
         fit.resume(config.output_dir)
     fit.run(config.output_dir, config.save_every)
 
-    about = (
-        f"{config.preset} LAM fitted to {config.dataset.repo_id} ({camera}), frame stride {config.frame_stride}"
-    )
+    about = f"{config.preset} LAM of {config.dataset.repo_id} ({camera}), frame stride {config.frame_stride}"
     model = fit.model
     save_lam(
         config.output_dir, model_config, model.encoder, model.vq, model.decoder, description=about, version=1
@@ -132,7 +136,6 @@ def fit_lam(config: FitLamConfig) -> FitReport:
     for leftover in (CHECKPOINT_FILE, FRAMES_FILE):
         (config.output_dir / leftover).unlink(missing_ok=True)
     _tell(config, report)
-    return report
 
 
 def _check_output(config: FitLamConfig) -> None:
@@ -154,9 +157,11 @@ def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: Fi
     if holdout is None:
         holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)
     nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
-    data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)  # checked before decoding
+    # What it checks, it checks before the frames are decoded.
+    data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    return replace(data, frames=_frames(dataset, camera, episodes, resolution, config.output_dir / FRAMES_FILE))
+    source = EpisodeFrames(dataset, camera, config.dataset.video_backend)
+    return replace(data, frames=_frames(source, episodes, resolution, config.output_dir / FRAMES_FILE))
 
 
 def _states(columns: Any) -> Tensor | None:
@@ -166,13 +171,12 @@ def _states(columns: Any) -> Tensor | None:
     return torch.from_numpy(states.reshape(len(states), -1))
 
 
-def _frames(dataset: LeRobotDataset, camera: str, episodes: Tensor, resolution: int, path: Path) -> Tensor:
+def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path) -> Tensor:
     """All frames at the model's resolution, uint8 (F, 3, R, R), decoded once into a file beside the model."""
     shape = (len(episodes), 3, resolution, resolution)
     if not path.exists():
         partial = path.with_suffix(".partial")
         frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        source = EpisodeFrames(dataset, camera)
         row = 0
         for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
             for chunk in source.chunks(episode):
@@ -186,13 +190,14 @@ def _frames(dataset: LeRobotDataset, camera: str, episodes: Tensor, resolution: 
 def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData) -> dict[str, str]:
     stride = config.frame_stride
     return {
-        "dataset": f"`{config.dataset.repo_id}`, {dataset.num_episodes} episodes, {dataset.num_frames} frames",
+        "dataset": f"`{config.dataset.repo_id}`",
+        "episodes, frames": f"{dataset.num_episodes}, {dataset.num_frames}",
         "camera": f"`{camera}`",
         "frame stride": f"{stride} ({stride / dataset.fps:.3g} s at {dataset.fps} fps)",
         "held out": f"the last {data.holdout_episodes} episodes",
         "preset": f"`{config.preset}`",
-        "recipe": f"{config.steps} steps of {config.batch_size} pairs, learning rate {config.learning_rate:g}, "
-        f"seed {config.seed}, weight of the state {config.state_weight:g}",
+        "steps": f"{config.steps} of {config.batch_size} pairs, seed {config.seed}",
+        "learning rate, weight of the state": f"{config.learning_rate:g}, {config.state_weight:g}",
     }
 
 

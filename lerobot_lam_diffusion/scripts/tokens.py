@@ -3,8 +3,8 @@
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
 
-`verify` reads every byte again; with a dataset it checks that the store was made of it, and with a LAM as well
-it encodes a random sample of frame pairs and compares.
+`verify` reads every byte again; with a dataset it checks that the store was made of it, and with a LAM as
+well it encodes a random sample of frame pairs and compares.
 """
 
 import sys
@@ -114,8 +114,8 @@ def verify(config: VerifyConfig) -> None:
     )
     if result.equal < result.checked:
         raise UserError(
-            f"{told}: the frames or the LAM changed, or the store was made on another kind of device. Extract "
-            "the tokens again with lerobot-lam-precompute"
+            f"{told}: the frames or the LAM changed, or the store was made on another kind of device. "
+            "Extract the tokens again with lerobot-lam-precompute"
         )
     print(f"ok  {told}")
 
