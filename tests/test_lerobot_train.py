@@ -153,3 +153,23 @@ def test_the_example_loop_trains_and_its_checkpoint_loads(dataset, store, tmp_pa
     subprocess.run([sys.executable, script, *words], check=True, timeout=540)
     policy = DiffusionLamPolicy.from_pretrained(tmp_path / "own" / "last")
     assert policy.config.lam_fingerprint == store.provenance.lam.fingerprint
+
+
+def test_trains_on_the_fly(monkeypatch, dataset, lam_folder, tmp_path):
+    """Through the stock loop: extra frames are fetched, the LAM encodes, the checkpoint holds no LAM."""
+    run = tmp_path / "run"
+    flags = [flag for flag in SMALL_FLAGS if "use_precomputed" not in flag]
+    train(
+        monkeypatch,
+        *flags,
+        f"--dataset.root={dataset.root}",
+        f"--policy.lam_model_path={lam_folder}",
+        "--policy.lam_camera_key=observation.images.top",
+        "--policy.lam_frame_stride=3",
+        f"--output_dir={run}",
+        "--steps=2",
+    )
+    saved = json.loads((run / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text())
+    assert saved["lam_source"] == f"live:{lam_folder}"
+    assert saved["lam_frame_stride"] == 3
+    assert not [name for name in weights(run) if "encoder.pe" in name or "lam_model" in name]

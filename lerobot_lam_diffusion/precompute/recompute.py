@@ -27,8 +27,9 @@ class Agreement:
     distinct: int
 
 
-TOLERANCE = 1e-5
-"""For continuous tokens: kernels round differently from machine to machine."""
+TOLERANCE = 1e-3
+"""For continuous tokens, as a share of their largest number: kernels round differently from one batch shape or
+machine to another (a float32 encoder by 1e-6 to 5e-5); other frames give other tokens altogether."""
 
 
 def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int, seed: int = 0) -> Agreement:
@@ -62,10 +63,11 @@ def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int
     tokens = lam.encode_pairs(prev.to(lam.device), cur.to(lam.device))
     expected = (tokens.quantized if store.kind == VQ else tokens.continuous).cpu()
     stored = store.window(index, [0])[:, 0]
+    tolerance = 0.0 if store.kind == VQ else TOLERANCE * float(expected.abs().max())
     error = (stored - expected).abs().amax(dim=1)
     return Agreement(
         checked=len(index),
-        equal=int((error <= (0.0 if store.kind == VQ else TOLERANCE)).sum()),
+        equal=int((error <= tolerance).sum()),
         max_error=float(error.max()),
         distinct=len(stored.unique(dim=0)),
     )

@@ -1,0 +1,297 @@
+"""`lerobot-lam-precompute`, from its flags to its closing lines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
+from lerobot_lam_diffusion.scripts import precompute_lam_tokens
+from lerobot_lam_diffusion.scripts.precompute_lam_tokens import main
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from tests.conftest import TOP, record_dataset
+
+YAML = """
+dataset: {{repo_id: local/squares, root: {root}, video_backend: pyav}}
+lam: {{path: {lam}}}
+camera_key: {camera}
+device: cpu
+output_dir: to be overridden
+"""
+
+
+@pytest.fixture
+def flags(dataset, lam_folder, tmp_path):
+    """The flags of an extraction into `tmp_path / "store"`, as LeRobot spells them; keywords change them."""
+
+    def make(**changes: object) -> list[str]:
+        values = {
+            "dataset.repo_id": "local/squares",
+            "dataset.root": dataset.root,
+            "dataset.video_backend": "pyav",
+            "lam.path": lam_folder,
+            "camera_key": TOP,
+            "output_dir": tmp_path / "store",
+            "device": "cpu",
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+    return make
+
+
+def refusal(argv, tmp_path) -> str:
+    """The one message of a command that must not begin; the workplace is as it was."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert isinstance(stop.value.code, str)  # Python prints it to stderr and exits with 1
+    assert stop.value.code.startswith("error: ")
+    assert "Traceback" not in stop.value.code
+    assert sorted(tmp_path.rglob("*")) == before
+    return stop.value.code
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in (TENSORS_FILE, PROVENANCE_FILE))
+
+
+def test_all_spellings_give_the_same_store(flags, dataset, lam_folder, store, tmp_path, capsys):
+    config = tmp_path / "x.yaml"
+    config.write_text(YAML.format(root=dataset.root, lam=lam_folder, camera=TOP))
+    dashed = [
+        *("--dataset-repo-id", "local/squares", "--dataset-root", str(dataset.root)),
+        *("--lam-model-path", str(lam_folder), "--camera-key", TOP, "--output-dir", str(tmp_path / "dashed")),
+        *("--batch-size", "8", "--device", "cpu", "--dataset.video_backend=pyav"),
+    ]
+    main(flags(output_dir=tmp_path / "dotted"))
+    main(dashed)
+    main([f"--config_path={config}", f"--output_dir={tmp_path / 'yaml'}"])
+    for name in ("dotted", "dashed", "yaml"):
+        assert same_files(tmp_path / name, tmp_path / "dotted")
+        assert torch.equal(TokenStore.open(tmp_path / name).values, store.values)
+    assert len(store.values.unique()) >= 8
+    capsys.readouterr()
+
+
+def test_some_episodes_of_continuous_tokens(flags, continuous_store, tmp_path, capsys):
+    main([*flags(output_dir=tmp_path / "dashed"), "--episodes", "3", "1", "--no-vq-tokens"])
+    printed = capsys.readouterr().out
+    main([*flags(output_dir=tmp_path / "dotted", dataset__episodes="[3,1]", use_vq_tokens="false")])
+    assert same_files(tmp_path / "dashed", tmp_path / "dotted")
+    opened = TokenStore.open(tmp_path / "dashed")
+    assert opened.kind == "continuous"
+    assert opened.missing_episodes == [0, 2, 4]
+    index = torch.arange(14, 23)
+    torch.testing.assert_close(
+        opened.window(index, [0]), continuous_store.window(index, [0]), atol=2e-4, rtol=0
+    )
+    assert "17 in 2 episodes" in printed
+    assert "codebook" not in printed
+    assert "--policy.lam_use_vq_tokens=false" in printed
+    assert "--dataset.episodes=[1,3]" in printed  # without it, training would ask for tokens of the others
+
+
+def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, capsys, dataset, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(flags(output_dir="with space/store", frame_stride=3))
+    printed = capsys.readouterr().out
+    place = tmp_path / "with space" / "store"
+    size = sum(path.stat().st_size for path in place.iterdir())
+    perplexity = ", ".join(f"{value:.1f}" for value in TokenStore.open(place).code_perplexity())
+    for line in (
+        "frames    60 in 5 episodes",
+        "missing   15 tokens (no frame 3 before them)",
+        f"tokens    vq, 64 numbers a frame, camera {TOP}",
+        f"codebook  perplexity {perplexity} of 16 codes a slot",
+        f"size      {size:,} bytes",
+        f"store     {place}",
+        "lerobot-train --policy.type=diffusion_lam --dataset.repo_id=local/squares ",
+        f" --dataset.root={dataset.root} ",
+        f"--policy.use_precomputed_lam_tokens=true '--policy.lam_tokens_path={place}' ",
+    ):
+        assert line in printed
+    assert "--dataset.episodes" not in printed
+    assert "lam_use_vq_tokens" not in printed
+
+
+def test_the_only_camera_need_not_be_named_and_a_folder_is_recorded_absolutely(
+    flags, lam_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(lam_folder.parent)
+    main(flags(camera_key=None, lam__path=lam_folder.name))
+    provenance = TokenStore.open(tmp_path / "store").provenance
+    assert provenance.camera_key == TOP
+    assert provenance.lam.path == str(lam_folder)
+
+
+def test_bfloat16_is_part_of_the_tokens_identity(flags, tmp_path):
+    main(flags(dtype="bfloat16"))
+    assert TokenStore.open(tmp_path / "store").provenance.dtype == "bfloat16"
+
+
+def test_help_shows_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in (
+        "--dataset.repo_id",
+        "--lam.path",
+        "--camera_key",
+        "--output_dir",
+        "--frame_stride",
+        "--config_path",
+    ):
+        assert flag in printed
+
+
+def test_wrong_flags_are_all_told_at_once(flags, tmp_path):
+    told = refusal(
+        flags(
+            batch_size=0,
+            frame_stride=0,
+            dtype="int8",
+            dataset__streaming="true",
+            dataset__episodes="[]",
+            dataset__video_backend="vlc",
+        ),
+        tmp_path,
+    )
+    assert "6 problems" in told
+    for part in (
+        "--batch_size=0 must be at least 1",
+        "--frame_stride=0 must be at least 1",
+        "--dtype=int8 must be float32 or bfloat16",
+        "--dataset.streaming=true",
+        "--dataset.episodes is empty",
+        "--dataset.video_backend=vlc must be torchcodec or pyav",
+    ):
+        assert part in told
+
+
+WRONG = {
+    "missing flag": ({"output_dir": None}, "Missing required field(s) `output_dir`"),
+    "no LAM": ({"lam__path": "/no/such/lam"}, "There is no LAM at '/no/such/lam'"),
+    "unknown camera": ({"camera_key": "observation.images.side"}, f"has the RGB cameras ['{TOP}']"),
+    "no such device": ({"device": "abacus"}, "--device=abacus cannot be used here"),
+    "unknown episode": (
+        {"dataset__episodes": "[1,5,9]"},
+        "names [5, 9], but dataset 'local/squares' has the episodes 0 to 4",
+    ),
+    "negative episode": ({"dataset__episodes": "[-1]"}, "Episode indices must be non-negative"),
+    "bucket": ({"dataset__repo_type": "bucket"}, "streaming"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), WRONG.values(), ids=WRONG)
+def test_bad_input_is_one_error_before_anything_is_written(flags, tmp_path, changes, expected):
+    assert expected in refusal(flags(**changes), tmp_path)
+
+
+def test_no_dataset(flags, tmp_path):
+    with pytest.raises(SystemExit, match=r"dataset 'local/squares' cannot be opened at .*nowhere") as stop:
+        main(flags(dataset__root=tmp_path / "nowhere"))
+    assert "correct --dataset.repo_id or --dataset.root" in stop.value.code
+    assert not (tmp_path / "store").exists()
+
+
+def test_several_cameras_and_none_named(flags, tmp_path):
+    wrist = "observation.images.wrist"
+    record_dataset(tmp_path / "data", (3,), (TOP, wrist))
+    told = refusal(flags(dataset__root=tmp_path / "data", camera_key=None), tmp_path)
+    assert "--camera_key is unset" in told
+    assert f"['{TOP}', '{wrist}']" in told
+
+
+def drop_weights(folder):
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def drop_config(folder):
+    (folder / "model_config.json").unlink()
+
+
+def cut_weights(folder):
+    (folder / WEIGHTS_FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+
+
+def drop_keys(folder):
+    weights = load_file(folder / WEIGHTS_FILE)
+    for name in sorted(weights)[:2]:
+        del weights[name]
+    save_file({**weights, "stranger": torch.zeros(1)}, folder / WEIGHTS_FILE)
+
+
+def other_sizes(folder):
+    path = folder / "model_config.json"
+    text = path.read_text()
+    assert '"n_codes": 16' in text
+    path.write_text(text.replace('"n_codes": 16', '"n_codes": 17'))
+
+
+DAMAGES = {
+    drop_weights: "expected the weights beside model_config.json",
+    drop_config: "holds no model_config.json",
+    cut_weights: "git-lfs pointer",
+    drop_keys: "unexpected key stranger",
+    other_sizes: "vq",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), DAMAGES.items(), ids=lambda item: getattr(item, "__name__", "")
+)
+def test_damaged_lam(flags, lam_folder, tmp_path, damage, expected):
+    copy = shutil.copytree(lam_folder, tmp_path / "lam")
+    damage(copy)
+    told = refusal(flags(lam__path=copy), tmp_path)
+    assert expected in told
+    assert str(copy) in told
+
+
+def test_an_existing_output_is_refused_before_the_lam_is_loaded(flags, tmp_path, monkeypatch):
+    def not_called(*_args, **_kwargs):
+        raise AssertionError("work was begun")
+
+    for name in ("load_lam", "resolve_lam", "LeRobotDataset", "LeRobotDatasetMetadata"):
+        monkeypatch.setattr(precompute_lam_tokens, name, not_called)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine").touch()
+    assert "exists already and is not empty; choose another --output_dir" in refusal(flags(), tmp_path)
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal(flags(output_dir=tmp_path / "file" / "store"), tmp_path)
+
+
+def test_an_interrupted_extraction_leaves_nothing(flags, tmp_path, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(precompute_lam_tokens, "precompute_tokens", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(flags())
+    assert stop.value.code == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_installed_command(flags, store, tmp_path):
+    command = Path(sysconfig.get_path("scripts")) / "lerobot-lam-precompute"
+    run = subprocess.run([command, *flags()], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert f"store     {tmp_path / 'store'}" in run.stdout
+    assert "lerobot-train --policy.type=diffusion_lam" in run.stdout
+    assert "frame/s" in run.stderr
+    assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+    again = subprocess.run([command, *flags()], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 1
+    assert "error: " in again.stderr
+    assert "exists already and is not empty" in again.stderr
+    assert json.loads((tmp_path / "store" / PROVENANCE_FILE).read_text())["camera_key"] == TOP

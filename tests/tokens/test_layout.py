@@ -1,0 +1,194 @@
+"""Damaged, forged and hostile stores: one clear `TokenStoreError` each, never a crash."""
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+
+REMEDY = "lerobot-lam-precompute"
+
+
+def refusal(path) -> str:
+    with pytest.raises(TokenStoreError) as error:
+        TokenStore.open(path)
+    assert isinstance(error.value, UserError)
+    assert REMEDY in str(error.value)
+    return str(error.value)
+
+
+def test_missing_store(tmp_path):
+    told = refusal(tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} does not exist" in told
+    assert f"Expected a folder with {TENSORS_FILE} and {PROVENANCE_FILE}" in told
+
+
+def test_empty_folder(tmp_path):
+    assert f"has no {TENSORS_FILE} and no {PROVENANCE_FILE}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [TENSORS_FILE, PROVENANCE_FILE])
+def test_one_of_the_two_files_is_missing(files, name):
+    (files.folder / name).unlink()
+    told = refusal(files.folder)
+    assert f"has no {name}." in told
+    assert refusal(files.folder / name)  # named by its file
+
+
+def test_a_file_that_is_no_store(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "no token store at" in refusal(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 60, -1, -40])
+def test_truncated_tensor_file(files, keep):
+    whole = files.tensors.read_bytes()
+    files.tensors.write_bytes(whole[:keep])
+    assert f"{files.tensors} is damaged" in refusal(files.folder)
+
+
+def test_altered_bytes(files):
+    content = bytearray(files.tensors.read_bytes())
+    content[-1] ^= 1
+    files.tensors.write_bytes(content)
+    told = refusal(files.folder)
+    assert "its SHA-256 is" in told
+    assert f"{PROVENANCE_FILE} expects {files.document()['tensors_sha256'][:16]}" in told
+    assert "truncated or altered" in told
+
+
+def test_appended_bytes(files):
+    files.tensors.write_bytes(files.tensors.read_bytes() + b"more")
+    assert "is damaged" in refusal(files.folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_forged_continuous_tokens_that_are_not_finite(continuous_files, bad):
+    def spoil(tensors):
+        tensors["tokens"][37, 5] = bad
+
+    continuous_files.edit_tensors(spoil)
+    assert "NaN or Inf in token row 37" in refusal(continuous_files.folder)
+
+
+def test_forged_codebook_that_is_not_finite(files):
+    def spoil(tensors):
+        tensors["codebook"][3, 0] = float("nan")
+
+    files.edit_tensors(spoil)
+    assert "NaN or Inf in codebook row 3" in refusal(files.folder)
+
+
+def test_forged_index_past_the_codebook(files):
+    def spoil(tensors):
+        tensors["indices"][20, 1] = 16
+
+    files.edit_tensors(spoil)
+    assert "code index 16, but the codebook has 16 rows" in refusal(files.folder)
+
+
+def test_every_misfit_of_the_tensors_is_told_at_once(files):
+    def spoil(tensors):
+        del tensors["codebook"]
+        tensors["indices"] = tensors["indices"].to(torch.int32)
+        tensors["episode_row"] = tensors["episode_row"][:3].clone()
+        tensors["extra"] = torch.zeros(2)
+
+    files.edit_tensors(spoil)
+    told = refusal(files.folder)
+    assert "tensor codebook is missing" in told
+    assert "unexpected tensor extra" in told
+    assert "indices is torch.int32, expected torch.uint8 or torch.uint16" in told
+    assert "episode_row has shape (3,), expected (5)" in told
+
+
+def test_indices_of_another_shape(files):
+    def spoil(tensors):
+        tensors["indices"] = tensors["indices"][:, :1].clone()
+
+    files.edit_tensors(spoil)
+    assert "indices has shape (60, 1), expected (N, 2)" in refusal(files.folder)
+
+
+def test_store_with_too_few_rows(files):
+    def spoil(tensors):
+        tensors["indices"] = tensors["indices"][:-1].clone()
+
+    files.edit_tensors(spoil)
+    assert "it has 59 rows of tokens for 60 covered frames" in refusal(files.folder)
+
+
+TABLES = {
+    "gap": ("episode_from", 1, 15, "do not tile the dataset's 60 frames"),
+    "late start": ("episode_from", 0, 1, "do not tile"),
+    "early end": ("episode_to", 4, 59, "do not tile"),
+    "another row": ("episode_row", 2, 24, "episode_row does not point at consecutive rows"),
+}
+
+
+@pytest.mark.parametrize(("name", "episode", "value", "expected"), TABLES.values(), ids=TABLES)
+def test_forged_episode_table(files, name, episode, value, expected):
+    def spoil(tensors):
+        tensors[name][episode] = value
+
+    files.edit_tensors(spoil)
+    assert expected in refusal(files.folder)
+
+
+def test_forged_episode_table_whose_lengths_wrap_around(files):
+    huge = 2**63 - 1
+
+    def spoil(tensors):
+        tensors["episode_to"][:2] = torch.tensor([huge, -huge])
+        tensors["episode_from"][1:3] = torch.tensor([huge, -huge])
+
+    files.edit_tensors(spoil)
+    assert "do not tile" in refusal(files.folder)
+
+
+def header(document: object, length: int | None = None) -> bytes:
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+TENSOR = {"dtype": "U8", "shape": [2**40, 2**20], "data_offsets": [0, 2**60]}
+HOSTILE = {
+    "huge header": header(b"{}", 2**63 - 1),
+    "header past the end": header(b"{}", 50_000_000),
+    "no JSON": header(b"\xff\xfe" * 8),
+    "deeply nested": header(b'{"a":' * 50_000),
+    "huge tensor": header({"indices": TENSOR}),
+    "overflowing shape": header({"indices": {**TENSOR, "shape": [2**63, 2**63]}}),
+    "negative offsets": header({"indices": {**TENSOR, "data_offsets": [-5, 3]}}),
+    "unknown dtype": header({"indices": {**TENSOR, "dtype": "PICKLE"}}),
+    "a pickle": b"\x80\x04\x95" + bytes(64),
+    "a zip": b"PK\x03\x04" + bytes(64),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_tensor_file(files, content):
+    files.tensors.write_bytes(content)
+    assert f"{files.tensors} is damaged" in refusal(files.folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_changed_byte_and_no_cut_goes_unnoticed(tmp_path_factory, store, data):
+    whole = (store.path / TENSORS_FILE).read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        changed = whole[:at]
+    else:
+        other = data.draw(st.integers(0, 255).filter(lambda byte: byte != whole[at]))
+        changed = whole[:at] + bytes([other]) + whole[at + 1 :]
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / PROVENANCE_FILE).write_bytes((store.path / PROVENANCE_FILE).read_bytes())
+    (folder / TENSORS_FILE).write_bytes(changed)
+    assert "is damaged" in refusal(folder)

@@ -1,0 +1,194 @@
+"""`lam_tokens.json`: what a store says about itself, and what it refuses to believe."""
+
+import copy
+import importlib.metadata
+from dataclasses import fields, is_dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lerobot_lam_diffusion.tokens import Provenance, TokenStore, TokenStoreError
+from tests.conftest import FPS, TOP
+
+REMEDY = "lerobot-lam-precompute"
+
+
+def refusal(files) -> str:
+    with pytest.raises(TokenStoreError) as error:
+        TokenStore.open(files.folder)
+    assert str(files.provenance) in str(error.value)
+    return str(error.value)
+
+
+def keys(kind: type = Provenance, prefix: tuple = ()) -> list[tuple[str, ...]]:
+    """All keys of the document, nested ones as `("dataset", "fps")`."""
+    found = []
+    for field in fields(kind):
+        found.append((*prefix, field.name))
+        if is_dataclass(field.type):
+            found += keys(field.type, found[-1])
+    return found
+
+
+def put(document: dict, key: tuple[str, ...], value: object) -> dict:
+    document = copy.deepcopy(document)
+    place = document
+    for name in key[:-1]:
+        place = place[name]
+    place[key[-1]] = value
+    return document
+
+
+def test_a_store_tells_where_its_tokens_come_from(store, dataset, lam, lam_folder):
+    told = store.provenance
+    assert (told.dataset.repo_id, told.dataset.total_frames, told.dataset.total_episodes) == (
+        "local/squares",
+        60,
+        5,
+    )
+    assert told.dataset.fps == FPS
+    assert told.dataset.revision == dataset.meta.revision
+    assert len(told.dataset.digest) == 64
+    assert (told.lam.path, told.lam.fingerprint) == (str(lam_folder), lam.fingerprint)
+    assert (told.lam.num_learned_tokens, told.lam.action_latent_dim, told.lam.num_codes) == (2, 32, 16)
+    assert told.lam.token_scale == pytest.approx(lam.codebook.square().mean().sqrt().item())
+    assert (told.camera_key, told.frame_stride, told.stride_seconds) == (TOP, 1, 1 / FPS)
+    assert (told.token_kind, told.dtype, told.context) == ("vq", "float32", "pair")
+    assert told.versions["lerobot"] == importlib.metadata.version("lerobot")
+    assert len(told.tensors_sha256) == 64
+
+
+def test_provenance_survives_being_written_and_read(tmp_path, make_provenance):
+    provenance = make_provenance([3, 4], frame_stride=5)
+    (tmp_path / "x.json").write_text(provenance.to_json())
+    assert Provenance.read(tmp_path / "x.json") == provenance
+
+
+@pytest.mark.parametrize("key", keys(), ids=".".join)
+def test_missing_key(files, key):
+    def drop(document):
+        for name in key[:-1]:
+            document = document[name]
+        del document[key[-1]]
+
+    files.edit_document(drop)
+    told = refusal(files)
+    assert f"{'.'.join(key)} is missing" in told
+    assert REMEDY in told
+
+
+WRONG = {
+    "text for a number": (("frame_stride",), "1", "frame_stride is '1', expected int"),
+    "fraction for a count": (("dataset", "total_frames"), 60.5, "dataset.total_frames is 60.5, expected int"),
+    "true for a count": (("lam", "num_codes"), True, "lam.num_codes is True, expected int"),
+    "number for text": (("camera_key",), 7, "camera_key is 7, expected str"),
+    "list for an object": (("lam",), [], "lam is not an object"),
+    "null for text": (("lam", "fingerprint"), None, "lam.fingerprint is None, expected str"),
+    "versions": (("versions",), {"torch": 2}, "versions is {'torch': 2}, expected dict[str, str]"),
+    "zero": (("frame_stride",), 0, "frame_stride is 0, expected a positive integer"),
+    "negative": (("dataset", "total_episodes"), -1, "dataset.total_episodes is -1, expected a positive"),
+    "past int64": (("frame_stride",), 10**30, "expected a positive integer"),
+    "kind": (("token_kind",), "pickle", "token_kind is 'pickle', expected one of ['vq', 'continuous']"),
+    "scale": (("lam", "token_scale"), 0, "lam.token_scale is 0, expected a positive number"),
+    "NaN": (("lam", "token_scale"), float("nan"), "lam.token_scale is nan, expected float"),
+    "Inf": (("dataset", "fps"), float("inf"), "dataset.fps is inf, expected float"),
+    "past float": (("dataset", "fps"), 10**400, "expected float"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG.values(), ids=WRONG)
+def test_wrong_value(files, key, value, expected):
+    files.write_document(put(files.document(), key, value))
+    told = refusal(files)
+    assert expected in told
+    assert REMEDY in told
+
+
+def test_all_problems_are_told_at_once(files):
+    document = put(files.document(), ("dataset", "fps"), "fast")
+    del document["camera_key"]
+    document["lam"]["num_codes"] = None
+    files.write_document(document)
+    told = refusal(files)
+    assert "dataset.fps is 'fast', expected float" in told
+    assert "camera_key is missing" in told
+    assert "lam.num_codes is None, expected int" in told
+
+
+def test_newer_format_names_the_version_to_install(files):
+    def renew(document):
+        document.update(format_version=2, fields_of_the_future={})
+        document["versions"]["lerobot_policy_diffusion_lam"] = "3.1.0"
+
+    files.edit_document(renew)
+    told = refusal(files)
+    assert "has format version 2" in told
+    assert "reads versions up to 1" in told
+    assert "pip install --upgrade 'lerobot_policy_diffusion_lam>=3.1.0'" in told
+
+
+@pytest.mark.parametrize("versions", [None, [], {"lerobot_policy_diffusion_lam": "1' && rm -rf ~ '"}])
+def test_newer_format_that_does_not_say_who_made_it(files, versions):
+    files.edit_document(lambda document: document.update(format_version=99, versions=versions))
+    assert refusal(files).endswith("pip install --upgrade 'lerobot_policy_diffusion_lam'")
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0, True])
+def test_impossible_format_version(files, version):
+    files.edit_document(lambda document: document.update(format_version=version))
+    told = refusal(files)
+    assert f"format_version is {version!r}, expected a positive integer" in told
+    assert REMEDY in told
+
+
+@pytest.mark.parametrize(
+    "document", [[], "store", None, {}, {"format": "another.format", "format_version": 1}]
+)
+def test_not_our_format(files, document):
+    files.write_document(document)
+    told = refusal(files)
+    assert 'expected "format": "lerobot_lam_diffusion.token_store"' in told
+    assert REMEDY in told
+
+
+UNREADABLE = {
+    "empty": b"",
+    "cut": b'{"format": "lerobot_lam',
+    "not UTF-8": b"\xff\xfe\x00",
+    "deeply nested list": b"[" * 200_000,
+    "deeply nested object": b'{"format":' * 200_000,
+    "number of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_unreadable_json(files, content):
+    files.provenance.write_bytes(content)
+    told = refusal(files)
+    assert "is not readable as JSON" in told
+    assert REMEDY in told
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from([*keys(), ("format",), ("format_version",)]), value=JSON)
+def test_any_value_anywhere_is_either_believed_or_refused(files, store, key, value):
+    files.provenance.write_bytes((store.path / files.provenance.name).read_bytes())
+    files.write_document(put(files.document(), key, value))
+    try:
+        opened = TokenStore.open(files.folder)
+    except TokenStoreError:
+        return
+    assert opened.values.shape == store.values.shape
