@@ -1,0 +1,65 @@
+"""Trained on precomputed tokens, deployed without them: stock `lerobot-eval` in the PushT simulator."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
+from tests.test_lerobot_train import SMALL_FLAGS, train
+
+
+@pytest.fixture(scope="module")
+def pusht(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pusht") / "data"
+    record_pusht(root, "local/pusht", 2, near_goal=True)
+    return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
+
+
+@pytest.mark.slow
+def test_lerobot_eval_computes_the_tokens_live(monkeypatch, pusht, tmp_path):
+    store = precompute_tokens(
+        pusht, load_lam("pusht-compact"), tmp_path / "store", camera_key=IMAGE_KEY, lam_path="pusht-compact"
+    ).store
+    flags = [flag for flag in SMALL_FLAGS if not flag.startswith("--dataset.repo_id")]
+    train(
+        monkeypatch,
+        *flags,
+        "--dataset.repo_id=local/pusht",
+        f"--dataset.root={pusht.root}",
+        f"--policy.lam_tokens_path={store.path}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--steps=2",
+    )
+    shutil.rmtree(store.path)
+    command = [
+        Path(sys.executable).parent / "lerobot-eval",
+        f"--policy.path={tmp_path / 'run' / 'checkpoints' / 'last' / 'pretrained_model'}",
+        "--policy.device=cpu",
+        "--policy.num_inference_steps=2",
+        "--env.type=pusht",
+        "--env.episode_length=12",
+        "--eval.n_episodes=2",
+        "--eval.batch_size=2",
+        "--eval.use_async_envs=false",
+        f"--output_dir={tmp_path / 'eval'}",
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 2
+
+    refused = subprocess.run(
+        [*map(str, command), "--policy.lam_model_path=/nowhere", f"--output_dir={tmp_path / 'eval2'}"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert refused.returncode != 0
+    assert "--policy.lam_model_path" in refused.stderr
