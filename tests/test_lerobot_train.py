@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.scripts import lerobot_train
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
@@ -122,17 +123,28 @@ def test_a_bad_store_stops_before_training(monkeypatch, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_and_two_processes(flags, tmp_path):
+@pytest.mark.parametrize("source", ["precomputed", "on the fly"])
+def test_two_workers_and_two_processes(flags, lam_folder, tmp_path, source):
     """torchrun as LeRobot's CPU runs need it: two ranks, each with its own loader."""
     console = Path(sys.executable).parent
     command = [console / "torchrun", "--nproc_per_node=2", console / "lerobot-train", *flags, "--steps=3"]
+    command += ["--num_workers=1"] if source == "precomputed" else on_the_fly(lam_folder)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command), "--num_workers=1"], env=environment, capture_output=True, text=True, timeout=540
-    )
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Effective batch size: 4 x 2 = 8" in done.stdout + done.stderr
     assert weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_compiled_policy_trains_on_the_fly_and_loads_uncompiled(monkeypatch, flags, lam_folder, tmp_path):
+    compiled = ["--policy.compile_model=true", "--policy.compile_mode=default", "--steps=1"]
+    train(monkeypatch, *flags, *on_the_fly(lam_folder), *compiled)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    config = PreTrainedConfig.from_pretrained(checkpoint, cli_overrides=["--compile_model=false"])
+    policy = DiffusionLamPolicy.from_pretrained(checkpoint, config=config)
+    trained = {name.replace("_orig_mod.", ""): value for name, value in weights(tmp_path / "run").items()}
+    assert same(dict(policy.state_dict()), trained)
 
 
 @pytest.mark.slow
@@ -155,20 +167,19 @@ def test_the_example_loop_trains_and_its_checkpoint_loads(dataset, store, tmp_pa
     assert policy.config.lam_fingerprint == store.provenance.lam.fingerprint
 
 
-def test_trains_on_the_fly(monkeypatch, dataset, lam_folder, tmp_path):
-    """Through the stock loop: extra frames are fetched, the LAM encodes, the checkpoint holds no LAM."""
-    run = tmp_path / "run"
-    flags = [flag for flag in SMALL_FLAGS if "use_precomputed" not in flag]
-    train(
-        monkeypatch,
-        *flags,
-        f"--dataset.root={dataset.root}",
+def on_the_fly(lam_folder) -> list[str]:
+    """Flags that switch from precomputed tokens to computed ones; the later flag counts."""
+    return [
+        "--policy.use_precomputed_lam_tokens=false",
         f"--policy.lam_model_path={lam_folder}",
         "--policy.lam_camera_key=observation.images.top",
-        "--policy.lam_frame_stride=3",
-        f"--output_dir={run}",
-        "--steps=2",
-    )
+    ]
+
+
+def test_trains_on_the_fly(monkeypatch, flags, lam_folder, tmp_path):
+    """Through the stock loop: extra frames are fetched, the LAM encodes, the checkpoint holds no LAM."""
+    run = tmp_path / "run"
+    train(monkeypatch, *flags, *on_the_fly(lam_folder), "--policy.lam_frame_stride=3", "--steps=2")
     saved = json.loads((run / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text())
     assert saved["lam_source"] == f"live:{lam_folder}"
     assert saved["lam_frame_stride"] == 3

@@ -354,3 +354,29 @@ def test_on_the_fly_refuses_a_dataset_with_tokens_of_its_own(dataset, lam_folder
 
     with pytest.raises(ValueError, match="has tokens of its own"):
         make_policy(live_config(lam_folder), ds_meta=meta)
+
+
+def test_rollouts_sync_engine_computes_the_same_tokens(dataset, store):
+    """`lerobot-rollout` hands over what a robot gives: arrays, images (H, W, 3) uint8."""
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.rollout.inference.sync import SyncInferenceEngine
+
+    config = lam_config(lam_tokens_path=str(store.path), n_action_steps=2, num_inference_steps=1)
+    policy, _ = build(config, dataset)
+    policy.eval()
+    processors = make_pre_post_processors(config, dataset_stats=dataset.meta.stats)
+    engine = SyncInferenceEngine(policy, *processors, dataset.meta.features, ["x", "y"], "wander", "cpu", "")
+    engine.reset()
+    recorded = ConditioningTokens(policy)
+    rows = episode(dataset, 2)
+    for row in rows:
+        item = dataset[row]
+        action = engine.get_action(
+            {"observation.state": item["observation.state"].numpy(), TOP: item[TOP].permute(1, 2, 0).numpy()}
+        )
+        assert action.shape == (2,)
+    expected = [store.window(torch.tensor([row]), [0]) for row in rows[::2]]
+    assert len(recorded.seen) == len(expected)
+    for got, want in zip(recorded.seen, expected, strict=True):
+        assert_same_tokens(got, want, config.lam_token_scale, True)
+    assert len(torch.cat(expected).unique(dim=0)) >= 4

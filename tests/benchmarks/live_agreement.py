@@ -68,9 +68,8 @@ def compare(work_dir: Path, args: argparse.Namespace) -> None:
     for name, equal in table.items():
         share = equal.float().mean(0).tolist()
         slots = ", ".join(f"{100 * part:.1f} %" for part in share)
-        print(
-            f"{name:<40} equal indices by slot: {slots}; whole tokens: {100 * equal.all(1).float().mean():.1f} %"
-        )
+        whole = 100 * float(equal.all(1).float().mean())
+        print(f"{name:<40} equal indices by slot: {slots}; whole tokens: {whole:.1f} %")
 
     tokens = all_tokens(recorded)
     from_rendered = tokens.clone()

@@ -1,0 +1,202 @@
+"""The villa-X model description: the `model_config.json` beside the weights.
+
+The defaults are those of the villa-X code; the released checkpoint differs from them in every dimension, so
+a loaded model takes them all from its file.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import LamError, problems_to_error
+
+ARCHITECTURE = "IgorModel"
+CONFIG_FILE = "model_config.json"
+
+_CONFIG_REMEDY = "Correct the file, or fetch the model folder again."
+
+
+@dataclass(frozen=True)
+class LamConfig:
+    """Dimensions of a villa-X latent action model (the `config` object of `model_config.json`).
+
+    Args:
+        resolution: side R of the square the frames are resized to, in pixels; a multiple of `patch_size`.
+        patch_size: side P of a patch, in pixels.
+        in_channels: colour channels that the decoder predicts (the patch embeddings always take 3).
+        d_t: longest temporal window, in frames.
+        augment_type, augment_level, random_crop_scale, random_crop_ratio: training only; kept for the file.
+        mlp_ratio: hidden width of every MLP over its input width (truncated to an integer).
+        use_xformers: kernel choice of the original code, ignored here.
+        encoder_depth, encoder_embed_dim, encoder_n_heads: blocks, width D and heads of the encoder.
+        action_latent_dim: width `a` of one learned token and of a codebook row.
+        st_use_qk_norm: LayerNorm on queries and keys in the encoder's blocks.
+        num_learned_tokens: tokens `n` per frame pair.
+        map_heads: heads of the pooling block.
+        decoder_depth, decoder_embed_dim, decoder_n_heads: blocks, width X and heads of the decoder (FDM).
+        use_qk_norm: LayerNorm on queries and keys in the decoder.
+        n_codes: codebook rows K.
+
+    Raises:
+        LamError: if the values do not describe a model; all problems at once.
+    """
+
+    resolution: int = 224
+    patch_size: int = 14
+    in_channels: int = 3
+    d_t: int = 8
+    augment_type: str = "resize_crop"
+    augment_level: str = "clip"
+    random_crop_scale: tuple[float, float] = (0.8, 1.0)
+    random_crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    mlp_ratio: float = 4.0
+    use_xformers: bool | None = None
+    encoder_depth: int = 12
+    encoder_embed_dim: int = 768
+    encoder_n_heads: int = 8
+    action_latent_dim: int = 128
+    st_use_qk_norm: bool = True
+    num_learned_tokens: int = 4
+    map_heads: int = 24
+    decoder_depth: int = 8
+    decoder_embed_dim: int = 768
+    decoder_n_heads: int = 16
+    use_qk_norm: bool = True
+    n_codes: int = 32
+
+    def __post_init__(self) -> None:
+        problems = _type_problems(self) or _value_problems(self)
+        if problems:
+            raise problems_to_error("These LAM dimensions do not describe a model", problems, _CONFIG_REMEDY)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side, G."""
+        return self.resolution // self.patch_size
+
+    @property
+    def embed_tokens(self) -> int:
+        """Patches of a frame, N = G·G."""
+        return self.grid_size**2
+
+    @property
+    def token_dim(self) -> int:
+        """Width n·a of the flattened token of a frame pair."""
+        return self.num_learned_tokens * self.action_latent_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config` object as the villa-X code writes it, derived keys included."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {**values, "grid_size": self.grid_size, "embed_tokens": self.embed_tokens}
+
+    def encoder_dict(self) -> dict[str, Any]:
+        """The fields that determine the tokens: no decoder, no training-only or kernel choices."""
+        return {key: value for key, value in self.to_dict().items() if key in _ENCODER_FIELDS}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LamConfig":
+        """Build from a `config` object: unknown and derived keys are ignored, missing ones take defaults."""
+        known = {field.name for field in fields(cls)}
+        chosen: dict[str, Any] = {key: v for key, v in values.items() if key in known}
+        chosen |= {key: tuple(v) for key, v in chosen.items() if isinstance(v, list)}
+        return cls(**chosen)
+
+
+_ENCODER_FIELDS = (
+    "resolution", "patch_size", "d_t", "mlp_ratio", "encoder_depth", "encoder_embed_dim", "encoder_n_heads",
+    "action_latent_dim", "st_use_qk_norm", "num_learned_tokens", "map_heads", "n_codes",
+)  # fmt: skip
+
+_POSITIVE_INTEGERS = (
+    "resolution", "patch_size", "in_channels", "d_t", "encoder_depth", "encoder_embed_dim", "encoder_n_heads",
+    "action_latent_dim", "num_learned_tokens", "map_heads", "decoder_depth", "decoder_embed_dim",
+    "decoder_n_heads", "n_codes",
+)  # fmt: skip
+
+
+def _type_problems(config: LamConfig) -> list[str]:
+    values = vars(config)
+    problems = [
+        f"{name} is {values[name]!r}, expected a positive integer"
+        for name in _POSITIVE_INTEGERS
+        if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1
+    ]
+    problems += [
+        f"{name} is {values[name]!r}, expected true or false"
+        for name in ("st_use_qk_norm", "use_qk_norm")
+        if not isinstance(values[name], bool)
+    ]
+    ratio = config.mlp_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
+        problems.append(f"mlp_ratio is {ratio!r}, expected a positive number")
+    return problems
+
+
+def _value_problems(config: LamConfig) -> list[str]:
+    values = vars(config)
+    multiples = [
+        ("resolution", "patch_size"),
+        ("encoder_embed_dim", "encoder_n_heads"),
+        ("encoder_embed_dim", "map_heads"),
+        ("decoder_embed_dim", "decoder_n_heads"),
+    ]
+    problems = [
+        f"{name} is {values[name]}, expected a multiple of {other}, which is {values[other]}"
+        for name, other in multiples
+        if values[name] % values[other]
+    ]
+    for name in ("encoder_embed_dim", "decoder_embed_dim"):
+        width = values[name]
+        if width % 4:
+            problems.append(f"{name} is {width}, expected a multiple of 4 (sines and cosines of two axes)")
+        if int(width * config.mlp_ratio) < 1:
+            problems.append(f"mlp_ratio is {config.mlp_ratio}, which leaves {name}={width} no hidden width")
+    if config.d_t < 2:
+        problems.append(f"d_t is {config.d_t}, expected at least 2: a token needs two frames")
+    return problems
+
+
+def read_config(folder: Path) -> LamConfig:
+    """Read `model_config.json` of a model folder.
+
+    Raises:
+        LamError: if the file is absent, not such an object, of another architecture or not a possible model.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LamError(
+            f"{path} does not exist. A LAM folder holds {CONFIG_FILE} and model.safetensors: "
+            "point to that folder, or fetch the model again."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LamError(
+            f"{path} could not be read ({error}), expected a JSON object. {_CONFIG_REMEDY}"
+        ) from error
+    if not isinstance(document, dict) or not isinstance(document.get("config", {}), dict):
+        raise LamError(
+            f"{path} holds no JSON object with an object `config`, expected the keys architecture, "
+            f"description, version and config. {_CONFIG_REMEDY}"
+        )
+    if document.get("architecture") != ARCHITECTURE:
+        raise LamError(
+            f"{path} names the architecture {document.get('architecture')!r}, expected {ARCHITECTURE!r}: "
+            "this package opens villa-X latent action models. Point to one of those."
+        )
+    try:
+        return LamConfig.from_dict(document.get("config", {}))
+    except LamError as error:
+        raise LamError(f"{path}: {error}") from None
+
+
+def config_document(config: LamConfig, description: str = "", version: int = 0) -> str:
+    """The text of a `model_config.json`."""
+    document = {
+        "architecture": ARCHITECTURE,
+        "description": description,
+        "version": version,
+        "config": config.to_dict(),
+    }
+    return json.dumps(document, indent=2) + "\n"

@@ -1,0 +1,105 @@
+"""What a LAM is fitted to: the next frame through the FDM, and the state's change through a small head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LamConfig
+from ..decoder import Decoder
+from ..encoder import Encoder
+from ..preprocess import normalize_frames
+from ..quantizer import Quantizer
+from .data import moving_pixels
+from .recipe import GROUND, QUANTISE, FitRecipe
+
+
+class StateHead(nn.Module):
+    """The proprioceptive FDM: (state, token) → change of the state; not part of the saved LAM.
+
+    States and changes are standardised by the given statistics.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+    change_mean: Tensor
+    change_std: Tensor
+
+    def __init__(self, token_dim: int, states: Tensor, changes: Tensor, hidden: int = 64):
+        super().__init__()
+        width = states.shape[1]
+        self.layers = nn.Sequential(nn.Linear(token_dim + width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.linear = nn.Linear(token_dim, width)
+        for name, tensor in (("state", states), ("change", changes)):
+            self.register_buffer(f"{name}_mean", tensor.mean(0))
+            self.register_buffer(f"{name}_std", tensor.std(0) + 1e-6)
+
+    def loss(self, tokens: Tensor, state: Tensor, change: Tensor) -> Tensor:
+        """Mean square of the standardised error; 1 is what a constant reaches."""
+        state = (state - self.state_mean) / self.state_std
+        change = (change - self.change_mean) / self.change_std
+        predicted = self.linear(tokens) + self.layers(torch.cat([tokens, state], dim=1))
+        return F.mse_loss(predicted, change)
+
+
+class FitModel(nn.Module):
+    """A LAM in training."""
+
+    def __init__(self, config: LamConfig, recipe: FitRecipe, state_head: StateHead | None):
+        super().__init__()
+        self.config, self.recipe = config, recipe
+        self.encoder, self.vq, self.decoder = Encoder(config), Quantizer(config), Decoder(config)
+        self.vq.requires_grad_(False)  # its rows follow moving averages
+        self.state_head = state_head
+
+    def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
+        """uint8 (B, 3, R, R) each → continuous tokens (B, n·a)."""
+        clips = normalize_frames(torch.stack([prev, cur], dim=1), self.config.resolution)
+        return self.encoder(clips).squeeze(1)
+
+    def losses(
+        self,
+        prev: Tensor,
+        cur: Tensor,
+        state: Tensor | None,
+        change: Tensor | None,
+        phase: str,
+        generator: torch.Generator,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """The weighted terms of one step.
+
+        Args:
+            prev, cur: uint8 (B, 3, R, R).
+            state, change: (B, S), or None.
+            phase: of the recipe.
+            generator: of the noise, on the CPU.
+
+        Returns:
+            Terms to sum up; the continuous tokens (B, n·a); the chosen indices (B, n) once there are any.
+        """
+        recipe = self.recipe
+        tokens = self.encode(prev, cur)
+        terms = {"penalty": recipe.token_penalty * tokens.square().mean()}
+        indices = None
+        if phase == QUANTISE:
+            indices = self.vq.indices(tokens)
+            rows = self.vq.rows(indices)
+            terms["commit"] = recipe.commitment * F.mse_loss(tokens, rows)
+            latents = tokens + (rows - tokens).detach()  # gradients pass straight through
+        else:
+            noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+            latents = tokens + recipe.noise * noise
+        if self.state_head is not None and recipe.state_weight:
+            assert state is not None
+            assert change is not None
+            terms["state"] = recipe.state_weight * self.state_head.loss(latents, state, change)
+        if phase != GROUND:
+            terms["pixels"] = self._pixel_loss(prev, cur, latents)
+        return terms, tokens, indices
+
+    def _pixel_loss(self, prev: Tensor, cur: Tensor, latents: Tensor) -> Tensor:
+        """Mean square error of the next frame, normalised scale, moving pixels weighing more."""
+        resolution = self.config.resolution
+        patches = self.decoder(normalize_frames(prev, resolution), latents)
+        error = (self.decoder.unpatch(patches) - normalize_frames(cur, resolution)).square().mean(1)
+        weights = 1 + self.recipe.moving_weight * moving_pixels(prev, cur).float()
+        return (error * weights).mean() / weights.mean()

@@ -1,0 +1,84 @@
+"""How a LAM is fitted: everything but the model's size and the data."""
+
+from dataclasses import dataclass
+from math import cos, pi
+
+from ..errors import problems_to_error
+
+GROUND, DRAW, QUANTISE = "ground", "draw", "quantise"
+
+
+@dataclass(frozen=True)
+class FitRecipe:
+    """Three phases under one learning-rate curve.
+
+    *ground*: the tokens learn to tell the change of the state, without pixels (skipped where the data have no
+    state). *draw*: the FDM joins, the tokens are still continuous and noisy. *quantise*: the codebook starts
+    at the k-means centres of the tokens and everything continues through it.
+
+    Args:
+        steps: optimiser steps in all.
+        batch_size: frame pairs a step.
+        seed: of the initial weights, the batches and the noise.
+        learning_rate: peak of AdamW; linear warm-up, then a cosine to 5 % of it.
+        warmup_steps: steps of the linear warm-up.
+        ground_share, draw_share: share of `steps` spent in the first two phases.
+        state_weight: weight of the state head's loss (the proprioceptive FDM); 0 switches it off.
+        moving_weight: how much more a pixel that changes counts than one that does not.
+        noise: standard deviation of the noise on continuous tokens; makes distances between tokens count.
+        token_penalty: weight of the tokens' mean square; keeps both slots around one centre.
+        commitment: weight that pulls tokens to their codebook row.
+        codebook_decay: of the moving averages that the codebook rows follow.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    seed: int = 0
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    ground_share: float = 0.2
+    draw_share: float = 0.2
+    state_weight: float = 1.0
+    moving_weight: float = 30.0
+    noise: float = 0.3
+    token_penalty: float = 0.01
+    commitment: float = 0.25
+    codebook_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)}, expected at least {least}"
+            for name, least in _LEAST.items()
+            if getattr(self, name) < least
+        ]
+        if self.learning_rate <= 0:
+            problems.append(f"learning_rate is {self.learning_rate}, expected a positive number")
+        if self.ground_share + self.draw_share >= 1:
+            problems.append(
+                f"ground_share and draw_share sum to {self.ground_share + self.draw_share}, expected less "
+                "than 1: the rest of the steps is for the codebook"
+            )
+        if problems:
+            raise problems_to_error("This recipe cannot be followed", problems, "Correct these fields.")
+
+    def phase(self, step: int, has_state: bool) -> str:
+        """The phase of a step, counted from 0."""
+        if step < self.ground_share * self.steps and has_state and self.state_weight:
+            return GROUND
+        return DRAW if step < self.quantise_from else QUANTISE
+
+    @property
+    def quantise_from(self) -> int:
+        """First step with a codebook."""
+        return round((self.ground_share + self.draw_share) * self.steps)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + cos(pi * step / self.steps)))
+
+
+_LEAST = {
+    "steps": 1, "batch_size": 2, "warmup_steps": 0, "ground_share": 0, "draw_share": 0, "state_weight": 0,
+    "moving_weight": 0, "noise": 0, "token_penalty": 0, "commitment": 0, "codebook_decay": 0,
+}  # fmt: skip

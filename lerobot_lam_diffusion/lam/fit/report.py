@@ -1,0 +1,156 @@
+"""Is the LAM any good? Figures on episodes that the fit never saw."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..villa_x import LatentActionModel
+from .data import FitData, moving_pixels
+
+_PROBE_PAIRS = 8000
+"""Pairs that the probe is fitted to, at most."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """R² of the state's change over a pair, held out, averaged over the state's axes.
+
+    Attributes:
+        token: from the pair's VQ token, by ridge regression.
+        shuffled: the same from the token of another pair.
+        constant: from the mean of the fitted pairs.
+    """
+
+    token: float
+    shuffled: float
+    constant: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Held-out figures.
+
+    Attributes:
+        episodes, pairs: how many were held out.
+        error, copy_error: mean square error of the predicted next frame and of the last frame, 0..1 scale.
+        moving_error, moving_copy_error: the same where pixels move.
+        perplexity: of the codes, per slot; the number of codes if all are used evenly.
+        codes_used: per slot.
+        probe: None where the data have no state.
+    """
+
+    episodes: int
+    pairs: int
+    error: float
+    copy_error: float
+    moving_error: float
+    moving_copy_error: float
+    perplexity: list[float]
+    codes_used: list[int]
+    probe: Probe | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Rows of a Markdown table."""
+        copy, moving_copy = (
+            f"copy of the last frame {e:.5f}" for e in (self.copy_error, self.moving_copy_error)
+        )
+        rows = [
+            ("figure", "LAM", "against"),
+            ("---", "---", "---"),
+            ("next frame, mean square error", f"{self.error:.5f}", copy),
+            ("moving pixels, mean square error", f"{self.moving_error:.5f}", moving_copy),
+            ("codebook perplexity per slot", ", ".join(f"{p:.1f}" for p in self.perplexity), ""),
+            ("codes used per slot", ", ".join(str(c) for c in self.codes_used), ""),
+        ]
+        if self.probe is not None:
+            against = f"shuffled tokens {self.probe.shuffled:.3f}, constant {self.probe.constant:.3f}"
+            rows.append(("probe: R² of the state's change", f"{self.probe.token:.3f}", against))
+        return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> FitReport:
+    """Measure a fitted LAM (opened with its FDM) on the held-out pairs of `data`."""
+    heldout = data.holdout_pairs()
+    sums = dict.fromkeys(("error", "copy", "moving_error", "moving_copy"), 0.0)
+    moving_count, indices, tokens = 0, [], []
+    for later in tqdm(heldout.split(batch_size), desc="evaluate", unit="batch"):
+        prev, cur = (frames.to(lam.device) for frames in data.pair_frames(later))
+        encoded = lam.encode_pairs(prev, cur)
+        predicted = lam.predict_next(prev, encoded.quantized)
+        moving = moving_pixels(prev, cur)
+        for name, frames in (("error", predicted), ("copy", prev)):
+            square = ((frames.float() - cur.float()) / 255).square().mean(1)  # (B, R, R)
+            sums[name] += square.mean((1, 2)).sum().item()
+            sums[f"moving_{name}"] += square[moving].sum().item()
+        moving_count += int(moving.sum())
+        indices.append(encoded.indices.cpu())
+        tokens.append(encoded.quantized.cpu())
+    codes = torch.cat(indices)  # (pairs, n)
+    return FitReport(
+        episodes=len(data.episodes[heldout].unique()),
+        pairs=len(heldout),
+        error=sums["error"] / len(heldout),
+        copy_error=sums["copy"] / len(heldout),
+        moving_error=sums["moving_error"] / max(moving_count, 1),
+        moving_copy_error=sums["moving_copy"] / max(moving_count, 1),
+        perplexity=[perplexity(codes[:, slot], lam.num_codes) for slot in range(codes.shape[1])],
+        codes_used=[len(codes[:, slot].unique()) for slot in range(codes.shape[1])],
+        probe=None if data.states is None else _probe_data(lam, data, torch.cat(tokens), batch_size),
+    )
+
+
+def _probe_data(lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int) -> Probe:
+    pairs = data.fit_pairs()
+    pairs = pairs[torch.linspace(0, len(pairs) - 1, min(len(pairs), _PROBE_PAIRS)).long()]
+    chunks = [
+        lam.encode_pairs(*data.pair_frames(later)).quantized.cpu()
+        for later in tqdm(pairs.split(batch_size), desc="probe", unit="batch")
+    ]
+    changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())
+    return probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1])
+
+
+def probe(
+    fit_tokens: Tensor, fit_changes: Tensor, tokens: Tensor, changes: Tensor, ridge: float = 1e-3
+) -> Probe:
+    """Ridge regression from tokens to changes of the state, measured on other pairs.
+
+    Args:
+        fit_tokens: (F, n·a); fit_changes: (F, S).
+        tokens: (M, n·a); changes: (M, S).
+        ridge: penalty per pair, on standardised tokens.
+    """
+    order = torch.randperm(len(fit_tokens), generator=torch.Generator().manual_seed(0))
+    other = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
+    return Probe(
+        token=_r2(_ridge(fit_tokens, fit_changes, tokens, ridge), changes),
+        shuffled=_r2(_ridge(fit_tokens[order], fit_changes, tokens[other], ridge), changes),
+        constant=_r2(fit_changes.double().mean(0).expand(len(changes), -1), changes),
+    )
+
+
+def perplexity(indices: Tensor, num_codes: int) -> float:
+    """exp of the entropy of the codes' frequencies: 1 (one code) to `num_codes` (all evenly)."""
+    shares = torch.bincount(indices.flatten(), minlength=num_codes).double() / indices.numel()
+    shares = shares[shares > 0]
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def _ridge(inputs: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Tensor:
+    mean, spread = inputs.double().mean(0), inputs.double().std(0) + 1e-6
+    x, q = (inputs - mean) / spread, (queries - mean) / spread
+    y_mean = targets.double().mean(0)
+    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=torch.double)
+    return q @ torch.linalg.solve(gram, x.T @ (targets - y_mean)) + y_mean
+
+
+def _r2(predicted: Tensor, target: Tensor) -> float:
+    residual = (target - predicted).double().square().sum(0)
+    total = (target - target.mean(0)).double().square().sum(0)
+    return float((1 - residual / total.clamp(min=1e-12)).mean())

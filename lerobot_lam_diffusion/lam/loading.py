@@ -1,0 +1,156 @@
+"""Open and write model folders: `model_config.json` + `model.safetensors`, strict on keys and shapes."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .config import CONFIG_FILE, LamConfig, config_document, read_config
+from .decoder import Decoder
+from .encoder import Encoder
+from .errors import LamError, problems_to_error
+from .fingerprint import fingerprint_of
+from .locating import WEIGHTS_FILE, locate_lam
+from .quantizer import Quantizer
+from .villa_x import LatentActionModel
+
+_PARTS: dict[str, type[Encoder] | type[Quantizer] | type[Decoder]] = {
+    "encoder": Encoder,
+    "vq": Quantizer,
+    "decoder": Decoder,
+}
+_DTYPES = (torch.float32, torch.bfloat16)
+_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+_REMEDY = "Fetch or write the model folder again: weights and config must belong together."
+
+
+def load_lam(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fdm: bool = False,
+) -> LatentActionModel:
+    """Open a latent action model, frozen and ready to encode.
+
+    Every dimension comes from the folder's `model_config.json`. Keys and shapes of the whole weights file
+    are checked; encoder and codebook alone are read unless `fdm` is set.
+
+    Args:
+        path: model folder (or one with it as `lam/`), a shipped name such as `pusht-compact`, or a Hub id.
+        revision: branch, tag or commit, for a Hub id.
+        device: where the model computes.
+        dtype: arithmetic of the networks, torch.float32 or torch.bfloat16; the quantiser stays in float32.
+        fdm: also load the decoder, for `predict_next`.
+
+    Raises:
+        LamError: if the model cannot be found or opened; all problems of its weights at once.
+    """
+    if dtype not in _DTYPES:
+        raise LamError(f"The LAM's dtype is {dtype}, expected torch.float32 or torch.bfloat16. Choose one.")
+    folder, commit = locate_lam(path, revision)
+    config = read_config(folder)
+    modules = _meta_modules(config)
+    _check_weights(folder / WEIGHTS_FILE, modules)
+    fingerprint = fingerprint_of(folder)
+    wanted = ("encoder", "vq", "decoder") if fdm else ("encoder", "vq")
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+        for part in wanted:
+            module = modules[part]
+            part_dtype = torch.float32 if part == "vq" else dtype
+            state = {
+                name: weights.get_tensor(f"{part}.{name}").to(device=device, dtype=part_dtype, copy=True)
+                for name in module.state_dict()
+            }
+            module.load_state_dict(state, assign=True)
+    encoder, vq, decoder = modules["encoder"], modules["vq"], modules["decoder"] if fdm else None
+    assert isinstance(encoder, Encoder)
+    assert isinstance(vq, Quantizer)
+    assert decoder is None or isinstance(decoder, Decoder)
+    return LatentActionModel(
+        config, encoder, vq, decoder, path=folder, revision=commit, fingerprint=fingerprint
+    )
+
+
+def save_lam(
+    folder: str | Path,
+    config: LamConfig,
+    encoder: Encoder,
+    vq: Quantizer,
+    decoder: Decoder,
+    *,
+    description: str = "",
+    version: int = 0,
+) -> Path:
+    """Write a model folder that `load_lam` (and the villa-X code) opens; each file appears whole.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    modules: dict[str, nn.Module] = {"encoder": encoder, "vq": vq, "decoder": decoder}
+    state: dict[str, Tensor] = {
+        f"{part}.{name}": tensor.detach().float().cpu().contiguous()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    partial = folder / f".{WEIGHTS_FILE}.partial"
+    partial.write_bytes(save(state))
+    os.replace(partial, folder / WEIGHTS_FILE)
+    partial = folder / f".{CONFIG_FILE}.partial"
+    partial.write_text(config_document(config, description, version), encoding="utf-8")
+    os.replace(partial, folder / CONFIG_FILE)
+    return folder
+
+
+def _meta_modules(config: LamConfig) -> dict[str, nn.Module]:
+    """The three modules without memory behind their weights."""
+    with torch.device("meta"):
+        return {name: part(config) for name, part in _PARTS.items()}
+
+
+def _check_weights(path: Path, modules: dict[str, nn.Module]) -> None:
+    """Compare the file's header with the modules' keys and shapes; no tensor is read."""
+    if not path.is_file():
+        raise LamError(
+            f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
+            "Fetch the model again (with git: `git lfs pull`)."
+        )
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
+            found = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise LamError(
+            f"{path} is no readable safetensors file ({error}), expected the weights of a LAM. "
+            "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
+        ) from error
+    expected = {
+        f"{part}.{name}": list(tensor.shape)
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    problems = [
+        f"missing key {key}, expected with shape {expected[key]}" for key in expected if key not in found
+    ]
+    problems += [
+        f"unexpected key {key} of shape {found[key][0]}" for key in sorted(found) if key not in expected
+    ]
+    for key in expected.keys() & found.keys():
+        shape, stored_dtype = found[key]
+        if shape != expected[key]:
+            problems.append(f"{key} has shape {shape}, expected {expected[key]}")
+        if stored_dtype not in _STORED_DTYPES:
+            problems.append(f"{key} is stored as {stored_dtype}, expected floating point")
+    if problems:
+        raise problems_to_error(f"{path} does not fit its {CONFIG_FILE}", _shortened(problems), _REMEDY)
+
+
+def _shortened(problems: list[str], limit: int = 30) -> list[str]:
+    rest = len(problems) - limit
+    return problems if rest <= 0 else [*problems[:limit], f"… and {rest} more"]

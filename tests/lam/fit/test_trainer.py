@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from lerobot_lam_diffusion.lam import LamError, load_lam, save_lam
+from lerobot_lam_diffusion.lam.fit.data import FitData
+from lerobot_lam_diffusion.lam.fit.presets import PRESETS
+from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.report import evaluate
+from lerobot_lam_diffusion.lam.fit.trainer import Fit
+
+RECIPE = FitRecipe(steps=20, batch_size=8, warmup_steps=4)
+
+
+def run(data, folder, recipe=RECIPE, resume=False):
+    folder.mkdir(exist_ok=True)
+    fit = Fit(PRESETS["tiny"], recipe, data)
+    if resume:
+        fit.resume(folder)
+    fit.run(folder, save_every=7, log=lambda _line: None)
+    return fit
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [7, 14])  # before and after the codebook starts at step 8
+def test_resume_equals_uninterrupted(squares, tmp_path, stop_at):
+    whole = run(squares, tmp_path / "whole")
+
+    def stop(_line):
+        if broken.step == stop_at:
+            raise StopError
+
+    (tmp_path / "broken").mkdir()
+    broken = Fit(PRESETS["tiny"], RECIPE, squares)
+    with pytest.raises(StopError):
+        broken.run(tmp_path / "broken", save_every=7, log=stop)
+    resumed = run(squares, tmp_path / "broken", resume=True)
+    assert resumed.step == whole.step == 20
+    assert not torch.equal(whole.model.vq.embedding.weight, broken.model.vq.embedding.weight)
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_seeds_differ_and_repeat(squares, tmp_path):
+    def weights(seed):
+        fit = Fit(PRESETS["tiny"], FitRecipe(steps=3, batch_size=8, seed=seed), squares)
+        fit.take_step()
+        return fit.model.decoder.pred_head.weight
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_resume_refuses_other_settings(squares, tmp_path):
+    run(squares, tmp_path / "fit")
+    with pytest.raises(LamError, match="other settings"):
+        run(squares, tmp_path / "fit", FitRecipe(steps=21, batch_size=8), resume=True)
+    with pytest.raises(LamError, match="does not exist"):
+        run(squares, tmp_path / "empty", resume=True)
+
+
+def test_starts_as_a_copy_of_the_frame(squares):
+    """The FDM's first guess is the frame itself: nothing is spent on learning to copy."""
+    fit = Fit(PRESETS["tiny"], RECIPE, squares)
+    terms, _, _ = fit.model.losses(
+        squares.frames[:16], squares.frames[:16], squares.states[:16], squares.states[:16] * 0, "draw",
+        torch.Generator(),
+    )  # fmt: skip
+    spread = (squares.frames[:16].float() / 255 / 0.225).var()
+    assert terms["pixels"] < 0.5 * spread
+
+
+def test_learns_the_motion(squares, tmp_path):
+    """Some hundred steps suffice on a toy; from random weights they do not."""
+    recipe = FitRecipe(steps=300, batch_size=32, warmup_steps=20, learning_rate=3e-3)
+    fit = run(squares, tmp_path / "fit", recipe)
+    model = fit.model
+    save_lam(tmp_path / "lam", PRESETS["tiny"], model.encoder, model.vq, model.decoder)
+    report = evaluate(load_lam(tmp_path / "lam", fdm=True), squares)
+    assert (report.episodes, report.pairs) == (2, 38)
+    assert min(report.codes_used) > 2
+    assert report.probe is not None
+    assert report.probe.token > 0.3 > report.probe.shuffled
+
+
+def test_without_states(squares, tmp_path):
+    data = FitData(squares.frames, squares.episodes, None, holdout_episodes=2)
+    model = run(data, tmp_path / "fit").model
+    assert model.state_head is None
+    save_lam(tmp_path / "lam", PRESETS["tiny"], model.encoder, model.vq, model.decoder)
+    assert evaluate(load_lam(tmp_path / "lam", fdm=True), data).probe is None
+
+
+def test_impossible_recipes():
+    with pytest.raises(LamError) as error:
+        FitRecipe(steps=0, learning_rate=0, ground_share=0.7, draw_share=0.4)
+    for part in ("steps is 0", "learning_rate is 0", "expected less than 1"):
+        assert part in str(error.value)

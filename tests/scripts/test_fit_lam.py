@@ -1,0 +1,98 @@
+"""`lerobot-lam-fit` on a real (small) LeRobot dataset with video, in this process."""
+
+import pytest
+
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.scripts.fit_lam import CHECKPOINT_FILE, FRAMES_FILE, main
+
+
+@pytest.fixture
+def arguments(dataset, tmp_path):
+    """Flags of a tiny fit; keyword arguments add or replace some."""
+
+    def make(**changes):
+        flags = {
+            "dataset.repo_id": dataset.repo_id, "dataset.root": dataset.root, "output_dir": tmp_path / "lam",
+            "dataset.video_backend": "pyav", "preset": "tiny", "steps": 10, "batch_size": 8,
+            "holdout_episodes": 2, "device": "cpu",
+        }  # fmt: skip
+        flags |= {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"--{name}={value}" for name, value in flags.items()]
+
+    return make
+
+
+def complaint(argv) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    return str(stopped.value.code)
+
+
+def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
+    main(arguments())
+    folder = tmp_path / "lam"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.safetensors", "model_config.json"]
+    lam = load_lam(folder, fdm=True)
+    assert lam.encode_pairs(frames[:4], frames[1:5]).indices.shape == (4, 2)
+    card, printed = (folder / "README.md").read_text(), capsys.readouterr().out
+    for figure in (
+        "copy of the last frame",
+        "moving pixels",
+        "perplexity",
+        "probe: R²",
+        "shuffled",
+        "constant",
+    ):
+        assert figure in card
+        assert figure in printed
+    for fact in (
+        "2 episodes",
+        "`observation.images.top`",
+        "1 (0.1 s at 10 fps)",
+        "10 of 8 pairs",
+        lam.fingerprint,
+    ):
+        assert fact in card
+    assert "lerobot-lam-precompute" in printed
+    assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
+
+
+def test_resume_equals_uninterrupted(arguments, tmp_path, monkeypatch):
+    main(arguments(save_every=4))
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lerobot_lam_diffusion.scripts.fit_lam.save_lam", interrupt)
+    broken = tmp_path / "broken"
+    assert complaint(arguments(output_dir=broken, save_every=4)) == "130"
+    assert {CHECKPOINT_FILE, FRAMES_FILE} <= {p.name for p in broken.iterdir()}
+    monkeypatch.undo()
+    main(arguments(output_dir=broken, save_every=4, resume="true"))
+    whole = (tmp_path / "lam" / "model.safetensors").read_bytes()
+    assert (broken / "model.safetensors").read_bytes() == whole
+
+
+def test_bad_flags_are_told_at_once(arguments):
+    message = complaint(
+        arguments(preset="huge", steps=0, frame_stride=0, learning_rate=0, holdout_episodes=0)
+    )
+    for part in ("--preset=huge is unknown, choose one of compact", "--steps=0", "--frame_stride=0",
+                 "--learning_rate=0", "--holdout_episodes=0"):  # fmt: skip
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"camera_key": "observation.images.nose"}, r"observation\.images\.top"),
+        ({"holdout_episodes": 5}, "5 of 5 episodes would be held out"),
+        ({"frame_stride": 40}, "no pair of frames 40 apart"),
+        ({"resume": "true"}, "start without --resume"),
+        ({"dataset__root": "/nonexistent/data"}, "cannot be opened"),
+    ],
+)
+def test_bad_input_stops_before_any_work(arguments, tmp_path, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        main(arguments(**changes))
+    assert not (tmp_path / "lam").exists()
