@@ -1,9 +1,9 @@
 """Initial weights with which a LAM learns motion in hundreds of steps instead of none in thousands.
 
 From random weights the tokens of a small moving thing start as noise: the pair feature averages both frames,
-the pooling averages all patches, and the pusher of PushT fills 2 of 64 patches. After 1,000 steps of 64 pairs
-the state's change was still unpredictable (held-out R² 0.0); from these weights R² was 0.45 after 200 steps
-and 0.91 after 800. Four things make the difference:
+the pooling averages all patches, and the pusher of PushT fills 2 of 64 patches. With points 1 and 2 alone
+the held-out R² of the state's change was 0.0 after 200 steps of 64 pairs; with all four it was 0.67 after
+200 steps and 0.91 after 800:
 
 1. the patch embedding starts as the principal components of what changes, twice, side by side;
 2. the first temporal attention attends evenly and subtracts, so that the second copy becomes the half

@@ -73,7 +73,7 @@ def test_starts_as_a_copy_of_the_frame(squares):
 
 
 def test_learns_the_motion(squares, tmp_path):
-    """Some hundred steps suffice on a toy; from random weights they do not."""
+    """Some hundred steps suffice on a toy."""
     recipe = FitRecipe(steps=300, batch_size=32, warmup_steps=20, learning_rate=3e-3)
     fit = run(squares, tmp_path / "fit", recipe)
     model = fit.model
