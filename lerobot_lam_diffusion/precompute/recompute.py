@@ -28,8 +28,8 @@ class Agreement:
 
 
 TOLERANCE = 1e-3
-"""For continuous tokens, as a share of their largest number: kernels round differently from one batch shape or
-machine to another (a float32 encoder by 1e-6 to 5e-5); other frames give other tokens altogether."""
+"""For continuous tokens, as a share of their largest number: kernels round differently from one batch shape
+or machine to another (a float32 encoder by 1e-6 to 5e-5); other frames give other tokens altogether."""
 
 
 def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int, seed: int = 0) -> Agreement:

@@ -30,11 +30,7 @@ from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
-from lerobot_lam_diffusion.scripts.precompute_lam_tokens import (
-    _open_meta,
-    _refuse_unknown_episodes,
-    _usable_device,
-)
+from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -106,18 +102,9 @@ def fit_lam(config: FitLamConfig) -> None:
     """Load the frames, fit, measure on held-out episodes, write the model folder and its card."""
     _check_output(config)
     model_config, recipe = PRESETS[config.preset], config.recipe()
-    device = _usable_device(config.device)
-    meta = _open_meta(config.dataset)
-    camera = choose_camera(meta, config.camera_key)
-    _refuse_unknown_episodes(config.dataset.episodes, meta)
-    dataset = LeRobotDataset(
-        config.dataset.repo_id,
-        root=config.dataset.root,
-        revision=config.dataset.revision,
-        episodes=config.dataset.episodes,
-        tolerance_s=config.tolerance_s,
-        video_backend=config.dataset.video_backend,
-    )
+    device = usable_device(config.device)
+    camera = choose_camera(open_metadata(config.dataset), config.camera_key)
+    dataset = open_dataset(config.dataset, config.tolerance_s)
     data = _load_data(dataset, camera, model_config.resolution, config)
 
     fit = Fit(model_config, recipe, data, device)

@@ -14,16 +14,13 @@ from pathlib import Path
 
 import torch
 from lerobot.configs.default import DatasetConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import HF_LEROBOT_HOME
-from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import choose_camera
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
@@ -81,19 +78,9 @@ def precompute(config: PrecomputeConfig) -> None:
     output_dir = config.output_dir.expanduser()
     refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
-    device = _usable_device(config.device)
-    meta = _open_meta(config.dataset)
-    camera_key = choose_camera(meta, config.camera_key)
-    _refuse_unknown_episodes(config.dataset.episodes, meta)
-    dataset = LeRobotDataset(
-        config.dataset.repo_id,
-        root=config.dataset.root,
-        episodes=config.dataset.episodes,
-        revision=config.dataset.revision,
-        video_backend=config.dataset.video_backend,
-        tolerance_s=config.tolerance_s,
-        return_uint8=True,
-    )
+    device = usable_device(config.device)
+    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    dataset = open_dataset(config.dataset, config.tolerance_s)
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
@@ -112,41 +99,6 @@ def precompute(config: PrecomputeConfig) -> None:
         video_backend=config.dataset.video_backend,
     )
     print(report(summary, config))
-
-
-def _usable_device(device: str | None) -> str:
-    """The device to compute on, found out before the dataset and the LAM are read."""
-    if device is None:
-        return auto_select_torch_device().type
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
-            "for the best there is"
-        ) from error
-    return device
-
-
-def _open_meta(config: DatasetConfig) -> LeRobotDatasetMetadata:
-    try:
-        return LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor fetched "
-            f"from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
-        ) from error
-
-
-def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
-    unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
-    if unknown:
-        raise UserError(
-            f"--dataset.episodes names {unknown}, but dataset {meta.repo_id!r} has the episodes 0 to "
-            f"{meta.total_episodes - 1}; leave out the others"
-        )
 
 
 def recorded_path(lam_path: str) -> str:

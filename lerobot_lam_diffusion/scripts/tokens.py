@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from lerobot.configs.default import DatasetConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 
@@ -46,7 +46,7 @@ class VerifyConfig:
         lam: With a dataset: encode a random sample again with this LAM and compare.
         num_samples: Tokens in that sample.
         seed: Of the sample.
-        device: Where the LAM runs.
+        device: Where the LAM runs; the best there is if left out.
     """
 
     store: Path
@@ -54,7 +54,7 @@ class VerifyConfig:
     lam: LamSource | None = None
     num_samples: int = 64
     seed: int = 0
-    device: str = "cpu"
+    device: str | None = None
 
 
 def info(config: InfoConfig) -> None:
@@ -93,20 +93,16 @@ def verify(config: VerifyConfig) -> None:
     print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
     if config.dataset is None:
         return
-    dataset = LeRobotDataset(
-        config.dataset.repo_id,
-        root=config.dataset.root,
-        revision=config.dataset.revision,
-        video_backend=config.dataset.video_backend,
-        return_uint8=True,
-    )
-    TokenStore.open(config.store, dataset.meta)
+    TokenStore.open(config.store, open_metadata(config.dataset))
+    dataset = open_dataset(config.dataset)
     print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
         return
     assert store.provenance is not None
     dtype = getattr(torch, store.provenance.dtype)
-    lam = load_lam(config.lam.path, revision=config.lam.revision, device=config.device, dtype=dtype)
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
+    )
     result = recompute_sample(store, dataset, lam, config.num_samples, config.seed)
     told = (
         f"{result.equal} of {result.checked} sampled tokens agree with the LAM ({result.distinct} different "

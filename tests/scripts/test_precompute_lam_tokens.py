@@ -261,7 +261,7 @@ def test_an_existing_output_is_refused_before_the_lam_is_loaded(flags, tmp_path,
     def not_called(*_args, **_kwargs):
         raise AssertionError("work was begun")
 
-    for name in ("load_lam", "resolve_lam", "LeRobotDataset", "LeRobotDatasetMetadata"):
+    for name in ("load_lam", "resolve_lam", "open_dataset", "open_metadata"):
         monkeypatch.setattr(precompute_lam_tokens, name, not_called)
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "mine").touch()

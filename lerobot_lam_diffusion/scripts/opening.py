@@ -1,0 +1,65 @@
+"""What a command line opens before it works: metadata first, so that bad input is told at once."""
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import HF_LEROBOT_HOME
+from lerobot.utils.device_utils import auto_select_torch_device
+
+from lerobot_lam_diffusion.problems import UserError
+
+
+def usable_device(device: str | None) -> str:
+    """The device to compute on, found out before the dataset and the LAM are read."""
+    if device is None:
+        return auto_select_torch_device().type
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
+            "for the best there is"
+        ) from error
+    return device
+
+
+def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
+    """The dataset's metadata.
+
+    Raises:
+        UserError: it is not there, or `--dataset.episodes` names episodes that it does not have.
+    """
+    try:
+        meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor fetched "
+            f"from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+        ) from error
+    _refuse_unknown_episodes(config.episodes, meta)
+    return meta
+
+
+def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDataset:
+    """The dataset, or those episodes of it, frames as uint8; `open_metadata` tells first what is wrong."""
+    return LeRobotDataset(
+        config.repo_id,
+        root=config.root,
+        episodes=config.episodes,
+        revision=config.revision,
+        video_backend=config.video_backend,
+        tolerance_s=tolerance_s,
+        return_uint8=True,
+    )
+
+
+def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
+    unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
+    if unknown:
+        raise UserError(
+            f"--dataset.episodes names {unknown}, but dataset {meta.repo_id!r} has the episodes 0 to "
+            f"{meta.total_episodes - 1}; leave out the others"
+        )
