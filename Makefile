@@ -2,10 +2,10 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 BIN := .venv/bin
-# Nothing here needs the network once the environment is installed.
+# Once the environment is installed nothing here needs a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,7 @@ help: ## this list
 	@touch $@
 
 demo: .venv/.synced ## record PushT, precompute LAM tokens, train on them, draw what happened (5 minutes)
+	@echo "Starting; importing LeRobot takes about 20 s ..."
 	$(BIN)/lerobot-lam-demo
 
 test: .venv/.synced ## the fast tests

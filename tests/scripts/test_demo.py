@@ -1,0 +1,100 @@
+"""`lerobot-lam-demo`: its flags, where it works, what it refuses, and record-only."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from lerobot.datasets import LeRobotDataset
+
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts import demo
+from lerobot_lam_diffusion.scripts.demo import DemoConfig, demo_folder, main, normalise
+
+
+def needs_simulator() -> None:
+    pytest.importorskip("gym_pusht")
+
+
+def test_record_only_records_a_dataset_and_says_so(tmp_path, capfd):
+    needs_simulator()
+    root = tmp_path / "data" / "mine"
+    main(["--record-only", "--root", str(root), "--num-episodes=1", "--repo_id=local/mine", "--first_seed=4"])
+    dataset = LeRobotDataset("local/mine", root=root, video_backend="pyav")
+    assert dataset.meta.total_episodes == 1
+    console = capfd.readouterr()
+    assert console.out.splitlines()[-1] == f"1 episodes, {len(dataset)} frames: {root}"
+    assert "Svt" not in console.out + console.err
+
+
+def test_recording_over_something_is_refused(tmp_path):
+    needs_simulator()
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="exists and is not an empty folder"):
+        main(["--record_only=true", f"--root={tmp_path}", "--num_episodes=1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--record-only"], ["--record_only=true"]),
+        (["--record_only", "--root=a-b"], ["--record_only=true", "--root=a-b"]),
+        (["--record-only", "false"], ["--record_only", "false"]),
+        (["--near-goal=false", "--first-seed", "3"], ["--near_goal=false", "--first_seed", "3"]),
+        (["--lam-model-path", "x"], ["--lam-model-path", "x"]),
+    ],
+)
+def test_flags_with_dashes_and_the_bare_switch(words, expected):
+    assert normalise(words) == expected
+
+
+def test_bad_flags_are_told_all_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        DemoConfig(num_episodes=1, steps=0, seed=-1, root=tmp_path)
+    for text in ("num_episodes=1 must be at least 2", "steps=0", "seed=-1", "--root", "4 problems"):
+        assert text in str(error.value)
+    assert DemoConfig(num_episodes=1, record_only=True, root=tmp_path).num_episodes == 1
+
+
+def test_the_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert demo_folder(None) == Path("outputs/demo")
+    for name in ("demo", "demo-2"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "file").touch()
+    assert demo_folder(None) == Path("outputs/demo-3")
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    assert demo_folder(tmp_path) == tmp_path
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"not an empty folder.*another --output_dir"):
+        demo_folder(tmp_path)
+
+
+def test_a_missing_simulator_is_told_with_its_remedy(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        demo.importlib.util, "find_spec", lambda name: None if name == "gym_pusht" else find(name)
+    )
+    with pytest.raises(
+        SystemExit, match=r"needs gym_pusht.*pip install 'lerobot_policy_diffusion_lam\[pusht\]'"
+    ):
+        main([])
+
+
+def test_an_unknown_lam_is_told_before_anything_is_recorded(tmp_path):
+    needs_simulator()
+    with pytest.raises(SystemExit, match="There is no LAM at 'nowhere'"):
+        main(["--lam.path=nowhere", f"--output_dir={tmp_path / 'new'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_goes_offline_by_itself(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    demo.go_offline()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert huggingface_hub.constants.is_offline_mode()
