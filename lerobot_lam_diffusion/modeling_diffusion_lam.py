@@ -86,6 +86,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def reset(self) -> None:
         super().reset()
         self._history: FrameHistory | None = None
+        self._can_compute: bool | None = (
+            None  # whether there is a LAM and a camera; found out when it matters
+        )
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
@@ -175,7 +178,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """The batch of one tick, with tokens if a chunk of actions is about to be predicted."""
         key = self.config.lam_tokens_key
         given = batch.get(key)
-        if given is None and self.config.lam_missing == "zero" and not self._can_compute(batch):
+        if given is None and self.config.lam_missing == "zero" and not self._computable(batch):
             given = torch.zeros(len(batch["observation.state"]), self.config.lam_token_dim)
             given = given.to(batch["observation.state"].device)
         if given is not None:
@@ -195,13 +198,15 @@ class DiffusionLamPolicy(DiffusionPolicy):
         queue.extend(tokens[:, :-1].unbind(1))
         return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
 
-    def _can_compute(self, batch: dict[str, Any]) -> bool:
-        """Whether there is a LAM, and a camera for it."""
-        try:
-            _ = self.live_lam.lam
-        except UserError:
-            return False
-        return single(self.config.lam_camera_key) in batch.get(OBS_LAM_IMAGES, {})
+    def _computable(self, batch: dict[str, Any]) -> bool:
+        """Whether there is a LAM, and a camera for it; asked once between two resets."""
+        if self._can_compute is None:
+            try:
+                _ = self.live_lam.lam
+                self._can_compute = single(self.config.lam_camera_key) in batch.get(OBS_LAM_IMAGES, {})
+            except UserError:
+                self._can_compute = False
+        return self._can_compute
 
     def _raw_frames(self, batch: dict[str, Any]) -> Tensor:
         """uint8 frames `(..., 3, H, W)` of the LAM's camera, as the pre-processor passed them on."""

@@ -5,6 +5,8 @@ store is opened and checked against that dataset, and what it says about its LAM
 the checkpoint knows how it was fed. At deployment there is no dataset, and nothing is opened.
 """
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
@@ -12,6 +14,8 @@ from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.writer import codebook_scale
+
+logger = logging.getLogger(__name__)
 
 
 def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore | None:
@@ -98,6 +102,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
         )
     config.lam_source = f"column:{config.lam_tokens_key}"
+    _warn_of_missing_lam(config)
 
 
 def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:
@@ -106,6 +111,7 @@ def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: A
     config.lam_source = f"store:{store.path}"
     config.lam_frame_stride = store.frame_stride
     if store.provenance is None:
+        _warn_of_missing_lam(config)
         return
     lam = store.provenance.lam
     config.lam_num_learned_tokens = lam.num_learned_tokens
@@ -115,6 +121,25 @@ def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: A
     config.lam_dtype = store.provenance.dtype
     config.lam_model_path = config.lam_model_path or lam.path
     config.lam_camera_key = config.lam_camera_key or _camera_of_policy(config, store.provenance.camera_key)
+    _warn_of_missing_lam(config)
+
+
+def _warn_of_missing_lam(config: DiffusionLamConfig) -> None:
+    """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
+    path = single(config.lam_model_path)
+    if path is None:
+        reason = "the LAM of these tokens is not known"
+    elif Path(path).is_absolute() and not Path(path).exists():
+        reason = f"the LAM of these tokens is not at {path}"
+    elif single(config.lam_camera_key) is None:
+        reason = "it is not known which of the policy's cameras the LAM looks at"
+    else:
+        return
+    logger.warning(
+        "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
+        "--policy.lam_model_path and --policy.lam_camera_key.",
+        reason[0].upper() + reason[1:],
+    )
 
 
 def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> list[str]:

@@ -121,6 +121,17 @@ def test_partial_store_warns_and_the_batch_names_episode_and_frame(dataset, make
         policy.forward(preprocess(training_batch(policy.config, dataset, [14, 30])))
 
 
+def test_a_lam_that_is_not_here_is_told_before_training(dataset, store, with_column, caplog):
+    build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    assert "Training goes on" not in caplog.text
+    build(lam_config(lam_tokens_path=str(store.path), lam_model_path="/nowhere/lam"), dataset)
+    assert "not at /nowhere/lam. Training goes on" in caplog.text
+    caplog.clear()
+    build(lam_config(), with_column)
+    assert "is not known. Training goes on" in caplog.text
+    assert "--policy.lam_model_path" in caplog.text
+
+
 @pytest.mark.parametrize("with_stats", [False, True])
 def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_stats):
     """Also where the dataset has statistics for the column, by which LeRobot would normalise it."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import draccus
 
-from lerobot_lam_diffusion.lam.errors import LamError
 from lerobot_lam_diffusion.problems import UserError
 
 DASHED = {
@@ -23,6 +22,7 @@ DASHED = {
     "--frame-stride": "frame_stride",
     "--output-dir": "output_dir",
     "--batch-size": "batch_size",
+    "--learning-rate": "learning_rate",
     "--config-path": "config_path",
 }
 SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
@@ -52,7 +52,7 @@ def run_command(
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     try:
         command(draccus.parse(config_class, args=arguments))
-    except (UserError, LamError, OSError, draccus.ParsingError) as error:
+    except (UserError, OSError, draccus.ParsingError) as error:
         sys.exit(f"error: {_told_by(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
