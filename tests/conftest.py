@@ -15,6 +15,7 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
 from lerobot_lam_diffusion.lam.decoder import Decoder
 from lerobot_lam_diffusion.lam.encoder import Encoder
@@ -148,3 +149,11 @@ def store(dataset, make_store) -> TokenStore:
 @pytest.fixture(scope="session")
 def continuous_store(dataset, make_store) -> TokenStore:
     return make_store(dataset, use_vq_tokens=False)
+
+
+@pytest.fixture(scope="session")
+def pusht(tmp_path_factory) -> LeRobotDataset:
+    """2 short PushT demonstrations by the demo's expert, for the shipped LAM."""
+    root = tmp_path_factory.mktemp("pusht") / "data"
+    record_pusht(root, "local/pusht", 2, near_goal=True)
+    return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)

@@ -7,19 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
+from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from tests.test_lerobot_train import SMALL_FLAGS, train
-
-
-@pytest.fixture(scope="module")
-def pusht(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pusht") / "data"
-    record_pusht(root, "local/pusht", 2, near_goal=True)
-    return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
 
 
 @pytest.mark.slow

@@ -122,18 +122,52 @@ def test_a_bad_store_stops_before_training(monkeypatch, flags, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["precomputed", "on the fly"])
-def test_two_workers_and_two_processes(flags, lam_folder, tmp_path, source):
+@pytest.mark.parametrize("parallel", ["precomputed, two workers, DDP", "on the fly, DDP", "on the fly, FSDP"])
+def test_two_processes(flags, lam_folder, tmp_path, parallel):
     """torchrun as LeRobot's CPU runs need it: two ranks, each with its own loader."""
     console = Path(sys.executable).parent
-    command = [console / "torchrun", "--nproc_per_node=2", console / "lerobot-train", *flags, "--steps=3"]
-    command += ["--num_workers=1"] if source == "precomputed" else on_the_fly(lam_folder)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [console / "torchrun", "--standalone", "--nproc_per_node=2", console / "lerobot-train", *flags]
+    command += ["--steps=3"]
+    command += on_the_fly(lam_folder) if "on the fly" in parallel else ["--num_workers=1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **(FSDP if "FSDP" in parallel else {})}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Effective batch size: 4 x 2 = 8" in done.stdout + done.stderr
-    assert weights(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    assert same(dict(DiffusionLamPolicy.from_pretrained(checkpoint).state_dict()), weights(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_adapters_train_on_a_checkpoint(monkeypatch, flags, lam_folder, tmp_path, dataset):
+    """PEFT: only the adapters learn, and the LAM is not among what they adapt."""
+    train(monkeypatch, *flags, *on_the_fly(lam_folder), "--steps=1")
+    train(
+        monkeypatch,
+        f"--policy.path={tmp_path / 'run' / 'checkpoints' / 'last' / 'pretrained_model'}",
+        "--policy.push_to_hub=false",
+        "--peft.method_type=LORA",
+        "--peft.target_modules=all-linear",
+        "--peft.r=4",
+        f"--dataset.root={dataset.root}",
+        "--dataset.repo_id=local/squares",
+        f"--output_dir={tmp_path / 'adapted'}",
+        "--steps=1",
+        "--batch_size=4",
+        "--num_workers=0",
+    )
+    folder = tmp_path / "adapted" / "checkpoints" / "last" / "pretrained_model"
+    adapters = load_file(folder / "adapter_model.safetensors")
+    assert any("lam_projection" in name for name in adapters)
+    assert not any("map_block" in name for name in adapters)
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
+from lerobot_lam_diffusion.demo.record import IMAGE_KEY
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from tests.conftest import TOP, write_lam
 from tests.policies import build, lam_config, training_batch
 
@@ -20,12 +23,12 @@ def live_config(lam_folder, **fields):
     return lam_config(**{**on_the_fly, "num_inference_steps": 1, **fields})
 
 
-def observation(dataset, rows):
+def observation(dataset, rows, camera=TOP):
     """What a robot, or as many environments as `rows`, sees at one tick; images as LeRobot hands them on."""
     items = [dataset[row] for row in rows]
     return {
         "observation.state": torch.stack([item["observation.state"] for item in items]),
-        TOP: torch.stack([item[TOP] for item in items]).float() / 255,
+        camera: torch.stack([item[camera] for item in items]).float() / 255,
     }
 
 
@@ -98,6 +101,48 @@ def test_frames_of_an_episode_give_the_stores_tokens(
     distinct = torch.cat(compared).flatten(0, 1).unique(dim=0)
     assert len(distinct) >= 4  # the zero token among them
     assert policy.diffusion.lam_model is not None
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 4])
+@pytest.mark.parametrize(
+    ("aggregation", "stride", "n_obs_steps", "use_vq_tokens"),
+    [("latest", 1, 1, True), ("concat", 3, 3, True), ("concat", 1, 2, False)],
+)
+def test_the_shipped_lam_on_pusht(
+    pusht, tmp_path, aggregation, stride, n_obs_steps, use_vq_tokens, n_action_steps
+):
+    store = precompute_tokens(
+        pusht,
+        load_lam("pusht-compact"),
+        tmp_path / "store",
+        camera_key=IMAGE_KEY,
+        lam_path="pusht-compact",
+        frame_stride=stride,
+        use_vq_tokens=use_vq_tokens,
+        show_progress=False,
+    ).store
+    config = lam_config(
+        lam_tokens_path=str(store.path),
+        lam_temporal_aggregation=aggregation,
+        lam_use_vq_tokens=use_vq_tokens,
+        n_obs_steps=n_obs_steps,
+        n_action_steps=n_action_steps,
+        num_inference_steps=1,
+        down_dims=(16, 32),
+    )
+    policy, preprocess = build(config, pusht)
+    policy.eval()
+    recorded = ConditioningTokens(policy)
+    rows = episode(pusht, 1)[:24]
+    for row in rows:
+        policy.select_action(preprocess(observation(pusht, [row], IMAGE_KEY)))
+    expected = [store.window(torch.tensor([row]), config.lam_token_deltas) for row in rows[::n_action_steps]]
+    assert len(recorded.seen) == len(expected)
+    for got, want in zip(recorded.seen, expected, strict=True):
+        assert_same_tokens(got, want, config.lam_token_scale, use_vq_tokens)
+    assert len(torch.cat(expected).flatten(0, 1).unique(dim=0)) >= 4
+    if use_vq_tokens:
+        assert len(store.values.unique()) >= 16
 
 
 def test_environments_of_different_lengths(dataset, store):
