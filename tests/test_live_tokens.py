@@ -9,7 +9,7 @@ from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from tests.conftest import TOP, write_lam
-from tests.policies import build, lam_config, training_batch
+from tests.policies import build, lam_config, teach, training_batch
 
 CONTINUOUS_TOLERANCE = 1e-4  # the tests' LAM magnifies its encoder's rounding (about 1e-6) some 30 times
 
@@ -329,24 +329,29 @@ def test_rename_map_renames_the_lams_camera_too(dataset, lam_folder, store):
     )
 
 
-def test_the_action_depends_on_the_motion(dataset, store, tmp_path):
-    """Same last picture and state, another frame before it: another action."""
-    policy, preprocess = build(lam_config(lam_tokens_path=str(store.path), n_obs_steps=1), dataset)
-    for name, parameter in policy.named_parameters():
-        if name.endswith("cond_encoder.lam.weight"):
-            torch.manual_seed(1)
-            torch.nn.init.normal_(parameter, std=0.5)
+def test_a_trained_policys_action_depends_on_the_live_motion(dataset, frames, lam, store, tmp_path):
+    """Same last picture and state, another frame before it: another action, as it was taught."""
+    now = 30
+    tokens = lam.encode_pairs(frames, frames[now].expand_as(frames)).quantized
+    before = (29, int((tokens - tokens[29]).norm(dim=1).argmax()))  # two pasts whose tokens differ most
+    config = lam_config(lam_tokens_path=str(store.path), n_obs_steps=1, prediction_type="sample")
+    policy, preprocess = build(config, dataset)
+    batch = preprocess(training_batch(config, dataset, [now] * 4))
+    batch["action"] = torch.tensor([0.7, -0.7, 0.7, -0.7]).view(4, 1, 1).expand(4, 8, 2)
+    batch[OBS_LAM_TOKENS] = tokens[[*before, *before]].unsqueeze(1)
+    teach(policy, batch)
     policy.save_pretrained(tmp_path)
     policy = DiffusionLamPolicy.from_pretrained(tmp_path)
-    now = preprocess(observation(dataset, [30]))
+
     actions = []
-    for before in (29, 45):
+    for row in before:
         policy.reset()
-        policy.select_action(preprocess(observation(dataset, [before])))
-        policy._queues["action"].clear()
+        policy.select_action(preprocess(observation(dataset, [row])))
+        policy._queues["action"].clear()  # the next tick predicts anew
         torch.manual_seed(0)
-        actions.append(policy.select_action(dict(now)))
-    assert (actions[0] - actions[1]).abs().max() > 1e-3
+        actions.append(policy.select_action(preprocess(observation(dataset, [now]))))
+    assert actions[0].mean() > 0.3
+    assert actions[1].mean() < -0.3
 
 
 def test_dropout_drops_windows_and_tokens_and_only_in_training(dataset, store):

@@ -9,7 +9,7 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.modeling_diffusion_lam import DiffusionLamModel
-from tests.policies import SMALL, build, lam_config, stock_config, training_batch
+from tests.policies import SMALL, build, lam_config, stock_config, teach, training_batch
 
 ROWS = [0, 1, 20, 30]  # two at an episode's start, where tokens are missing
 
@@ -118,13 +118,7 @@ def test_other_tokens_other_actions_after_training_and_reloading(dataset, store,
     batch = preprocess(training_batch(config, dataset, [first, first, first, first]))
     batch["action"] = torch.tensor([0.7, -0.7, 0.7, -0.7]).view(4, 1, 1).expand(4, 8, 2)
     batch[OBS_LAM_TOKENS] = torch.stack([right, left, right, left])
-    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
-    policy.train()
-    for step in range(50):
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        policy.forward(dict(batch))[0].backward()
-        optimizer.step()
+    teach(policy, batch)
     policy.save_pretrained(tmp_path)
     reloaded = DiffusionLamPolicy.from_pretrained(tmp_path)
 

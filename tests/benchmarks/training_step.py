@@ -5,9 +5,10 @@
         --no-small
 
 Every round runs one step of each variant in turn, so that a machine's drift hits all alike; medians and the
-ratio to stock, round by round, are printed. "step" is forward, backward and optimizer on a ready batch;
-"+ loader" adds decoding, collation and pre-processing in the same process. Peak memory is that of a fresh
-process for each variant: the CUDA allocator's, or the resident set on a CPU.
+ratio to stock, round by round, are printed. "step" is forward, backward and optimizer on a ready batch; "LAM"
+is the LAM's own forward pass on that batch, the least that tokens on the fly can cost; "+ loader" adds
+decoding, collation and pre-processing in the same process. Peak memory is that of a fresh process for each
+variant: the CUDA allocator's, or the resident set on a CPU.
 """
 
 import argparse
@@ -29,13 +30,14 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 
-from lerobot_lam_diffusion import DiffusionLamConfig
+from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamConfig
 from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
 from lerobot_lam_diffusion.lam.decoder import Decoder
 from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.live_tokens import as_uint8
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 
 VARIANTS = ("stock", "precomputed", "on the fly, compact", "on the fly, villa-X size")
@@ -115,13 +117,22 @@ class Variant:
             batch = next(self.stream)
         return self.preprocess(batch)
 
+    def encode(self, batch: dict) -> None:
+        """The LAM alone, on the pairs of this batch."""
+        frames = as_uint8(batch[OBS_LAM_IMAGES][IMAGE_KEY])
+        self.policy.live_lam.encode(frames[:, -2], frames[:, -1])
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def step(self, batch: dict) -> None:
         loss, _ = self.policy.forward(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._wait()
 
 
 def measure(args: argparse.Namespace, work_dir: Path, names: list[str]) -> None:
@@ -130,6 +141,7 @@ def measure(args: argparse.Namespace, work_dir: Path, names: list[str]) -> None:
         variant.step(variant.load())  # warm up
     steps: dict[str, list[float]] = {name: [] for name in names}
     whole: dict[str, list[float]] = {name: [] for name in names}
+    lam: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name, variant in variants.items():
             start = time.perf_counter()
@@ -139,16 +151,21 @@ def measure(args: argparse.Namespace, work_dir: Path, names: list[str]) -> None:
             end = time.perf_counter()
             steps[name].append(end - loaded)
             whole[name].append(end - start)
+            if name.startswith("on the fly"):
+                variant.encode(batch)
+                lam[name].append(time.perf_counter() - end)
     print(f"\n{args.device}, batch {args.batch_size}, {args.rounds} rounds, LAM in {args.dtype}")
-    print(f"{'variant':<28}{'step ms':>10}{'x stock':>9}{'+ loader ms':>13}{'x stock':>9}{'peak MB':>9}")
+    heads = f"{'step ms':>10}{'x stock':>9}{'LAM ms':>9}{'+ loader ms':>13}{'x stock':>9}{'peak MB':>9}"
+    print(f"{'variant':<28}{heads}")
     for name in names:
         cells = [statistics.median(steps[name]) * 1000, _ratio(steps, name)]
+        cells += [statistics.median(lam[name] or [0.0]) * 1000]
         cells += [
             statistics.median(whole[name]) * 1000,
             _ratio(whole, name),
             _peak_megabytes(name, work_dir, args),
         ]
-        print("{:<28}{:>10.1f}{:>9.3f}{:>13.1f}{:>9.3f}{:>9.0f}".format(name, *cells))
+        print("{:<28}{:>10.1f}{:>9.3f}{:>9.1f}{:>13.1f}{:>9.3f}{:>9.0f}".format(name, *cells))
 
 
 def _ratio(times: dict[str, list[float]], name: str) -> float:
