@@ -91,9 +91,15 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
         if mine[name] != theirs[name]
     ]
     raise_problems(f"--policy.init_from_stock={checkpoint} is another architecture", problems)
-    file = Path(checkpoint) / "model.safetensors"
-    if not file.is_file():
+    folder = Path(checkpoint)
+    file = folder / "model.safetensors"
+    if not folder.is_dir():
         file = Path(hf_hub_download(checkpoint, "model.safetensors"))
+    elif not file.is_file():
+        raise UserError(
+            f"--policy.init_from_stock={checkpoint} has no model.safetensors; name the folder "
+            "pretrained_model of a stock diffusion checkpoint"
+        )
     load_weights(policy, load_file(file), str(file), may_lack=own_parameters)
 
 

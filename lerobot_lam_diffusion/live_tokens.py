@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
-from lerobot_lam_diffusion.lam import LamError, LatentActionModel, load_lam
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.lam import LamError, LatentActionModel, load_lam, resolve_lam
+from lerobot_lam_diffusion.problems import LamNotFoundError, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -22,21 +22,24 @@ def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
     """Load the LAM that `config` names and check that it is the one that the policy is for.
 
     Raises:
-        UserError: no LAM named or found there, another token shape, or another LAM than trained with.
+        LamNotFoundError: no LAM or camera named, or no LAM there.
+        UserError: a damaged LAM, another token shape, or another LAM than trained with.
     """
     path = single(config.lam_model_path)
     if path is None or single(config.lam_camera_key) is None:
-        raise UserError(
+        raise LamNotFoundError(
             "this diffusion_lam policy needs LAM tokens, and there are none in the batch "
             f"({config.lam_tokens_key!r}) and no LAM to compute them: pass --policy.lam_model_path=<LAM "
             "folder or Hub id> and --policy.lam_camera_key=<camera that it looks at>"
         )
     try:
-        lam = load_lam(path, dtype=getattr(torch, config.lam_dtype))
+        resolve_lam(path)
     except LamError as error:
-        raise UserError(
-            f"the policy's LAM cannot be opened; name another place by --policy.lam_model_path. {error}"
+        raise LamNotFoundError(
+            "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
+            f"{error}"
         ) from error
+    lam = load_lam(path, dtype=getattr(torch, config.lam_dtype))
     told = {
         "lam_num_learned_tokens": (config.lam_num_learned_tokens, lam.num_learned_tokens),
         "lam_action_latent_dim": (config.lam_action_latent_dim, lam.action_latent_dim),
@@ -71,6 +74,11 @@ class LiveLam:
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._config = config
         self._lam: LatentActionModel | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the LAM has been loaded."""
+        return self._lam is not None
 
     @property
     def lam(self) -> LatentActionModel:

@@ -10,6 +10,7 @@ number stream is untouched, and a stock checkpoint fits in unchanged. (One wider
 would not be bit-exact: the order of summation changes.)
 """
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lerobot.policies.diffusion.modeling_diffusion import (
     DiffusionModel,
     DiffusionPolicy,
 )
-from lerobot.utils.constants import ACTION, OBS_PREFIX
+from lerobot.utils.constants import ACTION, OBS_PREFIX, OBS_STATE
 from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import LamNotFoundError, UserError
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
     from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveLam
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["OBS_LAM_IMAGES", "OBS_LAM_TOKENS", "DiffusionLamModel", "DiffusionLamPolicy"]
 
@@ -65,14 +68,29 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
             self.token_store = settle_precomputed_source(config, dataset_meta)
         elif config.use_lam_conditioning:
-            settle_live_source(config, dataset_meta, self.live_lam.lam)
+            self._settle_live_source(dataset_meta)
         self.diffusion = DiffusionLamModel(config)
         if config.init_from_stock is not None:
+            if config.pretrained_path:
+                raise UserError(
+                    f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
+                    f"{config.pretrained_path} are two starts; leave one out"
+                )
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
             config.init_from_stock = None
-        if self._live_lam is not None:
+        if self._live_lam is not None and self._live_lam.is_open:
             self.diffusion.lam_model = self._live_lam.lam
         self.reset()
+
+    def _settle_live_source(self, dataset_meta: Any) -> None:
+        """Open the LAM now, so that a wrong one fails early; a trained policy may be given its tokens."""
+        try:
+            lam = self.live_lam.lam
+        except LamNotFoundError:
+            if dataset_meta is not None or self.config.lam_source is None:
+                raise
+        else:
+            settle_live_source(self.config, dataset_meta, lam)
 
     @property
     def live_lam(self) -> "LiveLam":
@@ -176,11 +194,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     def _with_current_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch of one tick, with tokens if a chunk of actions is about to be predicted."""
-        key = self.config.lam_tokens_key
-        given = batch.get(key)
-        if given is None and self.config.lam_missing == "zero" and not self._computable(batch):
-            given = torch.zeros(len(batch["observation.state"]), self.config.lam_token_dim)
-            given = given.to(batch["observation.state"].device)
+        given = self._given_tokens(batch)
         if given is not None:
             self._history = None  # frames of this tick are not kept: a later pair must not bridge the gap
             return {**batch, OBS_LAM_TOKENS: given}
@@ -198,13 +212,29 @@ class DiffusionLamPolicy(DiffusionPolicy):
         queue.extend(tokens[:, :-1].unbind(1))
         return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
 
-    def _computable(self, batch: dict[str, Any]) -> bool:
-        """Whether there is a LAM, and a camera for it; asked once between two resets."""
+    def _given_tokens(self, batch: dict[str, Any]) -> Tensor | None:
+        """Tokens `(B, n·a)` that need no LAM: the batch's own, or zeros if the user wants to act without."""
+        key, token_dim = self.config.lam_tokens_key, self.config.lam_token_dim
+        if key in batch:
+            tokens = batch[key]
+            if tokens.ndim != 2 or tokens.shape[1] != token_dim:
+                raise UserError(
+                    f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, {token_dim}): the "
+                    "token of this tick for each environment"
+                )
+            return tokens
+        if self.config.lam_missing == "zero" and not self._computable():
+            state = batch[OBS_STATE]
+            return torch.zeros(len(state), token_dim, device=state.device)
+        return None
+
+    def _computable(self) -> bool:
+        """Whether there is a LAM at all; asked once between two resets. One that does not fit is an error."""
         if self._can_compute is None:
             try:
-                _ = self.live_lam.lam
-                self._can_compute = single(self.config.lam_camera_key) in batch.get(OBS_LAM_IMAGES, {})
-            except UserError:
+                self._can_compute = self.live_lam.lam is not None
+            except LamNotFoundError as error:
+                logger.warning("Acting without LAM tokens, as lam_missing=zero says: %s", error)
                 self._can_compute = False
         return self._can_compute
 
@@ -254,7 +284,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def _load_as_safetensor(
         cls, model: "DiffusionLamPolicy", model_file: str, map_location: str, strict: bool
     ) -> "DiffusionLamPolicy":
-        load_weights(model, load_file(model_file), model_file)
+        weights = load_file(model_file)
+        if not model.config.use_lam_conditioning and any("cond_encoder.lam." in name for name in weights):
+            raise UserError(
+                f"{model_file} was trained with LAM conditioning, which --policy.use_lam_conditioning=false "
+                "leaves no place for; leave that flag out"
+            )
+        load_weights(model, weights, model_file)  # always strict, whatever `strict` says
         return model
 
 

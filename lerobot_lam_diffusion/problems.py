@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input. Command lines print its message without a traceback."""
 
 
+class LamNotFoundError(UserError):
+    """Live tokens are needed, and there is no LAM to compute them."""
+
+
 def raise_problems(what: str, problems: list[str], error: type[UserError] = UserError) -> None:
     """Raise one `error` that lists all `problems`, or return if there are none."""
     if not problems:

@@ -12,7 +12,7 @@ from typing import Any
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 logger = logging.getLogger(__name__)
@@ -66,24 +66,41 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) 
     problems = []
     camera = single(config.lam_camera_key)
     if config.image_features and camera not in config.image_features:
-        problems.append(
-            f"--policy.lam_camera_key={camera} is not among the policy's cameras "
-            f"{list(config.image_features)}"
-        )
+        problems.append(_unknown_camera(config))
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
         problems.append(
             f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
-            "train on them with --policy.use_precomputed_lam_tokens=true, or name "
-            "another --policy.lam_tokens_key"
+            "train on them with --policy.use_precomputed_lam_tokens=true, or name another "
+            "--policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
     config.lam_num_learned_tokens = lam.num_learned_tokens
     config.lam_action_latent_dim = lam.action_latent_dim
     config.lam_frame_stride = config.lam_frame_stride or 1
-    config.lam_token_scale = config.lam_token_scale or codebook_scale(lam.codebook.cpu())
-    config.lam_fingerprint = config.lam_fingerprint or lam.fingerprint
+    _settle_scale(config, codebook_scale(lam.codebook.cpu()))
     if dataset_meta is not None:
+        _settle_fingerprint(config, lam.fingerprint)
         config.lam_source = f"live:{single(config.lam_model_path)}"
+
+
+def _settle_scale(config: DiffusionLamConfig, scale: float) -> None:
+    """Fix what tokens are divided by, once: a checkpoint that was trained without a scale keeps to 1."""
+    if config.lam_token_scale is None:
+        config.lam_token_scale = scale if config.lam_source is None else 1.0
+
+
+def _settle_fingerprint(config: DiffusionLamConfig, fingerprint: str) -> None:
+    """It is this LAM that the policy is trained with from now on; a mismatch that was allowed is settled."""
+    if config.lam_fingerprint not in (None, fingerprint):
+        config.lam_allow_mismatch = False
+    config.lam_fingerprint = fingerprint
+
+
+def _unknown_camera(config: DiffusionLamConfig) -> str:
+    return (
+        f"--policy.lam_camera_key={single(config.lam_camera_key)} is not among the policy's cameras "
+        f"{list(config.image_features)}"
+    )
 
 
 def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta: Any) -> None:
@@ -101,6 +118,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
         )
+    _settle_scale(config, 1.0)  # a column does not tell its LAM's codebook
     config.lam_source = f"column:{config.lam_tokens_key}"
     _warn_of_missing_lam(config)
 
@@ -108,31 +126,41 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
 def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:
     problems = _contradictions(config, store, dataset_meta)
     raise_problems(f"token store {store.path} does not fit the policy", problems)
-    config.lam_source = f"store:{store.path}"
     config.lam_frame_stride = store.frame_stride
     if store.provenance is None:
-        _warn_of_missing_lam(config)
-        return
-    lam = store.provenance.lam
+        _settle_scale(config, 1.0)
+    else:
+        _adopt_provenance(config, store.provenance, dataset_meta)
+    config.lam_source = f"store:{store.path}"
+    _warn_of_missing_lam(config)
+
+
+def _adopt_provenance(config: DiffusionLamConfig, provenance: Provenance, dataset_meta: Any) -> None:
+    lam = provenance.lam
     config.lam_num_learned_tokens = lam.num_learned_tokens
     config.lam_action_latent_dim = lam.action_latent_dim
-    config.lam_token_scale = config.lam_token_scale or lam.token_scale
-    config.lam_fingerprint = lam.fingerprint
-    config.lam_dtype = store.provenance.dtype
-    config.lam_model_path = config.lam_model_path or lam.path
-    config.lam_camera_key = config.lam_camera_key or _camera_of_policy(config, store.provenance.camera_key)
-    _warn_of_missing_lam(config)
+    _settle_scale(config, lam.token_scale)
+    if config.lam_model_path is None or (config.lam_source and config.lam_fingerprint != lam.fingerprint):
+        config.lam_model_path = lam.path
+    _settle_fingerprint(config, lam.fingerprint)
+    if config.lam_dtype != provenance.dtype:
+        logger.info("lam_dtype is %s, as the token store's.", provenance.dtype)
+    config.lam_dtype = provenance.dtype
+    if config.lam_camera_key is None:
+        config.lam_camera_key = _camera_of_policy(config, provenance.camera_key, dataset_meta)
 
 
 def _warn_of_missing_lam(config: DiffusionLamConfig) -> None:
     """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
-    path = single(config.lam_model_path)
+    path, camera = single(config.lam_model_path), single(config.lam_camera_key)
     if path is None:
         reason = "the LAM of these tokens is not known"
-    elif Path(path).is_absolute() and not Path(path).exists():
+    elif path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():  # no Hub id begins so
         reason = f"the LAM of these tokens is not at {path}"
-    elif single(config.lam_camera_key) is None:
+    elif camera is None:
         reason = "it is not known which of the policy's cameras the LAM looks at"
+    elif config.image_features and camera not in config.image_features:
+        reason = _unknown_camera(config)
     else:
         return
     logger.warning(
@@ -150,7 +178,6 @@ def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta:
         told += [
             ("lam_num_learned_tokens", config.lam_num_learned_tokens, lam.num_learned_tokens),
             ("lam_action_latent_dim", config.lam_action_latent_dim, lam.action_latent_dim),
-            ("lam_fingerprint", single(config.lam_fingerprint), lam.fingerprint),
         ]
         camera = single(config.lam_camera_key)
         if dataset_meta is not None and camera in dataset_meta.camera_keys:
@@ -162,6 +189,14 @@ def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta:
         for name, want, have in told
         if want not in (None, have)
     ]
+    trained_with = single(config.lam_fingerprint)
+    made_by = store.provenance.lam.fingerprint if store.provenance else trained_with
+    if trained_with not in (None, made_by) and not config.lam_allow_mismatch:
+        problems.append(
+            f"it was made by the LAM with fingerprint {str(made_by)[:16]}…, the policy was trained with "
+            f"{str(trained_with)[:16]}…: train on a store of that LAM, or go on with the other one by "
+            "--policy.lam_allow_mismatch=true"
+        )
     if config.lam_use_vq_tokens != (store.kind == VQ):
         flag = str(store.kind == VQ).lower()
         problems.append(
@@ -170,9 +205,10 @@ def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta:
     return problems
 
 
-def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str) -> str | None:
-    """The store's camera under the policy's name for it; unknown after a `rename_map` of several cameras."""
+def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str, dataset_meta: Any) -> str | None:
+    """The store's camera under the policy's name for it; None where a `rename_map` may have hidden it."""
     cameras = list(config.image_features)
     if dataset_camera in cameras:
         return dataset_camera
-    return cameras[0] if len(cameras) == 1 else None
+    only_one = len(cameras) == 1 and dataset_meta is not None and len(dataset_meta.camera_keys) == 1
+    return cameras[0] if only_one else None

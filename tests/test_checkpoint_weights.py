@@ -79,3 +79,25 @@ def test_a_checkpoint_that_lacks_weights_is_refused(dataset, store, tmp_path):
         DiffusionLamPolicy.from_pretrained(tmp_path)
     assert "diffusion.lam_projection.weight is missing" in str(error.value)
     assert "diffusion.other is unexpected" in str(error.value)
+
+
+def test_lam_weights_without_lam_conditioning_name_the_flag(dataset, store, tmp_path):
+    policy, _ = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--policy.use_lam_conditioning=false"):
+        DiffusionLamPolicy.from_pretrained(
+            tmp_path, config=lam_config(use_lam_conditioning=False, **features(policy))
+        )
+
+
+def test_two_starts_are_refused(dataset, store, stock_checkpoint, tmp_path):
+    policy, _ = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    policy.save_pretrained(tmp_path)
+    policy.config.init_from_stock = str(stock_checkpoint)
+    policy.config.pretrained_path = tmp_path
+    with pytest.raises(ValueError, match="two starts"):
+        build(policy.config, dataset)
+
+
+def features(policy):
+    return {side: getattr(policy.config, side) for side in ("input_features", "output_features")}

@@ -389,6 +389,60 @@ def test_a_policy_trained_with_dropout_runs_without_a_lam_when_told(dataset, sto
         policy.select_action(preprocess(observation(dataset, [20])))
 
 
+def test_a_policy_trained_on_the_fly_runs_without_its_lam(dataset, lam_folder, tmp_path, caplog):
+    """With the batch's own tokens, or with none if told so; the LAM is only missed where it is needed."""
+    config = live_config(lam_folder, lam_token_dropout=0.5)
+    policy, preprocess = build(config, dataset)
+    policy.save_pretrained(tmp_path)
+    from lerobot.configs.policies import PreTrainedConfig
+
+    gone = ["--lam_model_path=/nowhere"]
+    policy = DiffusionLamPolicy.from_pretrained(
+        tmp_path, config=PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=gone)
+    )
+    now = preprocess(observation(dataset, [20]))
+    policy.select_action(now | {OBS_LAM_TOKENS: torch.zeros(1, 64)})
+    policy.reset()
+    with pytest.raises(ValueError, match="/nowhere"):
+        policy.select_action(dict(now))
+    policy = DiffusionLamPolicy.from_pretrained(
+        tmp_path,
+        config=PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=[*gone, "--lam_missing=zero"]),
+    )
+    policy.select_action(dict(now))
+    assert "Acting without LAM tokens, as lam_missing=zero says" in caplog.text
+
+
+def test_acting_without_a_lam_does_not_excuse_a_wrong_one(dataset, store, frames, tmp_path):
+    other = write_lam(tmp_path / "other", frames, seed=9)
+    fields = {"lam_tokens_path": str(store.path), "lam_token_dropout": 0.5, "lam_missing": "zero"}
+    policy, preprocess = build(lam_config(**fields, lam_model_path=str(other)), dataset)
+    with pytest.raises(ValueError, match="its fingerprint is"):
+        policy.select_action(preprocess(observation(dataset, [20])))
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (1, 2, 64), (64,)])
+def test_tokens_of_a_wrong_shape_are_refused_at_deployment(dataset, store, shape):
+    policy, preprocess = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    with pytest.raises(ValueError, match=r"expected \(B, 64\)"):
+        policy.select_action(preprocess(observation(dataset, [20])) | {OBS_LAM_TOKENS: torch.zeros(shape)})
+
+
+def test_fine_tuning_on_another_lam_records_that_lam(dataset, lam_folder, frames, tmp_path):
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.factory import make_policy
+
+    other = write_lam(tmp_path / "other", frames, seed=9)
+    policy, _ = build(live_config(lam_folder), dataset)
+    policy.save_pretrained(tmp_path / "first")
+    overrides = [f"--lam_model_path={other}", "--lam_allow_mismatch=true"]
+    config = PreTrainedConfig.from_pretrained(tmp_path / "first", cli_overrides=overrides)
+    config.pretrained_path = tmp_path / "first"
+    tuned = make_policy(config, ds_meta=dataset.meta)
+    assert tuned.config.lam_fingerprint == load_lam(other).fingerprint
+    assert tuned.config.lam_allow_mismatch is False
+
+
 def test_a_batch_without_padding_flags_is_refused(dataset, lam_folder):
     policy, preprocess = build(live_config(lam_folder), dataset)
     batch = preprocess(training_batch(policy.config, dataset, [0, 20]))

@@ -4,12 +4,19 @@ import shutil
 
 import pytest
 import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.dataset_tools import add_features, delete_episodes
+from lerobot.policies.factory import make_policy
 
-from lerobot_lam_diffusion import OBS_LAM_TOKENS
+from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.problems import UserError
-from tests.conftest import record_dataset
+from tests.conftest import TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, training_batch
+
+WRIST = "observation.images.wrist"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,8 @@ def test_fields_that_contradict_the_store_are_told_at_once(dataset, store):
         "lam_frame_stride is 3, the store has 1",
         "lam_num_learned_tokens is 4, the store has 2",
         "lam_action_latent_dim is 16, the store has 32",
-        "lam_fingerprint is abc, the store has",
+        "the policy was trained with abc…",
+        "--policy.lam_allow_mismatch=true",
         "it holds vq tokens: pass --policy.lam_use_vq_tokens=true",
         lam_tokens_path=str(store.path),
         lam_frame_stride=3,
@@ -121,12 +129,64 @@ def test_partial_store_warns_and_the_batch_names_episode_and_frame(dataset, make
         policy.forward(preprocess(training_batch(policy.config, dataset, [14, 30])))
 
 
+def test_the_scale_of_a_checkpoint_never_changes(dataset, with_column, store, lam_folder, tmp_path):
+    """A column tells no codebook, so its tokens are not scaled: neither are the same policy's live ones."""
+    policy, _ = build(lam_config(), with_column)
+    assert policy.config.lam_token_scale == 1.0
+    policy.save_pretrained(tmp_path)
+    live = ["--use_precomputed_lam_tokens=false", f"--lam_model_path={lam_folder}", f"--lam_camera_key={TOP}"]
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=live)
+    assert DiffusionLamPolicy.from_pretrained(tmp_path, config=config).config.lam_token_scale == 1.0
+    tuned = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=[f"--lam_tokens_path={store.path}"])
+    build(tuned, dataset)
+    assert tuned.lam_token_scale == 1.0
+
+
+def test_the_camera_is_not_guessed(tmp_path, make_store, caplog):
+    """The store saw the top camera, the policy only sees the wrist: that is not the same camera."""
+    both = record_dataset(tmp_path / "both", lengths=(6, 5), cameras=(TOP, WRIST))
+    store = make_store(both, camera_key=TOP)
+    vector = PolicyFeature(FeatureType.STATE, (2,))
+    seen = {"observation.state": vector, WRIST: PolicyFeature(FeatureType.VISUAL, (3, 48, 48))}
+    config = lam_config(lam_tokens_path=str(store.path), input_features=seen)
+    torch.manual_seed(0)
+    make_policy(config, ds_meta=both.meta, rename_map={"observation.images.front": WRIST})
+    assert config.lam_camera_key is None
+    assert "not known which of the policy's cameras" in caplog.text
+
+
+def test_a_store_of_another_lam_is_refused_or_adopted_as_a_whole(
+    dataset, make_store, store, frames, tmp_path
+):
+    policy, _ = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    other = write_lam(tmp_path / "other", frames, seed=9)
+    theirs = precompute_tokens(
+        dataset,
+        load_lam(other),
+        tmp_path / "theirs",
+        camera_key=TOP,
+        lam_path=str(other),
+        show_progress=False,
+    ).store
+    config = policy.config
+    config.lam_tokens_path = str(theirs.path)
+    with pytest.raises(UserError, match=r"was trained with .*--policy.lam_allow_mismatch=true"):
+        build(config, dataset)
+    config.lam_allow_mismatch = True
+    build(config, dataset)
+    assert config.lam_model_path == str(other)
+    assert config.lam_fingerprint == theirs.provenance.lam.fingerprint
+    assert config.lam_allow_mismatch is False
+
+
 def test_a_lam_that_is_not_here_is_told_before_training(dataset, store, with_column, caplog):
     build(lam_config(lam_tokens_path=str(store.path)), dataset)
     assert "Training goes on" not in caplog.text
     build(lam_config(lam_tokens_path=str(store.path), lam_model_path="/nowhere/lam"), dataset)
     assert "not at /nowhere/lam. Training goes on" in caplog.text
     caplog.clear()
+    build(lam_config(lam_tokens_path=str(store.path), lam_camera_key="observation.images.tpo"), dataset)
+    assert "lam_camera_key=observation.images.tpo is not among the policy's cameras" in caplog.text
     build(lam_config(), with_column)
     assert "is not known. Training goes on" in caplog.text
     assert "--policy.lam_model_path" in caplog.text

@@ -8,13 +8,12 @@ Every round runs one step of each variant in turn, so that a machine's drift hit
 ratio to stock, round by round, are printed. "step" is forward, backward and optimizer on a ready batch; "LAM"
 is the LAM's own forward pass on that batch, the least that tokens on the fly can cost; "+ loader" adds
 decoding, collation and pre-processing in the same process. Peak memory is that of a fresh process for each
-variant: the CUDA allocator's, or the resident set on a CPU.
+variant: the CUDA allocator's, or the resident set on a CPU (Linux).
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -204,7 +203,9 @@ def main() -> None:
 
 
 def _resident_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """Peak resident set; not `getrusage`, which counts the parent's as well across a spawn."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e3
 
 
 if __name__ == "__main__":
