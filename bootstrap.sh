@@ -29,8 +29,9 @@ No Python 3.12 or 3.13 was found (on PATH, under pyenv, uv, /usr, /usr/local, /o
 one of
     sudo apt install python3.12 python3.12-venv
     pyenv install 3.12
+    uv python install 3.12
     brew install python@3.12
-or name one that you have: make PYTHON=/path/to/python3.12
+or name one that you have: make PYTHON=/path/to/python3.12 (or PYTHON=... ./bootstrap.sh)
 MESSAGE
     exit 1
 fi

@@ -1,5 +1,6 @@
 """`--policy.type=diffusion_lam`: LeRobot's Diffusion Policy plus what it needs to know about LAM tokens."""
 
+import logging
 from dataclasses import dataclass
 
 from lerobot.configs.policies import PreTrainedConfig
@@ -7,7 +8,9 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import OBS_PREFIX
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import raise_problems
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+
+logger = logging.getLogger(__name__)
 
 # The token of a LAM whose shape nobody has told yet: 2 learned tokens of width 32.
 DEFAULT_NUM_LEARNED_TOKENS = 2
@@ -93,7 +96,12 @@ class DiffusionLamConfig(DiffusionConfig):
         super().__post_init__()
         if not self.use_lam_conditioning:
             return
-        raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
+        try:
+            raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
+        except UserError as error:
+            # draccus, which parses LeRobot's command lines, drops the text of a ValueError.
+            logger.error("%s", error)
+            raise
         if self.lam_conditioning_steps is None:
             self.lam_conditioning_steps = self._derived_conditioning_steps()
 

@@ -77,6 +77,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                     f"{config.pretrained_path} are two starts; leave one out"
                 )
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
+            logger.info("Started from the stock policy %s.", config.init_from_stock)
             config.init_from_stock = None
         if self._live_lam is not None and self._live_lam.is_open:
             self.diffusion.lam_model = self._live_lam.lam

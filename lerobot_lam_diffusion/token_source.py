@@ -81,6 +81,7 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) 
     if dataset_meta is not None:
         _settle_fingerprint(config, lam.fingerprint)
         config.lam_source = f"live:{single(config.lam_model_path)}"
+        logger.info("LAM tokens: on the fly, by %s from %s.", single(config.lam_model_path), camera)
 
 
 def _settle_scale(config: DiffusionLamConfig, scale: float) -> None:
@@ -120,6 +121,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
         )
     _settle_scale(config, 1.0)  # a column does not tell its LAM's codebook
     config.lam_source = f"column:{config.lam_tokens_key}"
+    logger.info("LAM tokens: the dataset's column %s.", config.lam_tokens_key)
     _warn_of_missing_lam(config)
 
 
@@ -132,6 +134,7 @@ def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: A
     else:
         _adopt_provenance(config, store.provenance, dataset_meta)
     config.lam_source = f"store:{store.path}"
+    logger.info("LAM tokens: %s, from %s (%s).", store.kind, store.path, store.coverage)
     _warn_of_missing_lam(config)
 
 

@@ -130,6 +130,12 @@ FSDP = {
 }
 
 
+def test_contradicting_fields_are_told_although_draccus_drops_them(monkeypatch, flags, lam_folder, caplog):
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *flags, *on_the_fly(lam_folder), "--policy.n_obs_steps=1")
+    assert "tokens on the fly need n_obs_steps >= 2 to see a frame pair, got 1" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["precomputed, two workers, DDP", "on the fly, DDP", "on the fly, FSDP"])
 def test_two_processes(flags, lam_folder, tmp_path, parallel):

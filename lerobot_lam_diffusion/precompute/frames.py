@@ -33,7 +33,7 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
         return cameras[0]
     if camera_key is not None and camera_key in cameras:
         return camera_key
-    found = "is a depth camera" if camera_key in meta.depth_keys else "is not a camera of it"
+    found = "is a depth camera" if camera_key in meta.depth_keys else "is unknown"
     what = f"--camera_key={camera_key} {found}" if camera_key else "--camera_key is unset"
     raise UserError(
         f"{what}: dataset {meta.repo_id!r} has the RGB cameras {cameras}; pass one of them as --camera_key"

@@ -3,6 +3,7 @@
 draccus itself takes `--dataset.repo_id=x`; it knows neither `--dataset-repo-id x` nor `--episodes 0 1 2`.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def run_command(
 
     Exits with status 1 and one message where the input is bad, and 130 after an interrupt.
     """
+    logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     try:
         command(draccus.parse(config_class, args=arguments))
@@ -56,6 +58,11 @@ def run_command(
         sys.exit(f"error: {_told_by(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Where FFmpeg is missing, LeRobot logs a page on torchcodec, then one line that says it uses PyAV."""
+    return "libtorchcodec" not in record.getMessage()
 
 
 def _told_by(error: BaseException) -> BaseException:

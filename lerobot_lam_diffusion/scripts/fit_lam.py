@@ -6,6 +6,7 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 (`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ def fit_lam(config: FitLamConfig) -> None:
     write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
     for leftover in (CHECKPOINT_FILE, FRAMES_FILE):
         (config.output_dir / leftover).unlink(missing_ok=True)
-    _tell(config, report)
+    _tell(config, camera, report)
 
 
 def _check_output(config: FitLamConfig) -> None:
@@ -188,13 +189,21 @@ def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: Fit
     }
 
 
-def _tell(config: FitLamConfig, report: FitReport) -> None:
+def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
     print("\n".join(report.lines()))
-    print(f"\nThe LAM stands in {config.output_dir}. Next:")
-    print(
-        f"  lerobot-lam-precompute --dataset.repo_id={config.dataset.repo_id} --lam.path={config.output_dir} "
-        f"--frame_stride={config.frame_stride} --output_dir={config.output_dir}_tokens"
-    )
+    if min(report.perplexity) < 2 or (report.probe is not None and report.probe.token < 0.2):
+        print("\nIts tokens say little so far: fit it with more --steps, more frames or another stride.")
+    root = [f"--dataset.root={config.dataset.root}"] if config.dataset.root else []
+    command = [
+        "lerobot-lam-precompute",
+        f"--dataset.repo_id={config.dataset.repo_id}",
+        *root,
+        f"--lam.path={config.output_dir}",
+        f"--camera_key={camera}",
+        f"--frame_stride={config.frame_stride}",
+        f"--output_dir={config.output_dir}_tokens",
+    ]
+    print(f"\nThe LAM stands in {config.output_dir}. Next:\n  {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

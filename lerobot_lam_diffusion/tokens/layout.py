@@ -27,6 +27,10 @@ def find_folder(path: Path) -> Path:
         TokenStoreError: nothing there, or a file is missing.
     """
     folder = path.parent if path.name in (TENSORS_FILE, PROVENANCE_FILE) else path
+    if folder.is_file():
+        raise TokenStoreError(
+            f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made"
+        )
     absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not (folder / name).is_file()]
     if not absent:
         return folder

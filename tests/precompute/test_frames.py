@@ -89,7 +89,7 @@ REFUSED = {
     "unknown": (
         meta(),
         "observation.images.side",
-        "--camera_key=observation.images.side is not a camera of it",
+        "--camera_key=observation.images.side is unknown",
     ),
     "several": (meta(), None, "--camera_key is unset"),
     "depth": (meta(depth=[DEPTH]), DEPTH, f"--camera_key={DEPTH} is a depth camera"),
