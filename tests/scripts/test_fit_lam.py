@@ -1,19 +1,9 @@
 """`lerobot-lam-fit` on a real (small) LeRobot dataset with video, in this process."""
 
 import pytest
-import torch
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.fit_lam import CHECKPOINT_FILE, FRAMES_FILE, main
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads, and wait for them on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,15 +4,6 @@ import torch
 from lerobot_lam_diffusion.lam.fit.data import FitData
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads, and wait for them on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def squares() -> FitData:
     """Six episodes of twenty 32 px frames: a square walks over a dark ground; its place is the state."""
