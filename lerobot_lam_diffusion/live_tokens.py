@@ -163,10 +163,3 @@ class FrameHistory:
             encoded = live.encode(prev, cur).unflatten(0, (known, -1))  # (known, B, n·a)
             tokens[:, -known:] = encoded.transpose(0, 1)
         return tokens
-
-
-def as_uint8(frames: Tensor) -> Tensor:
-    """Frames as the camera gave them: LeRobot hands them on as float32 in 0..1."""
-    if frames.dtype == torch.uint8:
-        return frames
-    return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -63,6 +63,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
         # Past DiffusionPolicy.__init__, which would build a stock model first: only one U-Net is ever made.
         super(DiffusionPolicy, self).__init__(config)
         config.validate_features()
+        if config.init_from_stock is not None and config.pretrained_path:
+            raise UserError(
+                f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
+                f"{config.pretrained_path} are two starts; leave one out"
+            )
         self.token_store: TokenStore | None = None
         self._live_lam: LiveLam | None = None
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
@@ -71,11 +76,6 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self._settle_live_source(dataset_meta)
         self.diffusion = DiffusionLamModel(config)
         if config.init_from_stock is not None:
-            if config.pretrained_path:
-                raise UserError(
-                    f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
-                    f"{config.pretrained_path} are two starts; leave one out"
-                )
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
             logger.info("Started from the stock policy %s.", config.init_from_stock)
             config.init_from_stock = None
@@ -105,9 +105,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def reset(self) -> None:
         super().reset()
         self._history: FrameHistory | None = None
-        self._can_compute: bool | None = (
-            None  # whether there is a LAM and a camera; found out when it matters
-        )
+        self._can_compute: bool | None = None  # whether there is a LAM; found out when it matters
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
@@ -241,7 +239,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     def _raw_frames(self, batch: dict[str, Any]) -> Tensor:
         """uint8 frames `(..., 3, H, W)` of the LAM's camera, as the pre-processor passed them on."""
-        from lerobot_lam_diffusion.live_tokens import as_uint8
+        from lerobot_lam_diffusion.lam.preprocess import as_uint8
 
         camera = single(self.config.lam_camera_key)
         frames = batch.get(OBS_LAM_IMAGES)

@@ -47,6 +47,15 @@ class ConditioningTokens:
         return self.seen[-1]
 
 
+def deploy(dataset, store, **fields):
+    """A policy built on precomputed tokens, ready to act without them, and what it will be conditioned on."""
+    policy, preprocess = build(
+        lam_config(lam_tokens_path=str(store.path), num_inference_steps=1, **fields), dataset
+    )
+    policy.eval()
+    return policy, preprocess, ConditioningTokens(policy)
+
+
 def episode(dataset, number):
     bounds = dataset.meta.episodes[number]
     return range(bounds["dataset_from_index"], bounds["dataset_to_index"])
@@ -76,17 +85,15 @@ def test_frames_of_an_episode_give_the_stores_tokens(
 ):
     """A policy trained on precomputed tokens, deployed without them: tick by tick, each episode."""
     store = make_store(dataset, frame_stride=stride, use_vq_tokens=use_vq_tokens)
-    config = lam_config(
-        lam_tokens_path=str(store.path),
+    policy, preprocess, recorded = deploy(
+        dataset,
+        store,
         lam_temporal_aggregation=aggregation,
         lam_use_vq_tokens=use_vq_tokens,
         n_obs_steps=n_obs_steps,
         n_action_steps=n_action_steps,
-        num_inference_steps=1,
     )
-    policy, preprocess = build(config, dataset)
-    policy.eval()
-    recorded = ConditioningTokens(policy)
+    config = policy.config
     compared = []
     for number in (0, 2):
         policy.reset()
@@ -121,18 +128,15 @@ def test_the_shipped_lam_on_pusht(
         use_vq_tokens=use_vq_tokens,
         show_progress=False,
     ).store
-    config = lam_config(
-        lam_tokens_path=str(store.path),
+    policy, preprocess, recorded = deploy(
+        pusht,
+        store,
         lam_temporal_aggregation=aggregation,
         lam_use_vq_tokens=use_vq_tokens,
         n_obs_steps=n_obs_steps,
         n_action_steps=n_action_steps,
-        num_inference_steps=1,
-        down_dims=(16, 32),
     )
-    policy, preprocess = build(config, pusht)
-    policy.eval()
-    recorded = ConditioningTokens(policy)
+    config = policy.config
     rows = episode(pusht, 1)[:24]
     for row in rows:
         policy.select_action(preprocess(observation(pusht, [row], IMAGE_KEY)))
@@ -146,10 +150,8 @@ def test_the_shipped_lam_on_pusht(
 
 
 def test_environments_of_different_lengths(dataset, store):
-    config = lam_config(lam_tokens_path=str(store.path), n_action_steps=1, num_inference_steps=1)
-    policy, preprocess = build(config, dataset)
-    policy.eval()
-    recorded = ConditioningTokens(policy)
+    policy, preprocess, recorded = deploy(dataset, store, n_action_steps=1)
+    config = policy.config
     long, short = episode(dataset, 2), episode(dataset, 3)
     for tick, row in enumerate(long):
         other = short[min(tick, len(short) - 1)]
@@ -160,10 +162,8 @@ def test_environments_of_different_lengths(dataset, store):
 
 
 def test_a_reset_in_mid_episode_forgets_the_frames_before_it(dataset, store):
-    config = lam_config(lam_tokens_path=str(store.path), n_action_steps=1, num_inference_steps=1)
-    policy, preprocess = build(config, dataset)
-    policy.eval()
-    recorded = ConditioningTokens(policy)
+    policy, preprocess, recorded = deploy(dataset, store, n_action_steps=1)
+    config = policy.config
     for row in (25, 26, 27):
         policy.select_action(preprocess(observation(dataset, [row])))
     assert recorded.last().any()

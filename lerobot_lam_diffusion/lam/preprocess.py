@@ -65,3 +65,13 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(_STD, device=device).view(3, 1, 1)
     return mean, std
+
+
+def as_uint8(frames: Tensor) -> Tensor:
+    """Frames on the scale that a LAM takes: uint8 as they are, floats in 0..1 as round(255 x).
+
+    LeRobot hands pixels on as floats in 0..1; they came from uint8, so this gives back the camera's own.
+    """
+    if frames.dtype == torch.uint8:
+        return frames
+    return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)

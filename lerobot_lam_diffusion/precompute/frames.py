@@ -8,6 +8,7 @@ import torch
 from lerobot.datasets.video_utils import decode_video_frames
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.problems import UserError
 
 CHUNK_FRAMES = 64
@@ -81,4 +82,4 @@ class EpisodeFrames:
 
     def _images(self, rows: range) -> Tensor:
         images = self._dataset.hf_dataset[list(rows)][self._camera_key]  # float32 in 0..1, from PNG
-        return (torch.stack(images) * 255).round().to(torch.uint8)
+        return as_uint8(torch.stack(images))

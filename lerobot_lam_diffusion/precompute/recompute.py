@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
@@ -56,7 +57,7 @@ def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int
     relative = dataset.absolute_to_relative_idx
     prev, cur = (
         torch.stack(
-            [_frame(dataset, camera, i if relative is None else relative[i]) for i in frames.tolist()]
+            [as_uint8(dataset[i if relative is None else relative[i]][camera]) for i in frames.tolist()]
         )
         for frames in (index - store.frame_stride, index)
     )
@@ -80,9 +81,3 @@ def _sample(store: TokenStore, num_samples: int, seed: int) -> Tensor:
         raise TokenStoreError(f"{store.path} holds no tokens: every episode is shorter than its stride")
     generator = torch.Generator().manual_seed(seed)
     return present[torch.randperm(len(present), generator=generator)[:num_samples]].sort().values
-
-
-def _frame(dataset: Any, camera_key: str, position: int) -> Tensor:
-    """One frame as uint8 `(3, H, W)`, also from an image dataset (float32 in 0..1)."""
-    frame = dataset[position][camera_key]
-    return frame if frame.dtype == torch.uint8 else (frame * 255).round().to(torch.uint8)

@@ -35,8 +35,8 @@ from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
 from lerobot_lam_diffusion.lam.decoder import Decoder
 from lerobot_lam_diffusion.lam.encoder import Encoder
+from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
-from lerobot_lam_diffusion.live_tokens import as_uint8
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 
 VARIANTS = ("stock", "precomputed", "on the fly, compact", "on the fly, villa-X size")
