@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from .config import LamConfig
 
+TIE = 1e-4
+
 
 class Quantizer(nn.Module):
     """The codebook; its state dict is `vq.*` of a checkpoint."""
@@ -17,10 +19,30 @@ class Quantizer(nn.Module):
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Nearest rows by squared distance, the first one on ties: (..., n·a) → int64 (..., n)."""
+        return self._distances(tokens).argmin(dim=-1)
+
+    def nearly_tied(self, tokens: Tensor) -> Tensor:
+        """Slots that rounding could push to another row: (..., n·a) → bool (..., n).
+
+        A slot counts where it lies closer than `TIE` of its length to the plane between its two nearest
+        rows. Kernels of another batch shape move a float32 token by some 1e-6 of its length.
+        """
+        codebook = self.embedding.weight.float()
+        distances = self._distances(tokens)  # (..., n, K)
+        if len(codebook) < 2:
+            return distances[..., 0].isnan()
+        nearest, rows = distances.topk(2, dim=-1, largest=False)
+        gap = nearest[..., 1] - nearest[..., 0]
+        apart = (codebook[rows[..., 0]] - codebook[rows[..., 1]]).norm(dim=-1)
+        length = tokens.float().unflatten(-1, (-1, codebook.shape[1])).norm(dim=-1)
+        rounding = 1e-6 * length.square()  # of the distances themselves
+        return (gap < 2 * TIE * length * apart + rounding) & (apart > 0)
+
+    def _distances(self, tokens: Tensor) -> Tensor:
+        """Squared distances to all rows: (..., n·a) → (..., n, K)."""
         codebook = self.embedding.weight.float()
         z = tokens.float().unflatten(-1, (-1, codebook.shape[1]))  # (..., n, a)
-        distances = z.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * z @ codebook.T
-        return distances.argmin(dim=-1)
+        return z.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * z @ codebook.T
 
     def rows(self, indices: Tensor) -> Tensor:
         """Exact codebook rows, flattened slot by slot: int64 (..., n) → float32 (..., n·a)."""

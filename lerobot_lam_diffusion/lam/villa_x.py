@@ -1,5 +1,6 @@
 """A loaded, frozen villa-X latent action model: frames in, tokens out."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .errors import LamError
 from .precision import full_precision
-from .preprocess import check_frames, denormalize_frames, normalize_frames
+from .preprocess import check_frames, denormalize_frames, normalize_frames, resize
 from .quantizer import Quantizer
 
 
@@ -50,6 +51,7 @@ class LatentActionModel:
     ):
         self.config = config
         self.encoder = encoder.eval().requires_grad_(False)
+        self._batch_encoder: Callable[[Tensor], Tensor] = self.encoder
         self.vq = vq.eval().requires_grad_(False)
         self.decoder = None if decoder is None else decoder.eval().requires_grad_(False)
         self.path = path
@@ -135,18 +137,54 @@ class LatentActionModel:
             )
         with full_precision(self.device):
             frames = normalize_frames(clip.to(self.device), self.config.resolution).to(self.dtype)
-            continuous = self._slide(frames) if B else frames.new_empty(0, T - 1, self.token_dim)
-            continuous = continuous.float()
+            if not B:
+                empty = torch.empty(0, T - 1, self.token_dim, device=self.device)
+                return LamTokens(empty, empty, self.vq.indices(empty))
+            continuous = self._slide(frames, self._batch_encoder).float()
             indices = self.vq.indices(continuous)
+            if self.dtype == torch.float32:
+                self._settle(indices, continuous, frames)
             return LamTokens(continuous, self.vq.rows(indices), indices)
 
-    def _slide(self, frames: Tensor) -> Tensor:
+    def _settle(self, indices: Tensor, continuous: Tensor, frames: Tensor) -> None:
+        """Decide nearly tied codes by encoding their clip alone, in place.
+
+        Kernels round differently from one batch shape to another; a clip alone always goes the same way, so
+        an index does not depend on what else was in the batch. Rare: some 1e-4 of the slots.
+        """
+        tied = self.vq.nearly_tied(continuous).flatten(1).any(1)
+        for row in tied.nonzero().flatten().tolist():
+            alone = self._slide(frames[row : row + 1], self.encoder)
+            indices[row] = self.vq.indices(alone.float())[0]
+
+    def _slide(self, frames: Tensor, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, T, 3, R, R) → (B, T-1, n·a): beyond d_t frames, each later window gives only its last token."""
         d_t = self.config.d_t
-        first = self.encoder(frames[:, :d_t])
+        first = encoder(frames[:, :d_t])
         starts = range(1, frames.shape[1] - d_t + 1)
-        later = [self.encoder(frames[:, start : start + d_t])[:, -1:] for start in starts]
+        later = [encoder(frames[:, start : start + d_t])[:, -1:] for start in starts]
         return torch.cat([first, *later], dim=1)
+
+    def resize(self, frames: Tensor) -> Tensor:
+        """Frames at the model's own size, for callers that use each frame in several pairs.
+
+        Args:
+            frames: uint8 (..., 3, H, W).
+
+        Returns:
+            uint8 (..., 3, R, R) on `device`; `encode_pairs` gives the same tokens for them as for `frames`.
+        """
+        check_frames(frames)
+        return resize(frames.to(self.device, non_blocking=True), self.config.resolution)
+
+    def compile(self) -> None:
+        """Compile the encoder for the batches to come; takes a minute, pays over some 100,000 pairs.
+
+        On CUDA the kernels are replayed as a graph. Keep to one batch shape. Nearly tied codes are settled by
+        the uncompiled encoder, so indices stay those of the uncompiled model.
+        """
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        self._batch_encoder = torch.compile(self.encoder, mode=mode)
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """uint8 (..., 3, H, W) → float32 (..., 3, R, R), as the model sees them."""
