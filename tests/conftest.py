@@ -1,7 +1,10 @@
 """What the tests share: real LeRobot datasets with encoded video, and a LAM with many codes on them."""
 
 import os
+import tempfile
 
+_HOME = tempfile.TemporaryDirectory(prefix="lerobot-home-")
+os.environ["HF_LEROBOT_HOME"] = _HOME.name  # nothing is written into the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other

@@ -88,7 +88,7 @@ def precompute_tokens(
         for batch in rebatch(pairs, batch_size):
             values[batch.rows] = encoder(batch).to(values.dtype)
     provenance = _provenance(dataset, lam, camera_key, lam_path, frame_stride, use_vq_tokens)
-    store = write_store(output_dir, provenance, values, lam.codebook.cpu(), start, stop, covered)
+    store = write_store(output_dir, provenance, [values], lam.codebook.cpu(), start, stop, covered)
     return _summary(store, values, time.perf_counter() - started)
 
 

@@ -1,7 +1,7 @@
 """The files of a token store: where they lie, how they are mapped, and when they are damaged."""
 
 import hashlib
-from functools import lru_cache
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,11 +9,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance, ProvenanceError
+from lerobot_lam_diffusion.tokens.storage import row_tensors
+from lerobot_lam_diffusion.tokens.tensor_file import read_blocks
 
 TENSORS_FILE = "lam_tokens.safetensors"
 PROVENANCE_FILE = "lam_tokens.json"
-SCAN_ROWS = 1 << 20
+EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
+SCAN_ROWS = 1 << 16
 
 
 class TokenStoreError(UserError):
@@ -67,101 +71,114 @@ def _damaged(path: Path, what: str) -> TokenStoreError:
     return TokenStoreError(f"{path} is damaged: {what}. Extract the tokens again with lerobot-lam-precompute")
 
 
-def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
-    lam, dataset = provenance.lam, provenance.dataset
-    shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(
-        ("episode_from", "episode_to", "episode_row"), (dataset.total_episodes,)
-    )
-    dtypes: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(shapes, (torch.int64,))
+def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tuple[torch.dtype, tuple]]:
+    """Name → dtype and shape of every tensor of a store; `num_rows` None: whatever number there is."""
+    lam = provenance.lam
+    table = (torch.int64, (provenance.dataset.total_episodes,))
+    tensors: dict[str, tuple[torch.dtype, tuple]] = dict.fromkeys(EPISODE_TABLE, table)
     if provenance.token_kind == VQ:
-        shapes |= {
-            "indices": (None, lam.num_learned_tokens),
-            "codebook": (lam.num_codes, lam.action_latent_dim),
-        }
-        dtypes |= {"indices": (torch.uint8, torch.uint16), "codebook": (torch.float32,)}
-    else:
-        shapes |= {"tokens": (None, lam.num_learned_tokens * lam.action_latent_dim)}
-        dtypes |= {"tokens": (torch.float32,)}
+        tensors |= {"codebook": (torch.float32, (lam.num_codes, lam.action_latent_dim))}
+    rows = row_tensors(
+        provenance.token_kind, provenance.storage_dtype, lam.num_learned_tokens, lam.action_latent_dim
+    )
+    return tensors | {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in rows.items()}
 
-    problems = [f"tensor {name} is missing" for name in shapes if name not in tensors]
-    problems += [f"unexpected tensor {name}" for name in tensors if name not in shapes]
-    for name in sorted(shapes.keys() & tensors.keys()):
-        tensor, shape = tensors[name], shapes[name]
-        if tensor.dtype not in dtypes[name]:
-            problems.append(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes[name]))}")
+
+def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
+    expected = tensor_layout(provenance, None)
+    problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
+    problems += [f"unexpected tensor {name}" for name in tensors if name not in expected]
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor, (dtype, shape) = tensors[name], expected[name]
+        if tensor.dtype != dtype:
+            problems.append(f"{name} is {tensor.dtype}, expected {dtype}")
         if tensor.ndim != len(shape) or any(
             want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
         ):
-            expected = ", ".join("N" if size is None else str(size) for size in shape)
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
-    return problems or _table_problems(tensors, dataset.total_frames)
+            told = ", ".join("N" if size is None else str(size) for size in shape)
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected ({told})")
+    return problems or _table_problems(tensors, provenance)
 
 
-def _table_problems(tensors: dict[str, Tensor], total_frames: int) -> list[str]:
+def _table_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
     """Episodes must tile the dataset's frames, and their rows the store's."""
-    start, stop, row = (tensors[name] for name in ("episode_from", "episode_to", "episode_row"))
+    start, stop, row = (tensors[name] for name in EPISODE_TABLE)
+    total_frames = provenance.dataset.total_frames
     lengths = stop - start
     tiled = start[0] == 0 and stop[-1] == total_frames and bool((start[1:] == stop[:-1]).all())
     if not tiled or not bool((start < stop).all()):
         return [f"the episodes do not tile the dataset's {total_frames} frames"]
     covered = row >= 0
     ends = torch.cumsum(lengths[covered], 0)
-    num_rows = len(tensors["indices"] if "indices" in tensors else tensors["tokens"])
     expected_rows = int(ends[-1]) if len(ends) else 0
-    if num_rows != expected_rows:
-        return [f"it has {num_rows} rows of tokens for {expected_rows} covered frames"]
+    for name in ("indices", "tokens", "row_scale"):
+        if name in tensors and len(tensors[name]) != expected_rows:
+            what = "tokens" if name != "row_scale" else name
+            return [f"it has {len(tensors[name])} rows of {what} for {expected_rows} covered frames"]
     if not torch.equal(row[covered], ends - lengths[covered]):
         return ["episode_row does not point at consecutive rows"]
-    return []
+    both = [episode for episode in provenance.skipped if covered[int(episode)]]
+    return [f"it covers episode {both[0]}, which {PROVENANCE_FILE} calls skipped"] if both else []
 
 
-def check_content(folder: Path) -> None:
-    """Read all of a store, once per path, size and modification time: hash, finite numbers, valid indices.
+def check_content(folder: Path, *, again: bool = False) -> None:
+    """Read all of a store, once per size, time and inode of its files: hash, finite numbers, valid indices.
+
+    Args:
+        folder: Of the store.
+        again: Read it whether or not it was checked before.
 
     Raises:
         TokenStoreError: the file differs from the one that was written, or holds NaN, Inf or an index past
             the codebook.
     """
-    stat = (folder / TENSORS_FILE).stat()
-    _check_content_once(folder.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _check_content_once(folder: Path, size: int, mtime_ns: int) -> None:
+    seen = stamp_of(folder)  # before the reading: what changes meanwhile is read again
+    if not again and checked.is_checked(folder, seen):
+        return
+    provenance, _ = map_store(folder)
     path = folder / TENSORS_FILE
-    provenance, tensors = map_store(folder)
-    digest = sha256_of(path)
-    if digest != provenance.tensors_sha256:
+    digest = hashlib.sha256()
+    problem = None
+    rows_seen: Counter[str] = Counter()
+    for name, block in read_blocks(path, digest.update):
+        problem = problem or _content_problem(name, block, rows_seen[name], provenance)
+        rows_seen[name] += len(block)
+    if digest.hexdigest() != provenance.tensors_sha256:
         raise _damaged(
             path,
-            f"its SHA-256 is {digest[:16]}…, {PROVENANCE_FILE} expects "
+            f"its SHA-256 is {digest.hexdigest()[:16]}…, {PROVENANCE_FILE} expects "
             f"{provenance.tensors_sha256[:16]}…: the file was truncated or altered",
         )
-    if provenance.token_kind == VQ:
-        problem = not_finite(tensors["codebook"], "codebook") or _past_codebook(
-            tensors["indices"], provenance
-        )
-    else:
-        problem = not_finite(tensors["tokens"], "token")
     if problem:
         raise _damaged(path, problem)
+    checked.remember(folder, seen)
 
 
-def not_finite(rows: Tensor, name: str) -> str | None:
-    """Where `rows` `(N, D)` first holds NaN or Inf, or None."""
-    for start in range(0, len(rows), SCAN_ROWS):
-        bad = ~torch.isfinite(rows[start : start + SCAN_ROWS]).all(1)
-        if bad.any():
-            return f"NaN or Inf in {name} row {start + int(bad.nonzero()[0, 0])}"
+def stamp_of(folder: Path) -> str:
+    """What the files of a store look like from outside; see `checked.py`."""
+    return checked.stamp_of(folder / TENSORS_FILE, folder / PROVENANCE_FILE)
+
+
+def _content_problem(name: str, block: Tensor, first_row: int, provenance: Provenance) -> str | None:
+    if name == "indices":
+        largest = int(block.int().max())
+        num_codes = provenance.lam.num_codes
+        return (
+            f"code index {largest}, but the codebook has {num_codes} rows" if largest >= num_codes else None
+        )
+    if name == "row_scale":  # what it makes of the largest int8
+        return not_finite(block.unsqueeze(1) * 128, "token", first_row)
+    if block.is_floating_point():
+        return not_finite(block, name.removesuffix("s"), first_row)
     return None
 
 
-def _past_codebook(indices: Tensor, provenance: Provenance) -> str | None:
-    num_codes = provenance.lam.num_codes
-    for start in range(0, len(indices), SCAN_ROWS):
-        largest = int(indices[start : start + SCAN_ROWS].int().max())
-        if largest >= num_codes:
-            return f"code index {largest}, but the codebook has {num_codes} rows"
+def not_finite(rows: Tensor, name: str, first_row: int = 0) -> str | None:
+    """Where `rows` `(N, D)`, the first of which is called `first_row`, first holds NaN or Inf, or None."""
+    for start in range(0, len(rows), SCAN_ROWS):
+        bad = ~torch.isfinite(rows[start : start + SCAN_ROWS]).all(1)
+        if bad.any():
+            return f"NaN or Inf in {name} row {first_row + start + int(bad.nonzero()[0, 0])}"
     return None
 
 

@@ -11,12 +11,16 @@ from typing import Any
 from lerobot_lam_diffusion.problems import UserError
 
 FORMAT = "lerobot_lam_diffusion.token_store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGE = "lerobot_policy_diffusion_lam"
 
 VQ = "vq"
 CONTINUOUS = "continuous"
 KINDS = (VQ, CONTINUOUS)
+VQ_STORAGE = ("uint8", "uint16")
+CONTINUOUS_STORAGE = ("float32", "float16", "bfloat16", "int8")
+UNKNOWN_DEVICE = "unknown"
+NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
 
 
@@ -66,6 +70,10 @@ class Provenance:
         dtype: Arithmetic of the encoder; the quantiser always ran in float32.
         versions: Packages that made the store.
         tensors_sha256: SHA-256 of `lam_tokens.safetensors`.
+        storage_dtype: How rows are kept (see `storage.py`); settled by the writer.
+        max_error: Largest absolute difference between a number given to the writer and the one read back.
+        device: Kind of device that the LAM ran on: "cpu", "cuda", "mps"; "unknown" in format version 1.
+        skipped: Episodes that extraction could not read: number → reason. The store does not cover them.
     """
 
     dataset: DatasetOrigin
@@ -78,6 +86,10 @@ class Provenance:
     versions: dict[str, str]
     tensors_sha256: str = ""
     context: str = PAIR_CONTEXT
+    storage_dtype: str = ""
+    max_error: float = 0.0
+    device: str = UNKNOWN_DEVICE
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -85,7 +97,7 @@ class Provenance:
 
     @classmethod
     def read(cls, path: Path) -> "Provenance":
-        """Read and check a provenance file.
+        """Read and check a provenance file, of this format version or an older one.
 
         Raises:
             ProvenanceError: it is not JSON, not ours, newer than this package, or fields are missing or of
@@ -108,6 +120,8 @@ class Provenance:
                 "again with lerobot-lam-precompute"
             )
         _refuse_newer(document, path)
+        if document["format_version"] == 1:
+            document = _upgraded(document)
         problems: list[str] = []
         provenance = _decode(cls, document, "", problems)
         problems += _value_problems(provenance) if not problems else []
@@ -131,6 +145,16 @@ def _refuse_newer(document: dict, path: Path) -> None:
             f"{path} has format version {version}; this {PACKAGE} reads versions up to {FORMAT_VERSION}. "
             f"Install the version that made it, or a newer one: pip install --upgrade '{_maker(document)}'"
         )
+
+
+def _upgraded(document: dict) -> dict:
+    """A document of version 1 with what version 2 tells besides."""
+    lam = document.get("lam")
+    num_codes = lam.get("num_codes") if isinstance(lam, dict) else None
+    wide = isinstance(num_codes, int) and num_codes > 256
+    storage = VQ_STORAGE[wide] if document.get("token_kind") == VQ else "float32"
+    added = {"storage_dtype": storage, "max_error": 0.0, "device": UNKNOWN_DEVICE, "skipped": {}}
+    return {**document, **added}
 
 
 def _maker(document: dict) -> str:
@@ -196,4 +220,18 @@ def _value_problems(provenance: Provenance) -> list[str]:
     scale = provenance.lam.token_scale
     if scale <= 0:
         problems.append(f"lam.token_scale is {scale}, expected a positive number")
+    return problems + _storage_problems(provenance)
+
+
+def _storage_problems(provenance: Provenance) -> list[str]:
+    problems = []
+    storages = VQ_STORAGE if provenance.token_kind == VQ else CONTINUOUS_STORAGE
+    if provenance.storage_dtype not in storages:
+        problems.append(f"storage_dtype is {provenance.storage_dtype!r}, expected one of {list(storages)}")
+    if provenance.max_error < 0:
+        problems.append(f"max_error is {provenance.max_error}, expected 0 or more")
+    episodes = range(provenance.dataset.total_episodes)
+    unknown = [key for key in provenance.skipped if not NUMBER.fullmatch(key) or int(key) not in episodes]
+    if unknown:
+        problems.append(f"skipped names {unknown[:5]}, expected episodes 0 to {len(episodes) - 1}")
     return problems

@@ -3,7 +3,7 @@
 A store is a folder with two files, never a pickle:
 
     lam_tokens.safetensors   VQ: `indices` uint8/uint16 (N, n), `codebook` float32 (K, a)
-                             continuous: `tokens` float32 (N, n·a)
+                             continuous: `tokens` (N, n·a), as float32 or smaller (see `storage.py`)
                              both: `episode_from`, `episode_to`, `episode_row` int64 (E,)
     lam_tokens.json          provenance (see `provenance.py`)
 
@@ -24,8 +24,12 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError, check_content, find_folder, map_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.storage import decode_tokens
 
 logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 1 << 16
+"""Rows at a time where all of a store is gone through: 16 MB of tokens of 64 numbers."""
 
 
 @dataclass
@@ -40,8 +44,9 @@ class TokenStore:
         kind: "vq" or "continuous".
         frame_stride: Gap of a frame pair; a frame less than that after its episode's start has no token.
         token_dim: n * a, numbers in one token.
-        values: VQ: `(N, n)` code indices. Continuous: `(N, n·a)` float32.
+        values: Rows as stored. VQ: `(N, n)` code indices. Continuous: `(N, n·a)`; `decode` gives the tokens.
         codebook: VQ: `(K, a)` float32, else None.
+        row_scale: int8 storage: `(N,)` float32, else None.
     """
 
     path: Path
@@ -54,12 +59,14 @@ class TokenStore:
     episode_from: Tensor
     episode_to: Tensor
     episode_row: Tensor
+    row_scale: Tensor | None = None
 
     @classmethod
     def open(cls, path: str | Path, dataset_meta: Any = None) -> "TokenStore":
         """Open a store and check that it is whole.
 
-        The hash of the tensors and the scan for NaN run once per path, size and modification time.
+        The hash of the tensors and the scan for NaN run once per path, size and modification time, on this
+        machine; opening it again costs milliseconds, whatever its size.
 
         Args:
             path: Folder of a store, its `.safetensors` file, or a user's `.pt` file.
@@ -81,7 +88,7 @@ class TokenStore:
             from lerobot_lam_diffusion.tokens.binding import check_binding
 
             check_binding(store, dataset_meta)
-        if store.missing_episodes:
+        if bool((store.episode_row < 0).any()):
             logger.warning("Token store %s is partial: %s.", folder, store.coverage)
         return store
 
@@ -100,6 +107,7 @@ class TokenStore:
             episode_from=tensors["episode_from"],
             episode_to=tensors["episode_to"],
             episode_row=tensors["episode_row"],
+            row_scale=tensors.get("row_scale"),
         )
 
     def __reduce__(self) -> tuple:
@@ -118,13 +126,29 @@ class TokenStore:
         return torch.nonzero(self.episode_row < 0).flatten().tolist()
 
     @property
+    def skipped(self) -> dict[int, str]:
+        """Episodes that extraction could not read, and why."""
+        told = self.provenance.skipped if self.provenance is not None else {}
+        return {int(episode): reason for episode, reason in told.items()}
+
+    @property
+    def num_tokens(self) -> int:
+        """Frames that this store covers and that have a token."""
+        return int(self._counts(self.frame_stride).sum())
+
+    @property
     def coverage(self) -> str:
-        """For people: which episodes this store covers."""
+        """For people: which episodes this store covers, and which could not be read."""
         total = len(self.episode_row)
-        covered = torch.nonzero(self.episode_row >= 0).flatten().tolist()
+        covered = torch.nonzero(self.episode_row >= 0).flatten()
         if len(covered) == total:
             return f"it covers all {total} episodes"
-        return f"it covers {len(covered)} of {total} episodes ({_ranges(covered)})"
+        told = f"it covers {len(covered)} of {total} episodes ({_ranges(covered)})"
+        skipped = [f"episode {episode} ({reason})" for episode, reason in sorted(self.skipped.items())]
+        if skipped:
+            more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+            told += f"; extraction skipped {', '.join(skipped[:3])}{more}"
+        return told
 
     def window(self, index: Tensor, deltas: Sequence[int]) -> Tensor:
         """Tokens of the frames `index + deltas`: the one join.
@@ -151,7 +175,7 @@ class TokenStore:
         last = self.episode_to[episode].unsqueeze(1) - 1
         offsets = torch.tensor([operator.index(delta) for delta in deltas], dtype=torch.int64)
         frame = (index.unsqueeze(1) + offsets).clamp(first, last)  # (B, T)
-        tokens = self._decode(self.values[self.episode_row[episode].unsqueeze(1) + frame - first])
+        tokens = self.decode(self.episode_row[episode].unsqueeze(1) + frame - first)
         tokens = tokens.masked_fill((frame - first < self.frame_stride).unsqueeze(-1), 0.0)
         return tokens.to(device)
 
@@ -162,27 +186,50 @@ class TokenStore:
         """
         if self.codebook is None:
             return []
-        perplexity = []
-        frame = self.frames_with_tokens()
-        episode = torch.searchsorted(self.episode_from, frame, right=True) - 1
-        rows = self.episode_row[episode] + frame - self.episode_from[episode]
-        for codes in self.values[rows].T:
-            shares = torch.bincount(codes.long(), minlength=len(self.codebook)) / max(len(codes), 1)
-            perplexity.append(float(torch.exp(-torch.xlogy(shares, shares).sum())))
-        return perplexity
+        slots = self.values.shape[1]
+        counts = torch.zeros(slots, len(self.codebook), dtype=torch.int64)
+        for start in range(0, len(self.values), BLOCK_ROWS):
+            block = self.values[start : start + BLOCK_ROWS]
+            frame, episode = self.frames_at(torch.arange(start, start + len(block)))
+            present = block[frame - self.episode_from[episode] >= self.frame_stride].long()
+            for slot in range(slots):
+                counts[slot] += torch.bincount(present[:, slot], minlength=len(self.codebook))
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return torch.exp(-torch.xlogy(shares, shares).sum(1)).tolist()
 
     def frames_with_tokens(self) -> Tensor:
         """Absolute indices of the frames that have a token, ascending, int64."""
-        frame = torch.arange(self.num_frames)
-        episode = torch.searchsorted(self.episode_from, frame, right=True) - 1
-        has_pair = frame - self.episode_from[episode] >= self.frame_stride
-        return frame[has_pair & (self.episode_row[episode] >= 0)]
+        return self.frames_at(torch.arange(self.num_tokens), skip=self.frame_stride)[0]
 
-    def _decode(self, values: Tensor) -> Tensor:
-        """Rows of the store `(B, T, ·)` as tokens `(B, T, token_dim)`."""
-        if self.codebook is None:
-            return values
-        return self.codebook[values.long()].flatten(-2)
+    def frames_at(self, position: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """Which frames stand at the given places among all that this store covers.
+
+        Args:
+            position: Int64 `(B,)`; without `skip`, these are rows of the store.
+            skip: Leave out so many frames at the start of each episode. With `skip=frame_stride` and
+                positions below `num_tokens`, what is left are the frames that have a token.
+
+        Returns:
+            Absolute frame indices and episodes, int64 `(B,)` each.
+        """
+        counts = self._counts(skip)
+        ends = torch.cumsum(counts, 0)
+        episode = torch.searchsorted(ends, position, right=True)
+        return self.episode_from[episode] + skip + position - (ends - counts)[episode], episode
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Tokens of rows of the store (int64 of any shape), float32 `(..., token_dim)`.
+
+        Rows at an episode's start count here: `window` knows which of them are missing.
+        """
+        values = self.values[rows]
+        if self.codebook is not None:
+            return self.codebook[values.long()].flatten(-2)
+        return decode_tokens(values, None if self.row_scale is None else self.row_scale[rows])
+
+    def _counts(self, skip: int) -> Tensor:
+        """Covered frames of each episode `(E,)`, without its first `skip`."""
+        return (self.episode_to - self.episode_from - skip).clamp(min=0) * (self.episode_row >= 0)
 
     def _refuse_uncovered(self, index: Tensor, episode: Tensor) -> None:
         outside = (index < 0) | (index >= self.num_frames)
@@ -196,20 +243,21 @@ class TokenStore:
                 f"{self.path} has no frame {frame}: its dataset has {self.num_frames} frames. Was it made of "
                 "this dataset?"
             )
+        number = int(episode[at])
+        reason = f" (extraction skipped it: {self.skipped[number]})" if number in self.skipped else ""
         raise TokenStoreError(
-            f"{self.path} lacks episode {int(episode[at])}, which frame {frame} belongs to; {self.coverage}. "
+            f"{self.path} lacks episode {number}, which frame {frame} belongs to{reason}; {self.coverage}. "
             "Extract the missing episodes with lerobot-lam-precompute, or train on the covered ones with "
             "--dataset.episodes"
         )
 
 
-def _ranges(numbers: list[int], at_most: int = 8) -> str:
+def _ranges(numbers: Tensor, at_most: int = 8) -> str:
     """`[0, 1, 2, 5]` as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
+    if not len(numbers):
+        return "none"
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), numbers.diff() != 1])
+    ends = begins.roll(-1)
+    runs = zip(numbers[begins][:at_most].tolist(), numbers[ends][:at_most].tolist(), strict=True)
     texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    return ", ".join(texts[:at_most]) + (", …" if len(texts) > at_most else "") if texts else "none"
+    return ", ".join(texts) + (", …" if int(begins.sum()) > at_most else "")

@@ -4,16 +4,31 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, sha256_of
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.layout import (
+    PROVENANCE_FILE,
+    TENSORS_FILE,
+    sha256_of,
+    stamp_of,
+    tensor_layout,
+)
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
-from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.storage import (
+    StoredRows,
+    encode_indices,
+    encode_tokens,
+    storage_dtype_of,
+)
+from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
+from lerobot_lam_diffusion.tokens.tensor_file import TensorFileWriter, fsync
 
 
 def refuse_existing(folder: Path) -> None:
@@ -36,83 +51,120 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def index_dtype(num_codes: int) -> torch.dtype:
-    """The smallest of uint8 and uint16 that holds an index of `num_codes` codes.
-
-    Raises:
-        ValueError: neither does.
-    """
-    if num_codes > 1 << 16:
-        raise ValueError(
-            f"a codebook of {num_codes} rows, expected at most 65536: indices are stored as uint16"
-        )
-    return torch.uint8 if num_codes <= 256 else torch.uint16
-
-
 def write_store(
     folder: Path,
     provenance: Provenance,
-    values: Tensor,
+    blocks: Iterable[Tensor],
     codebook: Tensor,
     episode_from: Tensor,
     episode_to: Tensor,
     covered: Tensor,
 ) -> TokenStore:
-    """Write the two files beside `folder` and rename them into place.
+    """Write tokens, block by block, as a store: two files beside `folder`, renamed into place.
 
     Args:
         folder: Where the store will stand; must not exist, or be empty.
-        provenance: What the tokens are; the tensors' hash is filled in here.
-        values: VQ: code indices `(N, n)`. Continuous: float32 `(N, n·a)`. N: frames of the covered
-            episodes, in order.
+        provenance: What the tokens are, and in `storage_dtype` how to keep them (continuous tokens; empty:
+            float32). The tensors' hash and `max_error` are filled in here.
+        blocks: Consecutive rows in order. VQ: integer code indices `(b, n)`. Continuous: float32
+            `(b, n·a)`. Together one row for each frame of the covered episodes. One block is in memory at a
+            time.
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
-        covered: bool `(E,)`, which of them `values` holds.
+        covered: bool `(E,)`, which of them `blocks` hold.
 
     Returns:
-        The store, opened and checked.
+        The store, opened.
 
     Raises:
-        FileExistsError: see `refuse_existing`.
-        OSError: the disk is full or not writable; nothing is left behind.
+        FileExistsError: see `refuse_existing`; also if another process made the store in the meantime.
+        UserError: tokens that are not finite, or that `storage_dtype` cannot hold.
+        ValueError: fewer or more rows than covered frames, or indices outside the codebook.
+        OSError: the disk is full or not writable.
+
+    After any of them nothing is left behind.
     """
+    storage = storage_dtype_of(provenance.token_kind, provenance.storage_dtype, len(codebook))
+    parts = (part for block in blocks for part in block.split(BLOCK_ROWS))
+    if provenance.token_kind == VQ:
+        rows = (encode_indices(part, len(codebook)) for part in parts)
+    else:
+        rows = (encode_tokens(part, storage) for part in parts)
+    provenance = replace(provenance, storage_dtype=storage, max_error=0.0)
+    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered)
+
+
+def write_rows(
+    folder: Path,
+    provenance: Provenance,
+    rows: Iterable[StoredRows],
+    codebook: Tensor,
+    episode_from: Tensor,
+    episode_to: Tensor,
+    covered: Tensor,
+) -> TokenStore:
+    """`write_store` of rows that are encoded already; `provenance.max_error` is what they cost so far."""
     refuse_existing(folder)
     folder = folder.resolve()  # "." has no name to write beside, a link cannot be renamed onto
     lengths = (episode_to - episode_from) * covered
-    tensors = {
+    known = {
         "episode_from": episode_from,
         "episode_to": episode_to,
         "episode_row": torch.where(covered, torch.cumsum(lengths, 0) - lengths, -1),
     }
     if provenance.token_kind == VQ:
-        tensors |= {"indices": values.to(index_dtype(len(codebook))), "codebook": codebook.float().cpu()}
-    else:
-        tensors |= {"tokens": values.float()}
+        known["codebook"] = codebook.float().cpu()
+        if not known["codebook"].isfinite().all():
+            raise UserError("the LAM's codebook holds NaN or Inf; its weights are damaged")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         partial.chmod(0o755)  # mkdtemp makes private folders
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS_FILE)
-        provenance = replace(provenance, tensors_sha256=sha256_of(partial / TENSORS_FILE))
+        shapes = tensor_layout(provenance, int(lengths.sum()))
+        max_error = _write_tensors(partial / TENSORS_FILE, shapes, known, rows)
+        provenance = replace(
+            provenance,
+            tensors_sha256=sha256_of(partial / TENSORS_FILE),
+            max_error=max(provenance.max_error, max_error),
+        )
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
         for name in (TENSORS_FILE, PROVENANCE_FILE):
-            (partial / name).chmod(0o644)  # safetensors makes its files private
-            _flush(partial / name)
-        partial.rename(folder)
-        _flush(folder.parent)
+            (partial / name).chmod(0o644)
+            fsync(partial / name)
+        stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
+        _into_place(partial, folder)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    remember(folder, stamp)  # every value was checked on its way in
     return TokenStore.open(folder)
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's entries, before anything relies on them."""
-    handle = os.open(path, os.O_RDONLY)
+def _write_tensors(
+    path: Path,
+    shapes: dict[str, tuple[torch.dtype, tuple]],
+    known: dict[str, Tensor],
+    rows: Iterable[StoredRows],
+) -> float:
+    """Write the tensor file; the largest error of its rows."""
+    max_error = 0.0
+    with TensorFileWriter(path, shapes) as file:
+        for name, tensor in known.items():
+            file.write(name, tensor)
+        for tensors, error in rows:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
+            max_error = max(max_error, error)
+    return max_error
+
+
+def _into_place(partial: Path, folder: Path) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        partial.rename(folder)
+    except OSError:
+        refuse_existing(folder)  # another process was faster: its store stays
+        raise
 
 
 def codebook_scale(codebook: Tensor) -> float:

@@ -103,6 +103,7 @@ def write_random(make_provenance):
         if changes.get("token_kind") == CONTINUOUS:
             values = codebook[values].flatten(1) + torch.rand(num_rows, 1, generator=generator)
         provenance = make_provenance(lengths, num_codes, **changes)
-        return write_store(folder, provenance, values, codebook, stop - torch.tensor(lengths), stop, covers)
+        start = stop - torch.tensor(lengths)
+        return write_store(folder, provenance, values.split(3), codebook, start, stop, covers)
 
     return write

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, tensor_file
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from tests.tokens.conftest import StoreFiles
 
 REMEDY = "lerobot-lam-precompute"
 
@@ -85,6 +86,51 @@ def test_forged_codebook_that_is_not_finite(files):
     assert "NaN or Inf in codebook row 3" in refusal(files.folder)
 
 
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+def test_forged_small_tokens_that_are_not_finite(write_random, tmp_path, storage):
+    files = StoreFiles(
+        write_random(tmp_path / "store", [40], token_kind="continuous", storage_dtype=storage),
+        tmp_path / "copy",
+    )
+
+    def spoil(tensors):
+        if storage == "int8":
+            tensors["row_scale"][37] = 1e38  # finite, but not times 127
+        else:
+            tensors["tokens"][37, 5] = float("inf")
+
+    files.edit_tensors(spoil)
+    assert "NaN or Inf in token row 37" in refusal(files.folder)
+
+
+def test_rows_without_their_scale(write_random, tmp_path):
+    files = StoreFiles(
+        write_random(tmp_path / "store", [40], token_kind="continuous", storage_dtype="int8"),
+        tmp_path / "copy",
+    )
+    files.edit_tensors(lambda tensors: tensors.update(row_scale=tensors["row_scale"][:39].clone()))
+    assert "it has 39 rows of row_scale for 40 covered frames" in refusal(files.folder)
+    files.edit_tensors(lambda tensors: tensors.pop("row_scale"))
+    assert "tensor row_scale is missing" in refusal(files.folder)
+
+
+def test_an_episode_that_is_both_covered_and_skipped(files):
+    files.edit_document(lambda document: document.update(skipped={"3": "no video"}))
+    assert f"it covers episode 3, which {PROVENANCE_FILE} calls skipped" in refusal(files.folder)
+
+
+def test_a_store_longer_than_a_block_is_checked_to_its_end(write_random, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 64)
+    files = StoreFiles(write_random(tmp_path / "store", [200], token_kind="continuous"), tmp_path / "copy")
+    assert TokenStore.open(files.folder).num_frames == 200
+
+    def spoil(tensors):
+        tensors["tokens"][199, 5] = float("nan")
+
+    files.edit_tensors(spoil)
+    assert "NaN or Inf in token row 199" in refusal(files.folder)
+
+
 def test_forged_index_past_the_codebook(files):
     def spoil(tensors):
         tensors["indices"][20, 1] = 16
@@ -104,7 +150,7 @@ def test_every_misfit_of_the_tensors_is_told_at_once(files):
     told = refusal(files.folder)
     assert "tensor codebook is missing" in told
     assert "unexpected tensor extra" in told
-    assert "indices is torch.int32, expected torch.uint8 or torch.uint16" in told
+    assert "indices is torch.int32, expected torch.uint8" in told
     assert "episode_row has shape (3,), expected (5)" in told
 
 

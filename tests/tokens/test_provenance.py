@@ -3,8 +3,10 @@
 import copy
 import importlib.metadata
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,11 +58,31 @@ def test_a_store_tells_where_its_tokens_come_from(store, dataset, lam, lam_folde
     assert (told.camera_key, told.frame_stride, told.stride_seconds) == (TOP, 1, 1 / FPS)
     assert (told.token_kind, told.dtype, told.context) == ("vq", "float32", "pair")
     assert told.versions["lerobot"] == importlib.metadata.version("lerobot")
+    assert (told.storage_dtype, told.max_error, told.skipped) == ("uint8", 0.0, {})
     assert len(told.tensors_sha256) == 64
 
 
+@pytest.mark.parametrize("kind", ["vq", "continuous"])
+def test_a_store_of_format_version_1_is_read_forever(kind):
+    """Made by version 0.1.0 of this package: codes (3 * row + 5 * slot) mod 8, tokens row + column / 4."""
+    opened = TokenStore.open(Path(__file__).parent / "data" / f"v1_{kind}")
+    row, slot = torch.arange(7).unsqueeze(1), torch.arange(2)
+    if kind == "vq":
+        codes = (3 * row + 5 * slot) % 8
+        expected = (codes.unsqueeze(-1) + torch.arange(4) / 4).flatten(1)
+    else:
+        expected = row + torch.arange(8) / 4
+    expected[[0, 3]] = 0.0  # their episodes' first frames
+    frames = torch.tensor([0, 1, 2, 5, 6, 7, 8])
+    assert torch.equal(opened.window(frames, [0])[:, 0], expected)
+    assert opened.missing_episodes == [1]
+    told = opened.provenance
+    assert told.storage_dtype == {"vq": "uint8", "continuous": "float32"}[kind]
+    assert (told.max_error, told.device, told.skipped) == (0.0, "unknown", {})
+
+
 def test_provenance_survives_being_written_and_read(tmp_path, make_provenance):
-    provenance = make_provenance([3, 4], frame_stride=5)
+    provenance = make_provenance([3, 4], frame_stride=5, storage_dtype="uint8", skipped={"1": "cut"})
     (tmp_path / "x.json").write_text(provenance.to_json())
     assert Provenance.read(tmp_path / "x.json") == provenance
 
@@ -93,6 +115,10 @@ WRONG = {
     "scale": (("lam", "token_scale"), 0, "lam.token_scale is 0, expected a positive number"),
     "NaN": (("lam", "token_scale"), float("nan"), "lam.token_scale is nan, expected float"),
     "Inf": (("dataset", "fps"), float("inf"), "dataset.fps is inf, expected float"),
+    "storage": (("storage_dtype",), "int8", "storage_dtype is 'int8', expected one of ['uint8', 'uint16']"),
+    "error": (("max_error",), -0.5, "max_error is -0.5, expected 0 or more"),
+    "skipped": (("skipped",), {"5": "gone"}, "skipped names ['5'], expected episodes 0 to 4"),
+    "skipped without a number": (("skipped",), {"one": "gone"}, "skipped names ['one']"),
     "past float": (("dataset", "fps"), 10**400, "expected float"),
 }
 
@@ -118,13 +144,13 @@ def test_all_problems_are_told_at_once(files):
 
 def test_newer_format_names_the_version_to_install(files):
     def renew(document):
-        document.update(format_version=2, fields_of_the_future={})
+        document.update(format_version=3, fields_of_the_future={})
         document["versions"]["lerobot_policy_diffusion_lam"] = "3.1.0"
 
     files.edit_document(renew)
     told = refusal(files)
-    assert "has format version 2" in told
-    assert "reads versions up to 1" in told
+    assert "has format version 3" in told
+    assert "reads versions up to 2" in told
     assert "pip install --upgrade 'lerobot_policy_diffusion_lam>=3.1.0'" in told
 
 

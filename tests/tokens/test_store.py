@@ -1,7 +1,6 @@
 """The store as its users see it: the join of tokens to frames, and what it does where it has no token."""
 
 import logging
-import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -203,16 +202,47 @@ def test_store_travels_as_its_path(store):
     assert copy.provenance == store.provenance
 
 
-def test_content_is_read_once_per_path_size_and_time(files, monkeypatch):
-    from lerobot_lam_diffusion.tokens import layout
+SKIPPED = {"0": "video/0.mp4 is cut", "3": "no such file"}
 
-    hashed = []
-    monkeypatch.setattr(
-        layout, "sha256_of", lambda path: hashed.append(path) or files.document()["tensors_sha256"]
+
+def test_a_skipped_episode_is_told_with_its_reason(write_random, tmp_path):
+    store = write_random(tmp_path / "store", [4, 4, 4, 4], [False, True, False, False], skipped=SKIPPED)
+    assert store.coverage == (
+        "it covers 1 of 4 episodes (1); extraction skipped episode 0 (video/0.mp4 is cut), "
+        "episode 3 (no such file)"
     )
-    TokenStore.open(files.folder)
-    TokenStore.open(str(files.folder) + "/")
-    assert len(hashed) == 1
-    os.utime(files.tensors, ns=(0, 0))
-    TokenStore.open(files.folder)
-    assert len(hashed) == 2
+    with pytest.raises(
+        TokenStoreError, match=r"lacks episode 3, .* 13 belongs to \(extraction skipped it: no such file\)"
+    ):
+        store.window(torch.tensor([13]), [0])
+    with pytest.raises(TokenStoreError, match="lacks episode 2, which frame 9 belongs to;"):
+        store.window(torch.tensor([9]), [0])
+
+
+def test_many_skipped_episodes_are_counted(write_random, tmp_path):
+    skipped = {str(episode): "cut" for episode in range(1, 50)}
+    store = write_random(tmp_path / "store", [2] * 50, [True] + [False] * 49, skipped=skipped)
+    assert store.coverage.endswith("episode 1 (cut), episode 2 (cut), episode 3 (cut) and 46 more")
+
+
+def test_frames_are_found_by_their_row(partial_store):
+    frame, episode = partial_store.frames_at(torch.arange(len(partial_store.values)))
+    assert frame.tolist() == [*range(14, 23), *range(40, 48)]
+    assert episode.tolist() == [1] * 9 + [3] * 8
+    assert partial_store.num_tokens == 15
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+def test_small_tokens_are_joined_like_the_others(write_random, tmp_path, storage):
+    exact, small = (
+        write_random(tmp_path / kind, [5, 6], token_kind="continuous", storage_dtype=kind)
+        for kind in ("float32", storage)
+    )
+    index = torch.arange(11)
+    expected, window = exact.window(index, [-1, 0]), small.window(index, [-1, 0])
+    assert window.dtype == torch.float32
+    error = float((window - expected).abs().max())
+    assert 0 < error <= small.provenance.max_error < 0.02
+    assert torch.equal(window == 0, expected == 0)
+    copy = pickle.loads(pickle.dumps(small))
+    assert torch.equal(copy.window(index, [-1, 0]), window)

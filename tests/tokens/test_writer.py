@@ -8,7 +8,8 @@ import torch
 
 from lerobot_lam_diffusion.tokens import TokenStore, writer
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
-from lerobot_lam_diffusion.tokens.writer import codebook_scale, index_dtype, refuse_existing
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
+from lerobot_lam_diffusion.tokens.writer import codebook_scale, refuse_existing, write_store
 
 LENGTHS = [4, 5]
 
@@ -41,7 +42,7 @@ def test_vq_costs_a_byte_a_slot(write_random, tmp_path):
     assert abs(large - small - 2 * 10_000) < 64
 
 
-@pytest.mark.parametrize("where", ["save_file", "sha256_of", "_flush"])
+@pytest.mark.parametrize("where", ["TensorFileWriter", "sha256_of", "fsync", "_into_place"])
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
 )
@@ -105,11 +106,80 @@ def test_a_place_that_is_not_writable_is_refused_early(tmp_path):
         refuse_existing(tmp_path / "a" / "store")
 
 
-def test_the_smallest_index_that_holds_the_codebook():
-    assert index_dtype(256) == torch.uint8
-    assert index_dtype(257) == index_dtype(65536) == torch.uint16
-    with pytest.raises(ValueError, match="codebook of 65537 rows, expected at most 65536"):
-        index_dtype(65537)
+def blocks_to(make_provenance, folder, blocks, **changes):
+    """Writes blocks of rows as a store of two episodes, 4 and 5 frames long."""
+    start, stop = torch.tensor([0, 4]), torch.tensor([4, 9])
+    covered = torch.ones(2, dtype=torch.bool)
+    provenance = make_provenance(LENGTHS, **changes)
+    return write_store(folder, provenance, blocks, torch.ones(16, 4), start, stop, covered)
+
+
+def test_blocks_may_be_cut_anywhere(make_provenance, tmp_path):
+    codes = torch.randint(16, (9, 2), generator=torch.Generator().manual_seed(0))
+    one = blocks_to(make_provenance, tmp_path / "one", [codes])
+    other = blocks_to(make_provenance, tmp_path / "other", iter([codes[:1], codes[1:1], codes[1:]]))
+    assert torch.equal(one.values.long(), codes)
+    for name in (TENSORS_FILE, PROVENANCE_FILE):
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+REFUSED = {
+    "few rows": ([torch.zeros(8, 2).int()], {}, "fewer rows than the 9 announced for indices"),
+    "many rows": ([torch.zeros(9, 2).int(), torch.zeros(1, 2).int()], {}, "more rows than the 9 announced"),
+    "other width": ([torch.zeros(9, 3).int()], {}, r"given rows of torch.uint8 \(9, 3\)"),
+    "past the codebook": ([torch.full((9, 2), 16)], {}, "16 to 16, but the codebook has 16 rows"),
+    "no indices": ([torch.zeros(9, 2)], {}, "code indices are torch.float32, expected integers"),
+    "NaN": ([torch.full((9, 8), float("nan"))], {"token_kind": "continuous"}, "tokens hold NaN or Inf"),
+    "unknown storage": (
+        [torch.zeros(9, 8)],
+        {"token_kind": "continuous", "storage_dtype": "int4"},
+        "cannot be stored as 'int4'; expected one of .*'int8'",
+    ),
+    "float16's range": (
+        [torch.full((9, 8), 7e4)],
+        {"token_kind": "continuous", "storage_dtype": "float16"},
+        r"holds the number 7e\+04, more than float16 can; store them with --storage_dtype=float32, or bfl",
+    ),
+}
+
+
+@pytest.mark.parametrize(("blocks", "changes", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    make_provenance, tmp_path, blocks, changes, expected
+):
+    with pytest.raises(ValueError, match=expected):
+        blocks_to(make_provenance, tmp_path / "store", blocks, **changes)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("storage", CONTINUOUS_STORAGE)
+def test_the_largest_error_is_that_of_what_is_read_back(make_provenance, tmp_path, storage):
+    tokens = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    tokens[3] = 0.0
+    store = blocks_to(
+        make_provenance, tmp_path / storage, tokens.split(4), token_kind="continuous", storage_dtype=storage
+    )
+    read = store.decode(torch.arange(9))
+    assert float((read - tokens).abs().max()) == store.provenance.max_error
+    assert (store.provenance.max_error == 0) == (storage == "float32")
+    assert not read[3].any()
+
+
+def test_vq_tokens_have_one_storage_whatever_is_wanted(write_random, tmp_path):
+    assert write_random(tmp_path / "a", LENGTHS, storage_dtype="int8").provenance.storage_dtype == "uint8"
+    wide = write_random(tmp_path / "b", LENGTHS, num_codes=300).provenance
+    assert (wide.storage_dtype, wide.max_error) == ("uint16", 0.0)
+
+
+def test_a_store_that_another_process_made_meanwhile_stays(make_provenance, write_random, tmp_path):
+    def blocks():
+        write_random(tmp_path / "store", LENGTHS)
+        yield torch.zeros(9, 2, dtype=torch.int64)
+
+    with pytest.raises(FileExistsError, match="exists already and is not empty"):
+        blocks_to(make_provenance, tmp_path / "store", blocks())
+    assert TokenStore.open(tmp_path / "store").values.any()
+    assert os.listdir(tmp_path) == ["store"]
 
 
 def test_codebook_scale_is_the_root_mean_square():

@@ -1,0 +1,64 @@
+"""Remember which stores were read from end to end and found whole.
+
+Reading gigabytes before every training, in every process, would tell nothing new. A store that was checked
+leaves a stamp, a tiny file under LeRobot's home; while the store's files keep their size, modification time
+and inode, it is believed. A stamp that cannot be written or read costs a check, never an error.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from lerobot.utils.constants import HF_LEROBOT_HOME
+
+logger = logging.getLogger(__name__)
+
+STAMP_FORMAT = 1
+
+_checked_here: dict[Path, str] = {}  # where no stamp can be written, once per process
+
+
+def stamp_of(*files: Path) -> str:
+    """What a store's files look like from outside, without reading them."""
+    told = {}
+    for file in files:
+        stat = file.stat()
+        told[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return json.dumps({"format": STAMP_FORMAT, "files": told}, sort_keys=True)
+
+
+def is_checked(folder: Path, stamp: str) -> bool:
+    """Whether the store `folder` was found whole when it looked like `stamp`."""
+    place = _place(folder)
+    if _checked_here.get(place) == stamp:
+        return True
+    try:
+        return place.read_text(encoding="utf-8") == stamp
+    except (OSError, ValueError):  # ValueError: not UTF-8
+        return False
+
+
+def remember(folder: Path, stamp: str) -> None:
+    """Note that the store `folder`, which looks like `stamp`, is whole."""
+    place = _place(folder)
+    _checked_here[place] = stamp
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{place.name[:16]}-", dir=place.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(stamp)
+            os.replace(partial, place)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        logger.debug("%s will be checked again by the next process: %s", folder, error)
+
+
+def _place(folder: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    return HF_LEROBOT_HOME / "lam_tokens" / "checked" / name
