@@ -5,9 +5,12 @@ a loaded model takes them all from its file.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
 
 from .errors import LamError, problems_to_error
 
@@ -108,29 +111,52 @@ _ENCODER_FIELDS = (
     "action_latent_dim", "st_use_qk_norm", "num_learned_tokens", "map_heads", "n_codes",
 )  # fmt: skip
 
-_POSITIVE_INTEGERS = (
-    "resolution", "patch_size", "in_channels", "d_t", "encoder_depth", "encoder_embed_dim", "encoder_n_heads",
-    "action_latent_dim", "num_learned_tokens", "map_heads", "decoder_depth", "decoder_embed_dim",
-    "decoder_n_heads", "n_codes",
+# Far beyond any LAM, and small enough that no product of them overflows and no model takes long to build:
+# the numbers come from a file that may be damaged.
+_LARGEST = {
+    "resolution": 4096, "patch_size": 4096, "in_channels": 1024, "d_t": 1 << 16,
+    "encoder_depth": 512, "encoder_embed_dim": 1 << 16, "encoder_n_heads": 1 << 16,
+    "action_latent_dim": 1 << 16, "num_learned_tokens": 1 << 12, "map_heads": 1 << 16,
+    "decoder_depth": 512, "decoder_embed_dim": 1 << 16, "decoder_n_heads": 1 << 16, "n_codes": 1 << 20,
+}  # fmt: skip
+_LARGEST_RATIO = 1024
+_FOR_THE_FILE = (
+    "augment_type", "augment_level", "random_crop_scale", "random_crop_ratio", "use_xformers",
 )  # fmt: skip
 
 
 def _type_problems(config: LamConfig) -> list[str]:
     values = vars(config)
     problems = [
-        f"{name} is {values[name]!r}, expected a positive integer"
-        for name in _POSITIVE_INTEGERS
-        if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1
+        f"{name} is {shown(values[name])}, expected a positive integer"
+        + (f" up to {largest}" if isinstance(values[name], int) and values[name] > largest else "")
+        for name, largest in _LARGEST.items()
+        if isinstance(values[name], bool)
+        or not isinstance(values[name], int)
+        or not 1 <= values[name] <= largest
     ]
     problems += [
-        f"{name} is {values[name]!r}, expected true or false"
+        f"{name} is {shown(values[name])}, expected true or false"
         for name in ("st_use_qk_norm", "use_qk_norm")
         if not isinstance(values[name], bool)
     ]
     ratio = config.mlp_ratio
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
-        problems.append(f"mlp_ratio is {ratio!r}, expected a positive number")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _LARGEST_RATIO:
+        problems.append(f"mlp_ratio is {shown(ratio)}, expected a positive number up to {_LARGEST_RATIO}")
+    problems += [
+        f"{name} is {shown(values[name])}, expected a plain value or a list of them"
+        for name in _FOR_THE_FILE
+        if not all(map(_is_plain, values[name] if isinstance(values[name], tuple) else (values[name],)))
+    ]
     return problems
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, bool | int | str)
+        or (isinstance(value, float) and math.isfinite(value))
+    )
 
 
 def _value_problems(config: LamConfig) -> list[str]:
@@ -165,13 +191,13 @@ def read_config(folder: Path) -> LamConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LamError(
-            f"{path} does not exist. A LAM folder holds {CONFIG_FILE} and model.safetensors: "
-            "point to that folder, or fetch the model again."
-        ) from None
-    except (OSError, ValueError) as error:
+        document = read_json(path)
+    except UnreadableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise LamError(
+                f"{path} does not exist. A LAM folder holds {CONFIG_FILE} and model.safetensors: "
+                "point to that folder, or fetch the model again."
+            ) from None
         raise LamError(
             f"{path} could not be read ({error}), expected a JSON object. {_CONFIG_REMEDY}"
         ) from error
@@ -182,8 +208,8 @@ def read_config(folder: Path) -> LamConfig:
         )
     if document.get("architecture") != ARCHITECTURE:
         raise LamError(
-            f"{path} names the architecture {document.get('architecture')!r}, expected {ARCHITECTURE!r}: "
-            "this package opens villa-X latent action models. Point to one of those."
+            f"{path} names the architecture {shown(document.get('architecture'))}, expected "
+            f"{ARCHITECTURE!r}: this package opens villa-X latent action models. Point to one of those."
         )
     try:
         return LamConfig.from_dict(document.get("config", {}))

@@ -2,41 +2,51 @@
 
 import hashlib
 import json
-from functools import lru_cache
+import os
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
+from .config import LamConfig, read_config
+from .locating import resolve_lam
+from .weights import Weights, open_weights
 
-from .config import CONFIG_FILE, read_config
-from .locating import WEIGHTS_FILE, resolve_lam
+_KNOWN: dict[tuple, str] = {}
+_MOST_KNOWN = 64
 
 
 def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
     """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
 
     The FDM, the description and training-only settings do not enter. Computed once in a process for each
-    state (size and modification time) of the two files.
+    state of the two files.
 
     Raises:
-        LamError: if there is no such model.
+        LamError: if there is no such model, or a file of it cannot be read.
     """
     folder = resolve_lam(path, revision)
-    return _fingerprint(folder, _stamp(folder / CONFIG_FILE), _stamp(folder / WEIGHTS_FILE))
+    config = read_config(folder)
+    with open_weights(folder) as weights:
+        return fingerprint_of_weights(weights, config)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def fingerprint_of_weights(weights: Weights, config: LamConfig) -> str:
+    """`fingerprint_of` a model whose files are open already."""
+    dimensions = json.dumps(config.encoder_dict(), sort_keys=True)
+    status = os.fstat(weights.file.fileno())
+    # The inode and its last change tell a file that was replaced by one of the same size and time.
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = (dimensions, *state)
+    if known not in _KNOWN:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[known] = _hash(weights, dimensions)
+    return _KNOWN[known]
 
 
-@lru_cache(maxsize=64)
-def _fingerprint(folder: Path, config_stamp: tuple[int, int], weights_stamp: tuple[int, int]) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps(read_config(folder).encoder_dict(), sort_keys=True).encode())
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-        for key in sorted(key for key in weights.keys() if key.startswith(("encoder.", "vq."))):  # noqa: SIM118
-            tensor = weights.get_tensor(key)
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+def _hash(weights: Weights, dimensions: str) -> str:
+    digest = hashlib.sha256(dimensions.encode())
+    for key in sorted(key for key in weights.entries if key.startswith(("encoder.", "vq."))):
+        entry = weights.entries[key]
+        digest.update(f"{key} {entry.dtype} {list(entry.shape)}".encode())
+        for block in weights.blocks(key):
+            digest.update(block)
     return digest.hexdigest()

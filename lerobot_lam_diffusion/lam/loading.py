@@ -1,21 +1,24 @@
 """Open and write model folders: `model_config.json` + `model.safetensors`, strict on keys and shapes."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from lerobot_lam_diffusion.reading import shown
 
 from .config import CONFIG_FILE, LamConfig, config_document, read_config
 from .decoder import Decoder
 from .encoder import Encoder
 from .errors import LamError, problems_to_error
-from .fingerprint import fingerprint_of
+from .fingerprint import fingerprint_of_weights
 from .locating import WEIGHTS_FILE, locate_lam
 from .quantizer import Quantizer
 from .villa_x import LatentActionModel
+from .weights import Weights, open_weights
 
 _PARTS: dict[str, type[Encoder] | type[Quantizer] | type[Decoder]] = {
     "encoder": Encoder,
@@ -23,7 +26,7 @@ _PARTS: dict[str, type[Encoder] | type[Quantizer] | type[Decoder]] = {
     "decoder": Decoder,
 }
 _DTYPES = (torch.float32, torch.bfloat16)
-_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+_STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
 
 
@@ -54,19 +57,16 @@ def load_lam(
         raise LamError(f"The LAM's dtype is {dtype}, expected torch.float32 or torch.bfloat16. Choose one.")
     folder, commit = locate_lam(path, revision)
     config = read_config(folder)
-    modules = _meta_modules(config)
-    _check_weights(folder / WEIGHTS_FILE, modules)
-    fingerprint = fingerprint_of(folder)
-    wanted = ("encoder", "vq", "decoder") if fdm else ("encoder", "vq")
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-        for part in wanted:
-            module = modules[part]
+    with open_weights(folder) as weights:
+        _check_depths(weights, config)
+        modules = _meta_modules(config)
+        _check_weights(weights, modules)
+        fingerprint = fingerprint_of_weights(weights, config)
+        for part in ("encoder", "vq", "decoder") if fdm else ("encoder", "vq"):
             part_dtype = torch.float32 if part == "vq" else dtype
-            state = {
-                name: weights.get_tensor(f"{part}.{name}").to(device=device, dtype=part_dtype, copy=True)
-                for name in module.state_dict()
-            }
-            module.load_state_dict(state, assign=True)
+            names = modules[part].state_dict()
+            state = {name: _finite(weights, f"{part}.{name}", part_dtype).to(device) for name in names}
+            modules[part].load_state_dict(state, assign=True)
     encoder, vq, decoder = modules["encoder"], modules["vq"], modules["decoder"] if fdm else None
     assert isinstance(encoder, Encoder)
     assert isinstance(vq, Quantizer)
@@ -114,22 +114,31 @@ def _meta_modules(config: LamConfig) -> dict[str, nn.Module]:
         return {name: part(config) for name, part in _PARTS.items()}
 
 
-def _check_weights(path: Path, modules: dict[str, nn.Module]) -> None:
+def _finite(weights: Weights, key: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file as `dtype`: one NaN in it would be in every token."""
+    tensor = weights.tensor(key).to(dtype)
+    if not torch.isfinite(tensor).all():
+        raise LamError(f"{weights.path} is damaged: {key} holds NaN or Inf as {dtype}. {_REMEDY}")
+    return tensor
+
+
+def _check_depths(weights: Weights, config: LamConfig) -> None:
+    """Compare the numbers of blocks before any is built: a damaged config may ask for very many."""
+    depths = {"encoder": config.encoder_depth, "decoder": config.decoder_depth}
+    problems = []
+    for part, depth in depths.items():
+        blocks = {
+            match[1] for key in weights.entries if (match := re.match(rf"{part}\.layers\.(\d+)\.", key))
+        }
+        if len(blocks) != depth:
+            problems.append(f"{part}_depth is {depth}, but the weights hold {len(blocks)} blocks")
+    if problems:
+        raise problems_to_error(f"{weights.path} does not fit its {CONFIG_FILE}", problems, _REMEDY)
+
+
+def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
     """Compare the file's header with the modules' keys and shapes; no tensor is read."""
-    if not path.is_file():
-        raise LamError(
-            f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
-            "Fetch the model again (with git: `git lfs pull`)."
-        )
-    try:
-        with safe_open(path, framework="pt") as weights:
-            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
-            found = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise LamError(
-            f"{path} is no readable safetensors file ({error}), expected the weights of a LAM. "
-            "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
-        ) from error
+    found = {key: list(entry.shape) for key, entry in weights.entries.items()}
     expected = {
         f"{part}.{name}": list(tensor.shape)
         for part, module in modules.items()
@@ -139,16 +148,19 @@ def _check_weights(path: Path, modules: dict[str, nn.Module]) -> None:
         f"missing key {key}, expected with shape {expected[key]}" for key in expected if key not in found
     ]
     problems += [
-        f"unexpected key {key} of shape {found[key][0]}" for key in sorted(found) if key not in expected
+        f"unexpected key {shown(key)} of shape {shown(found[key])}"
+        for key in sorted(found)
+        if key not in expected
     ]
     for key in expected.keys() & found.keys():
-        shape, stored_dtype = found[key]
-        if shape != expected[key]:
-            problems.append(f"{key} has shape {shape}, expected {expected[key]}")
-        if stored_dtype not in _STORED_DTYPES:
-            problems.append(f"{key} is stored as {stored_dtype}, expected floating point")
+        if found[key] != expected[key]:
+            problems.append(f"{key} has shape {shown(found[key])}, expected {expected[key]}")
+        if weights.entries[key].dtype not in _STORED_DTYPES:
+            problems.append(f"{key} is stored as {weights.entries[key].dtype}, expected floating point")
     if problems:
-        raise problems_to_error(f"{path} does not fit its {CONFIG_FILE}", _shortened(problems), _REMEDY)
+        raise problems_to_error(
+            f"{weights.path} does not fit its {CONFIG_FILE}", _shortened(problems), _REMEDY
+        )
 
 
 def _shortened(problems: list[str], limit: int = 30) -> list[str]:
