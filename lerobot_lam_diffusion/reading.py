@@ -5,6 +5,7 @@ What is wrong is told as a reason alone; the caller knows which file it is and w
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,10 +92,11 @@ def parse_json(content: bytes) -> Any:
 
 
 def shown(value: Any, at_most: int = 80) -> str:
-    """`repr` for a message: of bounded length, also of values whose `repr` fails."""
+    """`repr` for a message: of bounded length and cost, also of values whose `repr` fails or never ends."""
+    cut = reprlib.Repr(maxlevel=3, maxstring=at_most, maxlong=at_most, maxother=at_most)
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested deeply; an integer of more than 4,300 digits
+        text = cut.repr(value)
+    except (RecursionError, ValueError):  # an integer of more than 4,300 digits
         return f"a huge {type(value).__name__}"
     return text if len(text) <= at_most else f"{text[: at_most - 1]}…"
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lerobot_lam_diffusion.reading import UnreadableError, shown
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
+from lerobot_lam_diffusion.tokens.pt_file import open_pt_file
+from lerobot_lam_diffusion.tokens.pt_pickle import Other, TensorInFile
 from lerobot_lam_diffusion.tokens.store import TokenStore
+
+WIDEST_TOKEN = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -20,27 +24,29 @@ logger = logging.getLogger(__name__)
 def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
     """Open a `.pt` file as an (unverified) store of `dataset_meta`'s frames.
 
-    The file is read with `weights_only=True`: what would execute code is refused. Rows that have no token by
-    the rule "frame i - stride lies in another episode" are zeroed.
+    The file is read as data (see `pt_file`): what would execute code is refused, and so is the format of
+    torch before 1.6. Memory is bounded by the file's size. Rows that have no token by the rule "frame
+    i - stride lies in another episode" are zeroed.
 
     Raises:
-        TokenStoreError: missing, not a dict of tensors, code inside, wrong shape, NaN or Inf, or another
-            number of rows than the dataset has frames.
+        TokenStoreError: missing, damaged, not a dict of tensors, code inside, wrong shape, NaN or Inf, or
+            another number of rows than the dataset has frames.
     """
-    document = _load(path)
-    tokens = _tokens(document, path)
-    if dataset_meta is None:
+    try:
+        with open_pt_file(path) as file:
+            document = file.document
+            place = _tokens(document, path)
+            _check_rows(place, path, dataset_meta)
+            tokens = file.tensor(place).float().contiguous()
+    except UnreadableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise TokenStoreError(
+                f"no token file at {path}; make a store with lerobot-lam-precompute"
+            ) from None
         raise TokenStoreError(
-            f"{path} does not say where episodes begin; open it together with its dataset, or make a store "
-            "that stands alone with lerobot-lam-precompute"
-        )
-    if len(tokens) != dataset_meta.total_frames:
-        raise TokenStoreError(
-            f"{path} has {len(tokens)} rows, dataset {dataset_meta.repo_id!r} has "
-            f"{dataset_meta.total_frames} frames; it was made of another dataset or version. Extract the "
-            "tokens with lerobot-lam-precompute"
-        )
-    tokens = tokens.detach().float()
+            f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
+            f"({error}). Save it again with torch.save, or make a store with lerobot-lam-precompute"
+        ) from error
     problem = not_finite(tokens, "token")  # after the conversion: float64's large numbers become Inf
     if problem:
         raise TokenStoreError(f"{path}: {problem}; extract the tokens again with lerobot-lam-precompute")
@@ -49,13 +55,19 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
     stride = metadata.get("frame_stride", 1)
     if not isinstance(stride, int) or isinstance(stride, bool) or not 0 < stride < 2**63:
         raise TokenStoreError(
-            f"{path} says frame_stride = {stride!r}, expected a positive integer; correct the file, or make "
-            "a store with lerobot-lam-precompute"
+            f"{path} says frame_stride = {shown(stride)}, expected a positive integer; correct the file, or "
+            "make a store with lerobot-lam-precompute"
+        )
+    use_vq_tokens = metadata.get("use_vq_tokens", True)
+    if not isinstance(use_vq_tokens, bool):
+        raise TokenStoreError(
+            f"{path} says use_vq_tokens = {shown(use_vq_tokens)}, expected True or False; correct the "
+            "file, or make a store with lerobot-lam-precompute"
         )
     store = TokenStore(
         path=path,
         provenance=None,
-        kind=VQ if metadata.get("use_vq_tokens", True) else CONTINUOUS,
+        kind=VQ if use_vq_tokens else CONTINUOUS,
         frame_stride=stride,
         token_dim=tokens.shape[1],
         values=tokens,
@@ -68,38 +80,38 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
     return store
 
 
-def _tokens(document: Any, path: Path) -> Tensor:
+def _tokens(document: Any, path: Path) -> TensorInFile:
     tokens = document.get("tokens") if isinstance(document, dict) else None
-    if (
-        isinstance(tokens, Tensor)
-        and tokens.ndim == 2
-        and tokens.is_floating_point()
-        and tokens.layout == torch.strided
-    ):
-        return tokens
-    if isinstance(tokens, Tensor):
-        found = f"tokens {tuple(tokens.shape)} of {tokens.dtype}, {tokens.layout}"
+    if isinstance(tokens, TensorInFile):
+        if len(tokens.shape) == 2 and 0 < tokens.shape[1] <= WIDEST_TOKEN and tokens.dtype.is_floating_point:
+            return tokens
+        found = f"tokens {shown(tokens.shape)} of {tokens.dtype}"
+    elif isinstance(tokens, Other):
+        found = f"{tokens.name} as tokens"
     elif isinstance(document, dict):
-        found = f"a dict with {[str(key) for key in document]}"
+        found = f"a dict with {shown(list(document))}"
+    elif isinstance(document, TensorInFile):
+        found = "Tensor"
     else:
-        found = type(document).__name__
+        found = document.name if isinstance(document, Other) else type(document).__name__
     raise TokenStoreError(
         f"{path} is not a token file: found {found}, expected a dict with a float tensor 'tokens' (N, n*a). "
         "Make a store with lerobot-lam-precompute"
     )
 
 
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise TokenStoreError(f"no token file at {path}; make a store with lerobot-lam-precompute")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _check_rows(tokens: TensorInFile, path: Path, dataset_meta: Any) -> None:
+    if dataset_meta is None:
         raise TokenStoreError(
-            f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
-            f"({reason}). Make a store with lerobot-lam-precompute"
-        ) from error
+            f"{path} does not say where episodes begin; open it together with its dataset, or make a store "
+            "that stands alone with lerobot-lam-precompute"
+        )
+    if tokens.shape[0] != dataset_meta.total_frames:
+        raise TokenStoreError(
+            f"{path} has {tokens.shape[0]} rows, dataset {dataset_meta.repo_id!r} has "
+            f"{dataset_meta.total_frames} frames; it was made of another dataset or version. Extract the "
+            "tokens with lerobot-lam-precompute"
+        )
 
 
 def _metadata(document: dict) -> dict:

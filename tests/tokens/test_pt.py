@@ -156,7 +156,7 @@ NOT_TOKENS = {
     "whole numbers": ({"tokens": torch.ones(60, 64, dtype=torch.int64)}, "tokens (60, 64) of torch.int64"),
     "complex numbers": ({"tokens": torch.ones(60, 64, dtype=torch.complex64)}, "of torch.complex64"),
     "another shape": ({"tokens": torch.ones(60, 2, 32)}, "tokens (60, 2, 32)"),
-    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "torch.sparse_coo"),
+    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "found a sparse tensor as tokens"),
 }
 
 
