@@ -1,5 +1,6 @@
 """Check a store against the LAM itself: encode a random sample of its frame pairs again."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
+from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
@@ -17,7 +19,7 @@ class Agreement:
 
     Attributes:
         checked: Tokens compared.
-        equal: How many are equal: VQ bit for bit, continuous within `TOLERANCE`.
+        equal: How many are equal: VQ bit for bit, continuous within `TOLERANCE` and what storage costs.
         max_error: Largest absolute difference of any number.
         distinct: Different tokens among them: agreement on one value alone would say little.
     """
@@ -33,27 +35,28 @@ TOLERANCE = 1e-3
 or machine to another (a float32 encoder by 1e-6 to 5e-5); other frames give other tokens altogether."""
 
 
-def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int, seed: int = 0) -> Agreement:
+def recompute_sample(
+    store: TokenStore,
+    dataset: Any,
+    lam: Any,
+    num_samples: int,
+    seed: int = 0,
+    camera_key: str | None = None,
+) -> Agreement:
     """Encode `num_samples` random pairs of `dataset` again and compare.
 
     Frames are read by LeRobot's own random access, not by the extraction's decoder.
 
+    Args:
+        camera_key: Which camera the LAM looked at, where the store is a `.pt` file, which does not tell.
+
     Raises:
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
+        UserError: it is not known which camera to look at.
     """
-    if store.provenance is None:
-        raise TokenStoreError(
-            f"{store.path} does not say which LAM made it: there is nothing to compare with"
-        )
-    fingerprint = store.provenance.lam.fingerprint
-    if lam.fingerprint != fingerprint:
-        raise TokenStoreError(
-            f"{store.path} was made by the LAM {store.provenance.lam.path!r} with fingerprint "
-            f"{fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as "
-            "--lam.path"
-        )
+    _refuse_other_lam(store, lam)
+    camera = _camera(store, dataset, camera_key)
     index = _sample(store, num_samples, seed)
-    camera = store.provenance.camera_key
     relative = dataset.absolute_to_relative_idx
     prev, cur = (
         torch.stack(
@@ -64,7 +67,10 @@ def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int
     tokens = lam.encode_pairs(prev.to(lam.device), cur.to(lam.device))
     expected = (tokens.quantized if store.kind == VQ else tokens.continuous).cpu()
     stored = store.window(index, [0])[:, 0]
-    tolerance = 0.0 if store.kind == VQ else TOLERANCE * float(expected.abs().max())
+    tolerance = 0.0
+    if store.kind != VQ:
+        stored_error = store.provenance.max_error if store.provenance is not None else 0.0
+        tolerance = TOLERANCE * float(expected.abs().max()) + stored_error
     error = (stored - expected).abs().amax(dim=1)
     return Agreement(
         checked=len(index),
@@ -74,10 +80,43 @@ def recompute_sample(store: TokenStore, dataset: Any, lam: Any, num_samples: int
     )
 
 
+def _refuse_other_lam(store: TokenStore, lam: Any) -> None:
+    if store.provenance is None:
+        shape = lam.num_learned_tokens * lam.action_latent_dim
+        if store.token_dim != shape:
+            raise TokenStoreError(
+                f"{store.path} has tokens of {store.token_dim} numbers, this LAM makes {shape}; pass the LAM "
+                "that made it as --lam.path"
+            )
+        return
+    fingerprint = store.provenance.lam.fingerprint
+    if lam.fingerprint != fingerprint:
+        raise TokenStoreError(
+            f"{store.path} was made by the LAM {store.provenance.lam.path!r} with fingerprint "
+            f"{fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as "
+            "--lam.path"
+        )
+
+
+def _camera(store: TokenStore, dataset: Any, camera_key: str | None) -> str:
+    cameras = list(dataset.meta.camera_keys)
+    if store.provenance is not None:
+        camera = store.provenance.camera_key
+        if camera_key not in (None, camera):
+            raise UserError(f"{store.path} was made of {camera}; leave out --camera_key={camera_key}")
+        return camera
+    if camera_key is None and len(cameras) == 1:
+        return cameras[0]
+    if camera_key is None or camera_key not in cameras:
+        found = "does not tell its camera" if camera_key is None else f"cannot be of {camera_key!r}"
+        raise UserError(f"{store.path} {found}; pass --camera_key as one of {cameras}")
+    return camera_key
+
+
 def _sample(store: TokenStore, num_samples: int, seed: int) -> Tensor:
     """Random absolute indices of frames that have a token, ascending."""
-    present = store.frames_with_tokens()
-    if not len(present):
+    present = store.num_tokens
+    if not present:
         raise TokenStoreError(f"{store.path} holds no tokens: every episode is shorter than its stride")
-    generator = torch.Generator().manual_seed(seed)
-    return present[torch.randperm(len(present), generator=generator)[:num_samples]].sort().values
+    positions = random.Random(seed).sample(range(present), min(num_samples, present))
+    return store.frames_at(torch.tensor(sorted(positions)), skip=store.frame_stride)[0]

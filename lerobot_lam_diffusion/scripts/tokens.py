@@ -1,15 +1,18 @@
-"""Look at a token store, and check it.
+"""Look at a token store, check it, put partial stores together, and write it in another format.
 
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
+    lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
+    lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
 
 `verify` reads every byte again; with a dataset it checks that the store was made of it, and with a LAM as
-well it encodes a random sample of frame pairs and compares.
+well it encodes a random sample of frame pairs and compares. A `.pt` file is verified with its dataset.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.tokens.export import export_store
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content, find_folder
+from lerobot_lam_diffusion.tokens.merge import merge_stores
 
 
 @dataclass
@@ -41,9 +46,10 @@ class VerifyConfig:
     """Check a store.
 
     Args:
-        store: Its folder.
+        store: Its folder; or a `.pt` file, which needs the dataset.
         dataset: Check that the store was made of this dataset.
         lam: With a dataset: encode a random sample again with this LAM and compare.
+        camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
         num_samples: Tokens in that sample.
         seed: Of the sample.
         device: Where the LAM runs; the best there is if left out.
@@ -52,9 +58,38 @@ class VerifyConfig:
     store: Path
     dataset: DatasetConfig | None = None
     lam: LamSource | None = None
+    camera_key: str | None = None
     num_samples: int = 64
     seed: int = 0
     device: str | None = None
+
+
+@dataclass
+class MergeConfig:
+    """Put partial stores of one dataset together.
+
+    Args:
+        stores: Their folders.
+        output_dir: Where the new store will stand.
+    """
+
+    output_dir: Path
+    stores: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class ExportConfig:
+    """Write a store in another format.
+
+    Args:
+        store: Its folder.
+        format: pt, parquet or npy.
+        output: The new file.
+    """
+
+    store: Path
+    format: str
+    output: Path
 
 
 def info(config: InfoConfig) -> None:
@@ -62,7 +97,8 @@ def info(config: InfoConfig) -> None:
     assert store.provenance is not None
     origin, lam = store.provenance.dataset, store.provenance.lam
     frames = len(store.values)
-    missing = frames - len(store.frames_with_tokens())
+    missing = frames - store.num_tokens
+    perplexity = store.code_perplexity()
     num_bytes = sum((store.path / name).stat().st_size for name in (TENSORS_FILE, PROVENANCE_FILE))
     rows = {
         "store": f"{store.path.resolve()}, {num_bytes:,} bytes",
@@ -73,13 +109,17 @@ def info(config: InfoConfig) -> None:
         "stride": f"{store.frame_stride} frames = {store.provenance.stride_seconds:g} s",
         "LAM": f"{lam.path} (fingerprint {lam.fingerprint[:16]}…)",
         "tokens": f"{store.kind}, {lam.num_learned_tokens} x {lam.action_latent_dim} numbers, "
-        f"encoded in {store.provenance.dtype}",
-        "codebook": ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity())
+        f"encoded in {store.provenance.dtype} on {store.provenance.device}",
+        "storage": f"{store.provenance.storage_dtype}, largest error {store.provenance.max_error:.2g}",
+        "codebook": ", ".join(f"{slot:.1f}" for slot in perplexity)
         + f" of {lam.num_codes} codes a slot (perplexity)",
+        "skipped": "; ".join(f"episode {episode}: {reason}" for episode, reason in store.skipped.items()),
         "made with": ", ".join(f"{name} {version}" for name, version in store.provenance.versions.items()),
     }
-    if not store.code_perplexity():
+    if not perplexity:
         del rows["codebook"]
+    if not store.skipped:
+        del rows["skipped"]
     for name, text in rows.items():
         print(f"{name:<10}{text}")
 
@@ -89,21 +129,22 @@ def verify(config: VerifyConfig) -> None:
         raise UserError(
             "--lam.path needs --dataset.repo_id as well: the LAM's tokens are those of its frames"
         )
-    store = TokenStore.open(config.store)
-    print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
+    store = _read_again(config)
     if config.dataset is None:
         return
-    TokenStore.open(config.store, open_metadata(config.dataset))
     dataset = open_dataset(config.dataset)
-    print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
+    if store.provenance is not None:
+        TokenStore.open(store.path, dataset.meta)
+        print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
         return
-    assert store.provenance is not None
-    dtype = getattr(torch, store.provenance.dtype)
+    dtype = getattr(torch, store.provenance.dtype if store.provenance is not None else "float32")
     lam = load_lam(
         config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
     )
-    result = recompute_sample(store, dataset, lam, config.num_samples, config.seed)
+    result = recompute_sample(
+        store, dataset, lam, config.num_samples, config.seed, camera_key=config.camera_key
+    )
     told = (
         f"{result.equal} of {result.checked} sampled tokens agree with the LAM ({result.distinct} different "
         f"ones, largest difference {result.max_error:.2g})"
@@ -116,9 +157,34 @@ def verify(config: VerifyConfig) -> None:
     print(f"ok  {told}")
 
 
+def _read_again(config: VerifyConfig) -> TokenStore:
+    path = config.store.expanduser()
+    meta = open_metadata(config.dataset) if config.dataset is not None else None
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        store = TokenStore.open(path, meta)
+        print("ok  all values valid, a row for each frame of the dataset")
+        return store
+    check_content(find_folder(path), again=True)
+    store = TokenStore.open(path)
+    print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
+    return store
+
+
+def merge(config: MergeConfig) -> None:
+    store = merge_stores([TokenStore.open(path.expanduser()) for path in config.stores], config.output_dir)
+    print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
+
+
+def export(config: ExportConfig) -> None:
+    export_store(TokenStore.open(config.store), config.output, config.format)
+    print(f"{config.output}: {config.output.stat().st_size:,} bytes")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (InfoConfig, info),
     "verify": (VerifyConfig, verify),
+    "merge": (MergeConfig, merge),
+    "export": (ExportConfig, export),
 }
 
 
@@ -128,9 +194,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__)
         sys.exit(0 if words in (["-h"], ["--help"]) else f"error: expected one of {', '.join(COMMANDS)}")
     config_class, command = COMMANDS[words.pop(0)]
-    if words and not words[0].startswith("-"):
-        words[0] = f"--store={words[0]}"
-    run_command(config_class, command, words)
+    run_command(config_class, command, _with_flags(words, config_class))
+
+
+def _with_flags(words: list[str], config_class: type) -> list[str]:
+    """Paths that stand before the first flag, as flags."""
+    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    paths, flags = words[:count], words[count:]
+    if not paths:
+        return flags
+    if config_class is MergeConfig:
+        return [f"--stores={json.dumps(paths)}", *flags]  # a JSON list is one of draccus, whatever is in it
+    if len(paths) > 1:
+        sys.exit(f"error: expected one store, found {', '.join(paths)}")
+    return [f"--store={paths[0]}", *flags]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""`lerobot-lam-tokens info` and `verify`, in this process and once as the installed command."""
+"""`lerobot-lam-tokens`, in this process and once as the installed command."""
 
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts.tokens import main
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.conftest import record_dataset, write_lam
 
 
@@ -39,6 +46,8 @@ def test_info_tells_what_a_store_holds(store, capsys):
     ):
         assert fact in told
     assert "vq, 2 x 32 numbers, encoded in float32" in told
+    assert "uint8, largest error 0\n" in told
+    assert "skipped" not in told
     assert "of 16 codes a slot" in told
 
 
@@ -49,6 +58,99 @@ def test_verify_checks_bytes_dataset_and_lam(kind, flags, capsys, request):
     told = capsys.readouterr().out
     assert told.count("ok  ") == 3
     assert "20 of 20 sampled tokens agree" in told
+
+
+@pytest.fixture
+def small_store(continuous_store, tmp_path):
+    """The continuous store, its tokens kept as bfloat16: much coarser than the LAM's own rounding."""
+
+    def make(storage):
+        provenance = replace(continuous_store.provenance, storage_dtype=storage)
+        start, stop = continuous_store.episode_from, continuous_store.episode_to
+        blocks, covered = [continuous_store.values], torch.ones(len(start), dtype=torch.bool)
+        return write_store(tmp_path / storage, provenance, blocks, torch.empty(0), start, stop, covered)
+
+    return make
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+def test_info_and_verify_know_what_storage_costs(storage, small_store, flags, capsys):
+    store = small_store(storage)
+    main(["info", str(store.path)])
+    assert f"{storage}, largest error {store.provenance.max_error:.2g}" in capsys.readouterr().out
+    main(["verify", str(store.path), *flags, "--num_samples=20"])
+    assert "20 of 20 sampled tokens agree" in capsys.readouterr().out
+
+
+def test_info_names_skipped_episodes(store, tmp_path, capsys):
+    start, stop = store.episode_from, store.episode_to
+    covered = torch.tensor([True, False, True, True, True])
+    provenance = replace(store.provenance, skipped={"1": "video/1.mp4 is cut"})
+    rows = torch.cat([store.values[:14], store.values[23:]])
+    path = write_store(tmp_path / "store", provenance, [rows], store.codebook, start, stop, covered).path
+    main(["info", str(path)])
+    assert "skipped   episode 1: video/1.mp4 is cut\n" in capsys.readouterr().out
+
+
+def test_verify_reads_a_store_again_that_was_found_whole(store, tmp_path):
+    """A changed file with its old size, time and inode is believed at open: `verify` believes nothing."""
+    path = shutil.copytree(store.path, tmp_path / "copy") / "lam_tokens.safetensors"
+    TokenStore.open(path)
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    TokenStore.open(path)
+    assert "its SHA-256 is" in refusal(["verify", path.parent])
+
+
+@pytest.mark.parametrize("kind", ["store", "continuous_store"])
+def test_an_exported_pt_file_is_verified_with_its_dataset(kind, flags, tmp_path, capsys, request):
+    store, path = request.getfixturevalue(kind), tmp_path / "lam_tokens.pt"
+    main(["export", str(store.path), "--format=pt", f"--output={path}"])
+    assert f"{path}: " in capsys.readouterr().out
+    main(["verify", str(path), *flags, "--num_samples=20"])
+    told = capsys.readouterr().out
+    assert "a row for each frame of the dataset" in told
+    assert "20 of 20 sampled tokens agree" in told
+    assert "open it together with its dataset" in refusal(["verify", path])
+    assert "cannot be of 'top'; pass --camera_key as one of" in refusal(
+        ["verify", path, *flags, "--camera-key", "top"]
+    )
+
+
+def test_verify_refuses_a_pt_file_of_another_lam(store, flags, frames, tmp_path, capsys):
+    path = tmp_path / "lam_tokens.pt"
+    main(["export", str(store.path), "--format=pt", f"--output={path}"])
+    other = write_lam(tmp_path / "other", frames, seed=4)
+    told = refusal(["verify", path, *flags[:-2], f"--lam.path={other}", "--device=cpu"])
+    assert "sampled tokens agree with the LAM" in told
+    narrow = write_lam(tmp_path / "narrow", frames, action_latent_dim=16)
+    told = refusal(["verify", path, *flags[:-2], f"--lam.path={narrow}", "--device=cpu"])
+    assert "has tokens of 64 numbers, this LAM makes 32" in told
+
+
+def test_merge_puts_partial_stores_together(store, dataset, make_store, tmp_path, capsys):
+    parts = [
+        make_store(
+            LeRobotDataset(dataset.repo_id, root=dataset.root, episodes=episodes, video_backend="pyav")
+        )
+        for episodes in ([0, 4], [1, 2, 3])
+    ]
+    main(["merge", *[str(part.path) for part in parts], f"--output_dir={tmp_path / 'whole'}"])
+    assert "60 frames; it covers all 5 episodes" in capsys.readouterr().out
+    assert torch.equal(TokenStore.open(tmp_path / "whole").values, store.values)
+    told = refusal(["merge", parts[0].path, "--output_dir", tmp_path / "whole"])
+    assert "exists already and is not empty" in told
+    assert "nothing to merge" in refusal(["merge", f"--output_dir={tmp_path / 'x'}"])
+
+
+def test_export_refuses_in_one_line(store, tmp_path):
+    argv = ["export", store.path, f"--output={tmp_path / 'x'}"]
+    assert "--format=csv is unknown; expected one of pt, parquet, npy" in refusal([*argv, "--format=csv"])
+    assert "expected one store, found" in refusal(["export", store.path, store.path])
 
 
 def test_verify_refuses_another_lam(store, flags, frames, tmp_path):
@@ -81,7 +183,7 @@ def test_a_missing_store_is_one_line(tmp_path):
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):
-    assert "info, verify" in refusal(["frobnicate"])
+    assert "info, verify, merge, export" in refusal(["frobnicate"])
     assert "lerobot-lam-tokens verify" in capsys.readouterr().out
 
 

@@ -1,0 +1,162 @@
+"""Partial stores of one dataset as one store, without a LAM."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.tokens.provenance import Provenance
+from lerobot_lam_diffusion.tokens.storage import StoredRows
+from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
+from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_rows
+
+
+def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:
+    """Write the episodes of all `stores` as one store; rows are copied as they are kept.
+
+    Args:
+        stores: Made of one dataset, by one LAM, in one way; an episode may be in several.
+        folder: Where the new store will stand.
+
+    Returns:
+        The new store, opened. It has the very bytes of a store that was extracted in one go, if the same
+        versions made all of them.
+
+    Raises:
+        UserError: no store.
+        TokenStoreError: they differ in what makes a token (every difference is told), or in the tokens of an
+            episode that several of them cover.
+        FileExistsError: see `refuse_existing`.
+    """
+    if not stores:
+        raise UserError("nothing to merge; name the folders of the stores")
+    refuse_existing(folder)
+    _refuse_different(stores)
+    source = torch.full_like(stores[0].episode_row, -1)  # which store an episode is taken of
+    for number, store in enumerate(stores):
+        source[(source < 0) & (store.episode_row >= 0)] = number
+    _refuse_contradictions(stores, source)
+    first = stores[0]
+    codebook = torch.empty(0) if first.codebook is None else first.codebook
+    covered = source >= 0
+    provenance = _merged(stores, covered)
+    return write_rows(
+        folder, provenance, _rows(stores, source), codebook, first.episode_from, first.episode_to, covered
+    )
+
+
+def _provenance(store: TokenStore) -> Provenance:
+    if store.provenance is None:
+        raise TokenStoreError(
+            f"{store.path} does not say what its tokens are; only token stores can be merged"
+        )
+    return store.provenance
+
+
+def _identity(store: TokenStore) -> dict[str, Any]:
+    """What tokens have to agree in to be of one kind."""
+    told = _provenance(store)
+    return {
+        "dataset digest": told.dataset.digest,
+        "frames": told.dataset.total_frames,
+        "episodes": told.dataset.total_episodes,
+        "fps": told.dataset.fps,
+        "LAM fingerprint": told.lam.fingerprint,
+        "tokens": f"{told.lam.num_learned_tokens} x {told.lam.action_latent_dim}",
+        "camera": told.camera_key,
+        "frame stride": told.frame_stride,
+        "context": told.context,
+        "token kind": told.token_kind,
+        "dtype": told.dtype,
+        "storage": told.storage_dtype,
+        "device": told.device,
+    }
+
+
+def _refuse_different(stores: Sequence[TokenStore]) -> None:
+    first, *others = stores
+    expected = _identity(first)
+    problems = []
+    for other in others:
+        problems += [
+            f"{other.path}: {name} is {value}, of {first.path} {expected[name]}"
+            for name, value in _identity(other).items()
+            if value != expected[name]
+        ]
+        if _bytes_differ(first.codebook, other.codebook):
+            problems.append(f"{other.path} has another codebook than {first.path}")
+        if _bytes_differ(first.episode_from, other.episode_from):
+            problems.append(f"{other.path} has other episode boundaries than {first.path}")
+    raise_problems(
+        "the stores cannot be merged; extract them alike with lerobot-lam-precompute",
+        problems,
+        TokenStoreError,
+    )
+
+
+def _refuse_contradictions(stores: Sequence[TokenStore], source: Tensor) -> None:
+    """An episode's tokens are the same in every store that covers it."""
+    for number, store in enumerate(stores):
+        twice = (store.episode_row >= 0) & (source != number)
+        for episode in twice.nonzero().flatten().tolist():
+            other = stores[int(source[episode])]
+            for name, rows in _stored(store, episode, episode + 1).items():
+                if _bytes_differ(rows, _stored(other, episode, episode + 1)[name]):
+                    raise TokenStoreError(
+                        f"the stores cannot be merged: {other.path} and {store.path} have different tokens "
+                        f"of episode {episode}. Find out which is right with lerobot-lam-tokens verify "
+                        "--dataset.repo_id=… --lam.path=…, and extract the other one again"
+                    )
+
+
+def _bytes_differ(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is not other
+    return one.shape != other.shape or not torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def _rows(stores: Sequence[TokenStore], source: Tensor) -> Iterator[StoredRows]:
+    """Rows of all covered episodes in order; neighbours of one store together."""
+    changes = (source.diff() != 0).nonzero().flatten() + 1
+    bounds = [0, *changes.tolist(), len(source)]
+    for start, stop in pairwise(bounds):
+        if source[start] < 0:
+            continue
+        tensors = _stored(stores[int(source[start])], start, stop)
+        for row in range(0, len(next(iter(tensors.values()))), BLOCK_ROWS):
+            yield StoredRows({name: rows[row : row + BLOCK_ROWS] for name, rows in tensors.items()})
+
+
+def _stored(store: TokenStore, start: int, stop: int) -> dict[str, Tensor]:
+    """Rows of the covered episodes `start .. stop - 1`, which lie together, as they are kept."""
+    first = int(store.episode_row[start])
+    end = first + int(store.episode_to[stop - 1] - store.episode_from[start])
+    name = "tokens" if store.codebook is None else "indices"
+    tensors = {name: store.values[first:end]}
+    return tensors if store.row_scale is None else tensors | {"row_scale": store.row_scale[first:end]}
+
+
+def _merged(stores: Sequence[TokenStore], covered: Tensor) -> Provenance:
+    told = [_provenance(store) for store in stores]
+    skipped = {episode: reason for one in reversed(told) for episode, reason in one.skipped.items()}
+    versions: dict[str, list[str]] = {}
+    for one in told:
+        for name, version in one.versions.items():
+            known = versions.setdefault(name, [])
+            known += [version] if version not in known else []
+    return replace(
+        told[0],
+        versions={name: ", ".join(known) for name, known in versions.items()},
+        max_error=max(one.max_error for one in told),
+        skipped={
+            episode: skipped[episode] for episode in sorted(skipped, key=int) if not covered[int(episode)]
+        },
+    )
