@@ -1,9 +1,16 @@
-"""Dataset → store: the whole extraction, and what it tells at its end."""
+"""Dataset → store: plan, extract this process's shards, merge; and what it tells at its end.
+
+    output_dir.shards/   plan.json, then a finished shard after the other     (plan, shards)
+    output_dir/          the store, once all shards are there                  (merge)
+
+Finished shards outlive any crash: the same command goes on with what is missing.
+"""
 
 import importlib.metadata
+import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +18,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.precompute.encode import PairEncoder
+from lerobot_lam_diffusion.precompute.collect import ShardCollector
+from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
-from lerobot_lam_diffusion.precompute.pairs import PairBatch, episode_pairs, rebatch
+from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
+from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
+from lerobot_lam_diffusion.precompute.plan import Plan, differences, identity_of, share_of
+from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.precompute.shards import shards_folder
+from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
-from lerobot_lam_diffusion.tokens.provenance import (
-    CONTINUOUS,
-    VQ,
-    DatasetOrigin,
-    LamOrigin,
-    Provenance,
-)
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin, Provenance
+from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import codebook_scale, refuse_existing, write_store
+from lerobot_lam_diffusion.tokens.writer import codebook_scale, refuse_existing
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -31,20 +44,29 @@ class Summary:
     """What an extraction made.
 
     Attributes:
-        store: The finished store.
+        store: The finished store; None while shards of other processes are missing.
         frames, episodes: Covered by it; `missing`: frames without a token, at episode starts.
         code_usage: Per slot, the perplexity of its codes' use (1: one code, K: all alike); VQ only.
         num_bytes: Of the store on disk.
-        seconds: Of the extraction.
+        encoded: Pairs that this process encoded; the others were there already, or another's.
+        seconds: Of this run's extraction.
+        spent: The same by what it was spent on; "decode" and "resize" add up over the worker threads.
+        batch_size: Pairs that the LAM saw at a time; 0 if it saw none.
+        shards_finished, shards_total: By all processes and runs so far.
     """
 
-    store: TokenStore
-    frames: int
-    episodes: int
-    missing: int
-    code_usage: list[float]
-    num_bytes: int
-    seconds: float
+    store: TokenStore | None
+    frames: int = 0
+    episodes: int = 0
+    missing: int = 0
+    code_usage: list[float] = field(default_factory=list)
+    num_bytes: int = 0
+    encoded: int = 0
+    seconds: float = 0.0
+    spent: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int = 0
+    shards_finished: int = 0
+    shards_total: int = 0
 
 
 def precompute_tokens(
@@ -56,11 +78,19 @@ def precompute_tokens(
     lam_path: str,
     frame_stride: int = 1,
     use_vq_tokens: bool = True,
-    batch_size: int = 64,
+    storage_dtype: str = "",
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    shard_frames: int | None = None,
+    skip_unreadable: bool = False,
     video_backend: str | None = None,
+    process: Process | None = None,
     show_progress: bool = True,
 ) -> Summary:
     """Encode every frame pair of a dataset (or of the episodes it was opened with) into a token store.
+
+    What an earlier run of the same extraction finished is not done again. Neither batch size, nor workers,
+    shards or processes change a VQ token.
 
     Args:
         dataset: `LeRobotDataset`.
@@ -70,62 +100,112 @@ def precompute_tokens(
         lam_path: How the user named the LAM; recorded.
         frame_stride: Gap of a pair, in frames.
         use_vq_tokens: VQ or continuous tokens.
-        batch_size: Pairs at a time; it does not change the tokens.
+        storage_dtype: How continuous tokens are kept: float32 (if empty), float16, bfloat16 or int8.
+        batch_size: Pairs at a time; None: found out.
+        num_workers: Threads that decode; None: the machine's cores, 16 at most. 0: decode and encode in turn.
+        shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
+        skip_unreadable: Record an episode that cannot be read as missing instead of stopping.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
+        process: Which part of the work is this process's; None: all.
         show_progress: Draw a progress bar.
 
     Raises:
-        FileExistsError: `output_dir` exists and is not empty.
+        FileExistsError: `output_dir` exists and is not the store of this very extraction.
+        UserError: unfinished work of another extraction lies there (every difference is listed), or an
+            episode cannot be read.
     """
-    refuse_existing(output_dir)
     started = time.perf_counter()
-    start, stop, covered = _episode_table(dataset)
-    encoder = PairEncoder(lam, batch_size, use_vq_tokens)
-    values = encoder.empty_values(int(((stop - start) * covered).sum()))
-    with tqdm(total=len(values), unit="frame", desc="LAM tokens", disable=not show_progress) as bar:
-        frames = EpisodeFrames(dataset, camera_key, video_backend)
-        pairs = _all_pairs(frames, (stop - start).tolist(), covered, frame_stride, bar)
-        for batch in rebatch(pairs, batch_size):
-            values[batch.rows] = encoder(batch).to(values.dtype)
-    provenance = _provenance(dataset, lam, camera_key, lam_path, frame_stride, use_vq_tokens)
-    store = write_store(output_dir, provenance, [values], lam.codebook.cpu(), start, stop, covered)
-    return _summary(store, values, time.perf_counter() - started)
+    process = process or Process()
+    extraction = _extraction(
+        dataset,
+        lam,
+        camera_key,
+        lam_path,
+        frame_stride,
+        use_vq_tokens,
+        storage_dtype,
+        video_backend,
+        shard_frames,
+    )
+    if (output_dir / PROVENANCE_FILE).is_file():
+        return _summary(_same_store(output_dir, extraction))
+    refuse_existing(output_dir)
+    folder = shards_folder(output_dir)
+    extraction, unfinished = process.agreed(lambda: _begin(extraction, folder))
+    plan, shards = extraction.plan, extraction.shards(folder)
+
+    mine = share_of(plan.shard_sizes(), range(len(plan.shards)), process.shard_index, process.num_shards)
+    mine = [shard for shard in mine if shard in unfinished]
+    mine = share_of(plan.shard_sizes(), mine, process.rank, process.world_size)
+    clock = Clock()
+    encoded = 0
+    if mine:
+        batch_size = batch_size or find_batch_size(lam, sum(plan.shard_sizes()[shard] for shard in mine))
+        workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
+        with tqdm(
+            total=sum(plan.shard_sizes()[shard] for shard in mine),
+            unit="frame",
+            desc="LAM tokens",
+            disable=not (show_progress and process.is_first),
+        ) as bar:
+            encoded = extract(
+                [position for shard in mine for position in range(*plan.shards[shard])],
+                plan,
+                lambda: EpisodeFrames(dataset, camera_key, video_backend),
+                lam,
+                PairEncoder(lam, batch_size, use_vq_tokens),
+                ShardCollector(shards, mine, frame_stride),
+                frame_stride=frame_stride,
+                batch_size=batch_size,
+                num_workers=workers,
+                skip_unreadable=skip_unreadable,
+                clock=clock,
+                advance=bar.update,
+            )
+    store = None
+    if shards.count_finished() == len(plan.shards) or not folder.exists():
+        with clock("merge"):
+            store = merge_shards(extraction, folder, output_dir)
+    return _summary(
+        store,
+        encoded=encoded,
+        seconds=time.perf_counter() - started,
+        spent=dict(clock.seconds),
+        batch_size=batch_size or 0 if mine else 0,
+        shards_finished=shards.count_finished() if store is None else len(plan.shards),
+        shards_total=len(plan.shards),
+    )
 
 
-def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """First frame, end and "is to be covered" of every episode of the dataset."""
-    episodes = dataset.meta.episodes
-    start = torch.tensor(episodes["dataset_from_index"], dtype=torch.int64)
-    stop = torch.tensor(episodes["dataset_to_index"], dtype=torch.int64)
-    covered = torch.ones(len(start), dtype=torch.bool)
-    if dataset.episodes is not None:
-        covered = torch.zeros(len(start), dtype=torch.bool).index_fill(
-            0, torch.tensor(dataset.episodes), True
-        )
-    return start, stop, covered
+def how_to_go_on(output_dir: Path) -> str | None:
+    """What to tell whoever's extraction into `output_dir` stopped; None if nothing of it is left."""
+    folder = shards_folder(output_dir)
+    try:
+        extraction = Extraction.read(folder)
+    except UserError:
+        return None
+    shards = extraction.shards(folder)
+    return (
+        f"{shards.count_finished()} of {len(extraction.plan.shards)} shards are safe in {folder}; "
+        "run the same command again to go on"
+    )
 
 
-def _all_pairs(
-    frames: EpisodeFrames, lengths: list[int], covered: Tensor, frame_stride: int, bar: tqdm
-) -> Iterator[PairBatch]:
-    """Pairs of all covered episodes in order; the bar follows the decoded frames."""
-    row = 0
-    for episode in covered.nonzero().flatten().tolist():
-        yield from episode_pairs(_counted(frames.chunks(episode), bar), row, frame_stride)
-        row += lengths[episode]
-
-
-def _counted(chunks: Iterator[Tensor], bar: tqdm) -> Iterator[Tensor]:
-    for chunk in chunks:
-        yield chunk
-        bar.update(len(chunk))
-
-
-def _provenance(
-    dataset: Any, lam: Any, camera_key: str, lam_path: str, frame_stride: int, use_vq_tokens: bool
-) -> Provenance:
+def _extraction(
+    dataset: Any,
+    lam: Any,
+    camera_key: str,
+    lam_path: str,
+    frame_stride: int,
+    use_vq_tokens: bool,
+    storage_dtype: str,
+    video_backend: str | None,
+    shard_frames: int | None,
+) -> Extraction:
     meta = dataset.meta
-    return Provenance(
+    decoder = _decoder(dataset, camera_key, video_backend)
+    kind = VQ if use_vq_tokens else CONTINUOUS
+    provenance = Provenance(
         dataset=DatasetOrigin(
             repo_id=meta.repo_id,
             revision=meta.revision,
@@ -146,24 +226,96 @@ def _provenance(
         camera_key=camera_key,
         frame_stride=frame_stride,
         stride_seconds=frame_stride / meta.fps,
-        token_kind=VQ if use_vq_tokens else CONTINUOUS,
+        token_kind=kind,
         dtype=str(lam.dtype).removeprefix("torch."),
         versions={
             name: importlib.metadata.version(name)
-            for name in ("lerobot_policy_diffusion_lam", "lerobot", "torch", "safetensors")
+            for name in (
+                "lerobot_policy_diffusion_lam",
+                "lerobot",
+                "torch",
+                "safetensors",
+                _PACKAGE_OF[decoder],
+            )
         },
+        storage_dtype=storage_dtype_of(kind, storage_dtype, lam.num_codes),
+        device=lam.device.type,
     )
+    start, stop, covered = _episode_table(dataset)
+    episodes = covered.nonzero().flatten().tolist()
+    lengths = (stop - start)[covered].tolist()
+    plan = Plan.make(identity_of(provenance, decoder), episodes, lengths, shard_frames)
+    return Extraction(provenance, lam.codebook.cpu(), start, stop, plan)
 
 
-def _summary(store: TokenStore, values: Tensor, seconds: float) -> Summary:
+_PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
+
+
+def _decoder(dataset: Any, camera_key: str, video_backend: str | None) -> str:
+    """The way from files to pixels."""
+    if camera_key not in dataset.meta.video_keys:
+        return "images"
+    return "torchcodec" if (video_backend or dataset._video_backend) == "torchcodec" else "pyav"
+
+
+def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """First frame, end and "is to be covered" of every episode of the dataset."""
+    episodes = dataset.meta.episodes
+    start = torch.tensor(episodes["dataset_from_index"], dtype=torch.int64)
+    stop = torch.tensor(episodes["dataset_to_index"], dtype=torch.int64)
+    covered = torch.ones(len(start), dtype=torch.bool)
+    if dataset.episodes is not None:
+        covered = torch.zeros(len(start), dtype=torch.bool)
+        covered[dataset.episodes] = True
+    return start, stop, covered
+
+
+def _begin(extraction: Extraction, folder: Path) -> tuple[Extraction, set[int]]:
+    """Settle the plan, and find out which shards are still to be made."""
+    extraction = extraction.settle(folder)
+    finished = extraction.shards(folder).finished()
+    total = len(extraction.plan.shards)
+    if finished:
+        logger.warning("Going on with %s: %d of %d shards are finished.", folder, len(finished), total)
+    return extraction, set(range(total)) - set(finished)
+
+
+def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
+    """The finished store, if it is what this extraction would make."""
+    store = TokenStore.open(output_dir)
+    assert store.provenance is not None
+    here = identity_of(extraction.provenance, "") | {"storage_dtype": extraction.provenance.storage_dtype}
+    there = identity_of(store.provenance, "") | {"storage_dtype": store.provenance.storage_dtype}
+    problems = differences(here, there)
+    covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
+    have = sorted({*covered, *store.skipped})
+    if have != extraction.plan.episodes:
+        problems.append(f"it is of {len(have)} episodes, this run of {len(extraction.plan.episodes)}")
+    raise_problems(
+        f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
+        "it first",
+        problems,
+        StoreExistsError,
+    )
+    logger.warning("%s is finished already; nothing was extracted.", output_dir)
+    return store
+
+
+class StoreExistsError(UserError, FileExistsError):
+    """A finished store of other inputs."""
+
+
+def _summary(store: TokenStore | None, **run: Any) -> Summary:
+    if store is None:
+        return Summary(None, **run)
     covered = store.episode_row >= 0
     lengths = (store.episode_to - store.episode_from)[covered]
     return Summary(
         store=store,
-        frames=len(values),
+        frames=len(store.values),
         episodes=int(covered.sum()),
         missing=int(lengths.clamp(max=store.frame_stride).sum()),
         code_usage=store.code_perplexity(),
         num_bytes=sum(file.stat().st_size for file in store.path.iterdir()),
-        seconds=seconds,
+        **run,
     )

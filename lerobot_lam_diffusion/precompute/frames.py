@@ -1,18 +1,25 @@
 """Decode: the frames of an episode, the very ones that `LeRobotDataset` returns, each once and in order."""
 
 from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.datasets.video_utils import VideoDecoderCache, decode_video_frames_torchcodec
 from torch import Tensor
 
-from lerobot_lam_diffusion.lam.preprocess import as_uint8
+from lerobot_lam_diffusion.precompute.video import SequentialVideo
 from lerobot_lam_diffusion.problems import UserError
 
 CHUNK_FRAMES = 64
-"""Frames decoded at a time: bounds memory whatever the episode's length (64 × 480 × 640 × 3 = 59 MB)."""
+CHUNK_BYTES = 32 << 20
+"""A chunk holds at most so many frames and bytes: memory is bounded whatever an episode's length."""
+
+
+class DecodeError(UserError):
+    """An episode whose frames cannot be read."""
 
 
 def choose_camera(meta: Any, camera_key: str | None) -> str:
@@ -42,7 +49,7 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
 
 
 class EpisodeFrames:
-    """Frames of one camera of a LeRobot dataset.
+    """Frames of one camera of a LeRobot dataset. One for each thread: it keeps the last video file open.
 
     Args:
         dataset: `LeRobotDataset`, of all or some episodes.
@@ -53,33 +60,81 @@ class EpisodeFrames:
     def __init__(self, dataset: Any, camera_key: str, video_backend: str | None = None) -> None:
         self._dataset = dataset
         self._camera_key = camera_key
-        self._video_backend = video_backend or dataset._video_backend
         self._is_video = camera_key in dataset.meta.video_keys
-        columns = dataset.hf_dataset.data
-        self._index = columns.column("index").to_numpy()  # ascending: the absolute frame of each row
-        self._timestamps = columns.column("timestamp").to_numpy()
+        self._first_rows = _first_rows(dataset)
+        self._uses_torchcodec = (video_backend or dataset._video_backend) == "torchcodec"
+        self._decoders = VideoDecoderCache(max_size=1)  # LeRobot's own is shared by threads: not safe
+        self._open: SequentialVideo | None = None
+        height, width = dataset.meta.features[camera_key]["shape"][:2]
+        self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (3 * height * width)))
 
     def chunks(self, episode: int) -> Iterator[Tensor]:
-        """Consecutive frames, uint8 `(T, 3, H, W)` with T at most `CHUNK_FRAMES`."""
+        """Consecutive frames, uint8 `(T, 3, H, W)` with T at most `CHUNK_FRAMES`.
+
+        Raises:
+            DecodeError: a frame cannot be read.
+        """
         bounds = self._dataset.meta.episodes[episode]
-        start, stop = bounds["dataset_from_index"], bounds["dataset_to_index"]
-        first_row = int(np.searchsorted(self._index, start))
-        for offset in range(0, stop - start, CHUNK_FRAMES):
-            rows = range(first_row + offset, first_row + min(offset + CHUNK_FRAMES, stop - start))
-            yield self._video(bounds, episode, rows) if self._is_video else self._images(rows)
+        length = bounds["dataset_to_index"] - bounds["dataset_from_index"]
+        first_row = self._first_rows[episode] if self._first_rows else bounds["dataset_from_index"]
+        for start in range(0, length, self._chunk_frames):
+            stop = min(start + self._chunk_frames, length)
+            rows = range(first_row + start, first_row + stop)
+            try:
+                yield self._video(bounds, episode, rows) if self._is_video else self._images(rows)
+            except Exception as error:  # decoders raise almost anything on damaged files
+                raise DecodeError(
+                    f"frames {start} to {stop - 1} of episode {episode} of dataset {self._dataset.repo_id!r} "
+                    f"cannot be read from {self._file(episode)} ({_reason(error)}). Fetch or repair the "
+                    "file, or pass --on_error=skip to record such episodes as missing"
+                ) from error
 
     def _video(self, bounds: dict, episode: int, rows: range) -> Tensor:
         # Timestamps as `DatasetReader._query_videos` shifts them: a float32 column plus the episode's offset
         # in its video file.
         offset = bounds[f"videos/{self._camera_key}/from_timestamp"]
-        return decode_video_frames(
-            self._dataset.root / self._dataset.meta.get_video_file_path(episode, self._camera_key),
-            [offset + float(t) for t in self._timestamps[rows.start : rows.stop]],
-            self._dataset.tolerance_s,
-            self._video_backend,
-            return_uint8=True,
-        )
+        seconds = self._dataset.hf_dataset.data.column("timestamp").slice(rows.start, len(rows)).to_numpy()
+        timestamps = [offset + float(t) for t in seconds]
+        path = self._file(episode)
+        if self._uses_torchcodec:
+            return decode_video_frames_torchcodec(
+                path, timestamps, self._dataset.tolerance_s, decoder_cache=self._decoders, return_uint8=True
+            )
+        if self._open is None or self._open.path != path:
+            self._close()
+            self._open = SequentialVideo(path)
+        try:
+            return self._open.frames(timestamps, self._dataset.tolerance_s)
+        except BaseException:
+            self._close()  # its position is not known any more
+            raise
 
     def _images(self, rows: range) -> Tensor:
-        images = self._dataset.hf_dataset[list(rows)][self._camera_key]  # float32 in 0..1, from PNG
-        return as_uint8(torch.stack(images))
+        pictures = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
+        pixels = [np.asarray(picture) for picture in pictures[rows.start : rows.stop][self._camera_key]]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def _file(self, episode: int) -> Path:
+        """Where the episode's frames lie."""
+        meta = self._dataset.meta
+        if self._is_video:
+            return self._dataset.root / meta.get_video_file_path(episode, self._camera_key)
+        return self._dataset.root / meta.get_data_file_path(episode)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def _first_rows(dataset: Any) -> dict[int, int] | None:
+    """First row of each opened episode in `hf_dataset`; None: all are open, rows are absolute indices."""
+    if dataset.episodes is None:
+        return None
+    opened = sorted(set(dataset.episodes))
+    lengths = dataset.meta.episodes["length"]
+    return dict(zip(opened, accumulate((lengths[e] for e in opened), initial=0), strict=False))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

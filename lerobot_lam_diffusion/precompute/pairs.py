@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass
 class PairBatch:
-    """Frame pairs and the store rows of their tokens.
+    """Frame pairs and where their tokens belong.
 
     Attributes:
         prev, cur: uint8 `(B, 3, H, W)`, frames i - stride and i.
-        rows: int64 `(B,)`, row of frame i.
+        rows: int64 `(B,)`, row of frame i among all frames to be extracted.
     """
 
     prev: Tensor
@@ -26,7 +26,7 @@ def episode_pairs(chunks: Iterable[Tensor], first_row: int, frame_stride: int) -
 
     Args:
         chunks: The episode's frames in order, uint8 `(T, 3, H, W)` each.
-        first_row: Store row of the episode's first frame.
+        first_row: Row of the episode's first frame.
         frame_stride: Gap of a pair.
     """
     recent: Tensor | None = None

@@ -5,22 +5,34 @@
 
 A YAML file can hold the flags (`--config_path=precompute.yaml`); `--dataset-repo-id`, `--lam-model-path`,
 `--camera-key`, `--output-dir`, `--batch-size`, `--no-vq-tokens` and `--episodes 0 1 2` are understood too.
+
+A run that was stopped, by whatever, goes on when the same command is run again. Several GPUs, machines, or
+the tasks of a SLURM array share the work:
+
+    torchrun --nproc_per_node=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
+    lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=$SLURM_ARRAY_TASK_COUNT
 """
 
+import logging
 import shlex
+import signal
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lerobot.configs.default import DatasetConfig
 
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
-from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens
+from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import choose_camera
+from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.problems import raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
@@ -38,9 +50,15 @@ class PrecomputeConfig:
         frame_stride: Gap of a frame pair, in frames.
         use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
-        batch_size: Frame pairs at a time; it does not change the tokens.
+        storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
+        batch_size: Frame pairs at a time; found out if left out. It does not change the tokens.
+        num_workers: Threads that decode; as many as cores, 16 at most, if left out.
+        compile: Compile the encoder: a minute at the start, pays over some 100,000 frames.
         device: cuda, mps, cpu; the best there is if left out.
         tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
+        on_error: What to do with an episode that cannot be read: "fail", or "skip" and record it as missing.
+        shard_frames: Frames of a shard at least; what is lost by a crash. 1/256 of all if left out.
+        shard_index: Which task of a job array this is, from 0; `num_shards`: how many there are.
     """
 
     dataset: DatasetConfig
@@ -50,16 +68,40 @@ class PrecomputeConfig:
     frame_stride: int = 1
     use_vq_tokens: bool = True
     dtype: str = "float32"
-    batch_size: int = 64
+    storage_dtype: str = "float32"
+    batch_size: int | None = None
+    num_workers: int | None = None
+    compile: bool = False
     device: str | None = None
-    tolerance_s: float = field(default=1e-4)
+    tolerance_s: float = 1e-4
+    on_error: str = "fail"
+    shard_frames: int | None = None
+    shard_index: int = 0
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         problems = []
         if self.frame_stride < 1:
             problems.append(f"--frame_stride={self.frame_stride} must be at least 1")
-        if self.batch_size < 1:
-            problems.append(f"--batch_size={self.batch_size} must be at least 1")
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("shard_frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"--{name}={value} must be at least {least}")
+        if not 0 <= self.shard_index < self.num_shards:
+            problems.append(
+                f"--shard_index={self.shard_index} must be one of 0 to num_shards - 1 ({self.num_shards - 1})"
+            )
+        if self.on_error not in ("fail", "skip"):
+            problems.append(f"--on_error={self.on_error} must be fail or skip")
+        if self.storage_dtype not in CONTINUOUS_STORAGE:
+            problems.append(
+                f"--storage_dtype={self.storage_dtype} must be one of {', '.join(CONTINUOUS_STORAGE)}"
+            )
+        elif self.use_vq_tokens and self.storage_dtype != "float32":
+            problems.append(
+                f"--storage_dtype={self.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
+                "tokens are kept as code indices, exactly"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
         if self.dataset.streaming:
@@ -76,28 +118,43 @@ class PrecomputeConfig:
 def precompute(config: PrecomputeConfig) -> None:
     """Check everything that can be checked quickly, then extract, then say what was made."""
     output_dir = config.output_dir.expanduser()
-    refuse_existing(output_dir)
+    if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
+        refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
     device = usable_device(config.device)
     camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    process = Process.launched(device, config.shard_index, config.num_shards)
     dataset = open_dataset(config.dataset, config.tolerance_s)
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
-        device=device,
+        device=f"cuda:{process.local_rank}" if device == "cuda" and process.world_size > 1 else device,
         dtype=getattr(torch, config.dtype),
     )
-    summary = precompute_tokens(
-        dataset,
-        lam,
-        output_dir,
-        camera_key=camera_key,
-        lam_path=recorded_path(config.lam.path),
-        frame_stride=config.frame_stride,
-        use_vq_tokens=config.use_vq_tokens,
-        batch_size=config.batch_size,
-        video_backend=config.dataset.video_backend,
-    )
+    if config.compile:
+        lam.compile()
+    try:
+        summary = precompute_tokens(
+            dataset,
+            lam,
+            output_dir,
+            camera_key=camera_key,
+            lam_path=recorded_path(config.lam.path),
+            frame_stride=config.frame_stride,
+            use_vq_tokens=config.use_vq_tokens,
+            storage_dtype=config.storage_dtype,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            shard_frames=config.shard_frames,
+            skip_unreadable=config.on_error == "skip",
+            video_backend=config.dataset.video_backend,
+            process=process,
+        )
+    except BaseException:
+        told = how_to_go_on(output_dir)
+        if told:
+            print(f"Stopped. {told}.", file=sys.stderr)
+        raise
     print(report(summary, config))
 
 
@@ -110,24 +167,34 @@ def recorded_path(lam_path: str) -> str:
 def report(summary: Summary, config: PrecomputeConfig) -> str:
     """The closing lines: what was made, where it lies, what to run next."""
     store = summary.store
+    if store is None:
+        return (
+            f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "
+            f"{summary.shards_total} shards are finished; whoever finishes the last one merges them.\n"
+            "If the others have stopped, run the same command again, or merge finished shards with\n"
+            f"  lerobot-lam-tokens merge {shlex.quote(str(config.output_dir))}"
+        )
     assert store.provenance is not None
     usage = ", ".join(f"{perplexity:.1f}" for perplexity in summary.code_usage)
     lines = [
         f"frames    {summary.frames} in {summary.episodes} episodes",
         f"missing   {summary.missing} tokens (no frame {store.frame_stride} before them)",
         f"tokens    {store.kind}, {store.token_dim} numbers a frame, camera {store.provenance.camera_key}",
-        f"time      {summary.seconds:.1f} s, {summary.frames / summary.seconds:.0f} frames/s",
+        *_times(summary),
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",
     ]
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
+    for episode, reason in store.skipped.items():
+        lines.append(f"SKIPPED   episode {episode}: {reason}")
     dataset = [f"--dataset.repo_id={config.dataset.repo_id}"]
     if config.dataset.root:
         dataset.append(f"--dataset.root={config.dataset.root}")
     if store.missing_episodes:
-        dataset.append(f"--dataset.episodes={sorted(set(config.dataset.episodes or []))}".replace(" ", ""))
+        covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
+        dataset.append(f"--dataset.episodes={covered}".replace(" ", ""))
     tokens = f"--policy.lam_tokens_path={store.path.resolve()}"
     kind = "" if config.use_vq_tokens else " --policy.lam_use_vq_tokens=false"
     lines += [
@@ -140,7 +207,25 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
     return "\n".join(lines)
 
 
+def _times(summary: Summary) -> list[str]:
+    """How fast it was, and what it waited for."""
+    if not summary.encoded:
+        return ["time      0 s: all of it was there already"]
+    rate = summary.encoded / summary.seconds
+    waited = summary.spent.get("wait", 0.0) / summary.seconds
+    return [
+        f"time      {summary.seconds:.1f} s, {rate:.0f} pairs/s in batches of {summary.batch_size}; "
+        f"{waited:.0%} of it waiting for frames"
+    ]
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: job schedulers stop a run so
     run_command(PrecomputeConfig, precompute, argv)
 
 

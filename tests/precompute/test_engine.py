@@ -192,13 +192,15 @@ def test_the_lam_sees_batches_of_one_shape(extract, lam):
         return lam.encode_pairs(prev, cur)
 
     extract(Wrapped(lam, spy), batch_size=8)
-    assert shapes == {((8, 3, 48, 48),) * 2}
+    assert shapes == {((8, 3, 32, 32),) * 2}  # at the LAM's own size: each frame is resized once
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"]
 )
-def test_a_failure_in_the_middle_leaves_nothing(extract, lam, tmp_path, error):
+def test_a_failure_in_the_middle_leaves_no_store_and_the_next_run_goes_on(
+    extract, lam, store, tmp_path, error
+):
     calls = []
 
     def fail_later(prev, cur):
@@ -208,20 +210,26 @@ def test_a_failure_in_the_middle_leaves_nothing(extract, lam, tmp_path, error):
         return lam.encode_pairs(prev, cur)
 
     with pytest.raises(type(error)):
-        extract(Wrapped(lam, fail_later))
+        extract(Wrapped(lam, fail_later), shard_frames=1)
     assert len(calls) == 4
-    assert os.listdir(tmp_path) == []
-    assert extract().frames == 60
+    assert os.listdir(tmp_path) == ["store.shards"]
+    summary = extract(shard_frames=1)
+    assert 0 < summary.encoded < 55  # the first episodes' 3 x 8 pairs were safe
+    assert torch.equal(summary.store.values, store.values)
+    assert os.listdir(tmp_path) == ["store"]
 
 
-def test_a_failure_while_writing_leaves_nothing(extract, tmp_path, monkeypatch):
+def test_a_failure_while_writing_leaves_no_store(extract, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "_write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         extract()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["store.shards"]
+    monkeypatch.undo()
+    summary = extract()
+    assert (summary.frames, summary.encoded) == (60, 0)
 
 
 def test_an_existing_output_is_refused_before_any_work(extract, lam, tmp_path):

@@ -1,0 +1,141 @@
+"""Decode, move, encode: all at once. Threads decode ahead, full batches go through the LAM."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
+from lerobot_lam_diffusion.precompute.encode import PairEncoder
+from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames
+from lerobot_lam_diffusion.precompute.pairs import PairBatch, episode_pairs, rebatch
+from lerobot_lam_diffusion.precompute.parallel import work_ahead
+from lerobot_lam_diffusion.precompute.plan import Plan
+
+CHUNKS_AHEAD = 2
+"""Chunks that wait for the LAM, for each worker."""
+
+
+class Clock:
+    """Seconds by what they were spent on; those of threads add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[name] += time.perf_counter() - started
+
+    def timed[T](self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The same items; the time that each one took to come counts as `name`."""
+        iterator = iter(items)
+        while True:
+            with self(name):
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+
+_END = object()
+
+
+class Stage:
+    """Brings chunks to the LAM's device and size, each frame once; on CUDA beside the encoding."""
+
+    def __init__(self, lam: Any) -> None:
+        self._lam = lam
+        self._stream = torch.cuda.Stream(lam.device) if lam.device.type == "cuda" else None
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 `(T, 3, H, W)` on the CPU → uint8 `(T, 3, R, R)` on the LAM's device."""
+        if self._stream is None:
+            return self._lam.resize(frames)
+        with torch.cuda.stream(self._stream):
+            small = self._lam.resize(frames.pin_memory())
+        self._stream.synchronize()
+        small.record_stream(torch.cuda.default_stream(self._lam.device))
+        return small
+
+
+def extract(
+    positions: Sequence[int],
+    plan: Plan,
+    make_frames: Callable[[], EpisodeFrames],
+    lam: Any,
+    encoder: PairEncoder,
+    collector: ShardCollector,
+    *,
+    frame_stride: int,
+    batch_size: int,
+    num_workers: int,
+    skip_unreadable: bool,
+    clock: Clock,
+    advance: Callable[[int], object],
+) -> int:
+    """Encode all pairs of some episodes and hand their values to `collector`.
+
+    Args:
+        positions: Of the episodes in the plan.
+        make_frames: The reader of one worker thread.
+        skip_unreadable: Pass over an episode that cannot be read instead of raising.
+        advance: Called with the number of frames that were decoded.
+
+    Returns:
+        Pairs encoded.
+
+    Raises:
+        DecodeError: an episode cannot be read.
+    """
+    first_rows = plan.first_rows
+
+    def make_worker() -> Callable[[int], Iterator[PairBatch | SkippedEpisode]]:
+        frames, stage = make_frames(), Stage(lam)
+
+        def small_chunks(position: int) -> Iterator[Tensor]:
+            for chunk in clock.timed("decode", frames.chunks(plan.episodes[position])):
+                with clock("resize"):
+                    small = stage(chunk)
+                advance(len(small))
+                yield small
+
+        def pairs_of(position: int) -> Iterator[PairBatch | SkippedEpisode]:
+            done = 0
+            try:
+                for batch in episode_pairs(small_chunks(position), first_rows[position], frame_stride):
+                    done += len(batch.rows)
+                    yield batch
+            except DecodeError as error:
+                if not skip_unreadable:
+                    raise
+                yield SkippedEpisode(position, done, str(error))
+
+        return pairs_of
+
+    def readable(results: Iterable[PairBatch | SkippedEpisode]) -> Iterator[PairBatch]:
+        for result in results:
+            if isinstance(result, SkippedEpisode):
+                collector.skip(result)
+            else:
+                yield result
+
+    ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
+    encoded = 0
+    for batch in rebatch(readable(clock.timed("wait", ahead)), batch_size):
+        with clock("encode"):
+            values = encoder(batch)
+        with clock("write"):
+            collector.add(batch.rows, values)
+        encoded += len(batch.rows)
+    return encoded
