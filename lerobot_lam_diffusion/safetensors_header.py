@@ -57,7 +57,9 @@ def read_header(file: BinaryIO, at_most: int = HEADER_BYTES, for_map: bool = Fal
     document = parse_json(bytes(text))
     if not isinstance(document, dict):
         raise UnreadableError("its header is no JSON object")
-    document.pop("__metadata__", None)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UnreadableError("its header's __metadata__ is no object of texts")
     entries = [(name, _entry(name, value, 8 + length)) for name, value in document.items()]
     entries.sort(key=lambda item: (item[1].offset, item[1].num_bytes))
     end = 8 + length
@@ -85,23 +87,25 @@ def read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
 
 
 def _entry(name: str, value: Any, data_start: int) -> Entry:
-    told = f"tensor {shown(name)}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableError(f"{told} is not described by dtype, shape and data_offsets")
+        raise UnreadableError(f"tensor {shown(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnreadableError(f"{told} has the unknown dtype {shown(dtype)}")
+        raise UnreadableError(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise UnreadableError(
-            f"{told} has shape {shown(shape)} and data_offsets {shown(offsets)}, expected lists of sizes"
+            f"tensor {shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}, "
+            "expected lists of sizes"
         )
     begin, end = offsets
     item = DTYPES[dtype].itemsize
     # The product of the sizes other than zero too: torch computes strides from them, in 64 bits.
     if math.prod(size for size in shape if size) * item >= 2**63:
-        raise UnreadableError(f"{told} has shape {shown(shape)}, more than a file can hold")
+        raise UnreadableError(f"tensor {shown(name)} has shape {shown(shape)}, more than a file can hold")
     if end - begin != math.prod(shape) * item:
-        raise UnreadableError(f"{told} has shape {shown(shape)} of {dtype}, but {end - begin} bytes")
+        raise UnreadableError(
+            f"tensor {shown(name)} has shape {shown(shape)} of {dtype}, but {end - begin} bytes"
+        )
     return Entry(DTYPES[dtype], tuple(shape), data_start + begin, end - begin)
 
 

@@ -27,6 +27,7 @@ _PARTS: dict[str, type[Encoder] | type[Quantizer] | type[Decoder]] = {
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 _STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MOST_TOLD = 30
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
 
 
@@ -147,11 +148,12 @@ def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
     problems = [
         f"missing key {key}, expected with shape {expected[key]}" for key in expected if key not in found
     ]
+    unexpected = sorted(found.keys() - expected.keys())
     problems += [
-        f"unexpected key {shown(key)} of shape {shown(found[key])}"
-        for key in sorted(found)
-        if key not in expected
+        f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in unexpected[:_MOST_TOLD]
     ]
+    if len(unexpected) > _MOST_TOLD:
+        problems.append(f"… and {len(unexpected) - _MOST_TOLD} more unexpected keys")
     for key in expected.keys() & found.keys():
         if found[key] != expected[key]:
             problems.append(f"{key} has shape {shown(found[key])}, expected {expected[key]}")
@@ -163,6 +165,6 @@ def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
         )
 
 
-def _shortened(problems: list[str], limit: int = 30) -> list[str]:
+def _shortened(problems: list[str], limit: int = _MOST_TOLD) -> list[str]:
     rest = len(problems) - limit
     return problems if rest <= 0 else [*problems[:limit], f"… and {rest} more"]

@@ -1,0 +1,47 @@
+"""What the tests of hostile inputs share, and how many inputs they tried, told at the end."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from lerobot_lam_diffusion.problems import UserError
+from tests.fuzz.jail import try_all
+
+TRIED: dict[str, Counter[str]] = {}
+REMEDIES = ("again", "orrect", "Point", "point to", "Make a store", "Install", "Pass", "pip install", "save ")
+LONGEST_MESSAGE = 20_000
+
+
+def check_refusal(error: UserError, kind: type[UserError]) -> str:
+    """A refusal is of its reader's kind, says what to do, can be printed, does not quote all the input."""
+    assert type(error) is kind
+    message = str(error)
+    assert any(remedy in message for remedy in REMEDIES), message
+    message.encode()
+    assert len(message) < LONGEST_MESSAGE, message[:2000]
+    return "refused"
+
+
+@pytest.fixture
+def fuzz(record_property) -> Callable[..., Counter[str]]:
+    """`try_all`, counted under the name of the reader that is tried."""
+
+    def run(
+        reader: str, inputs: Iterable[tuple[str, Any]], check: Callable[[Any], str], **options
+    ) -> Counter:
+        counts = try_all(inputs, check, **options)
+        TRIED.setdefault(reader, Counter()).update(counts)
+        record_property(f"inputs_{reader.replace(' ', '_')}", dict(counts))
+        return counts
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if TRIED:
+        terminalreporter.section("hostile inputs")
+    for reader, counts in sorted(TRIED.items()):
+        told = ", ".join(f"{count:,} {word}" for word, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{reader}: {counts.total():,} inputs ({told})")
