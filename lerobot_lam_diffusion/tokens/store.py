@@ -22,14 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError, check_content, find_folder, map_store
+from lerobot_lam_diffusion.tokens.layout import (
+    TENSORS_FILE,
+    TokenStoreError,
+    check_content,
+    find_folder,
+    map_store,
+)
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import decode_tokens
+from lerobot_lam_diffusion.tokens.tensor_file import Readahead
 
 logger = logging.getLogger(__name__)
 
-BLOCK_ROWS = 1 << 16
-"""Rows at a time where all of a store is gone through: 16 MB of tokens of 64 numbers."""
+BLOCK_ROWS = 1 << 14
+"""Rows at a time where all of a store is gone through: 4 MB of tokens of 64 numbers."""
+
+READAHEAD_ROWS = 1 << 10
+"""More rows than that are no batch but a stretch of the store, which the kernel reads ahead by itself."""
 
 
 @dataclass
@@ -47,6 +57,7 @@ class TokenStore:
         values: Rows as stored. VQ: `(N, n)` code indices. Continuous: `(N, n·a)`; `decode` gives the tokens.
         codebook: VQ: `(K, a)` float32, else None.
         row_scale: int8 storage: `(N,)` float32, else None.
+        readahead: Of a mapped file: told which rows a batch is going to need.
     """
 
     path: Path
@@ -60,6 +71,7 @@ class TokenStore:
     episode_to: Tensor
     episode_row: Tensor
     row_scale: Tensor | None = None
+    readahead: Readahead | None = None
 
     @classmethod
     def open(cls, path: str | Path, dataset_meta: Any = None) -> "TokenStore":
@@ -108,6 +120,7 @@ class TokenStore:
             episode_to=tensors["episode_to"],
             episode_row=tensors["episode_row"],
             row_scale=tensors.get("row_scale"),
+            readahead=Readahead(folder / TENSORS_FILE, ("indices", "tokens", "row_scale")),
         )
 
     def __reduce__(self) -> tuple:
@@ -175,7 +188,10 @@ class TokenStore:
         last = self.episode_to[episode].unsqueeze(1) - 1
         offsets = torch.tensor([operator.index(delta) for delta in deltas], dtype=torch.int64)
         frame = (index.unsqueeze(1) + offsets).clamp(first, last)  # (B, T)
-        tokens = self.decode(self.episode_row[episode].unsqueeze(1) + frame - first)
+        rows = self.episode_row[episode].unsqueeze(1) + frame - first
+        if self.readahead is not None and rows.numel() <= READAHEAD_ROWS:
+            self.readahead.expect(rows)
+        tokens = self.decode(rows)
         tokens = tokens.masked_fill((frame - first < self.frame_stride).unsqueeze(-1), 0.0)
         return tokens.to(device)
 

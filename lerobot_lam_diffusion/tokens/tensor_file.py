@@ -6,9 +6,10 @@ beside a training. The bytes are those that `save_file` would write.
 
 import json
 import math
+import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Self
@@ -28,7 +29,7 @@ NAMES = {
 ORDER = list(NAMES)
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 ALIGNMENT = 8
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22
 
 Shape = tuple[int, ...]
 
@@ -119,12 +120,10 @@ def read_blocks(path: Path, see: Callable[[bytes | memoryview], None]) -> Iterat
         Name of a tensor and its next rows, valid until the next block is asked for.
     """
     with path.open("rb") as file:
-        size = file.read(8)
-        text = file.read(struct.unpack("<Q", size)[0])
-        see(size + text)
-        document = json.loads(text)
-        document.pop("__metadata__", None)
-        for name, entry in sorted(document.items(), key=lambda item: item[1]["data_offsets"]):
+        header = file.read(8)
+        header += file.read(struct.unpack("<Q", header)[0])
+        see(header)
+        for name, entry in sorted(_entries(header).items(), key=lambda item: item[1]["data_offsets"]):
             dtype, (rows, *width) = DTYPES[entry["dtype"]], entry["shape"]
             row_bytes = math.prod(width) * dtype.itemsize
             at_once = max(BLOCK_BYTES // row_bytes, 1)
@@ -135,6 +134,48 @@ def read_blocks(path: Path, see: Callable[[bytes | memoryview], None]) -> Iterat
                     raise OSError(f"{path} became shorter while it was read")
                 see(block)
                 yield name, torch.frombuffer(block, dtype=dtype).view(-1, *width)
+
+
+def _entries(header: bytes) -> dict[str, dict]:
+    document = json.loads(header[8:])
+    document.pop("__metadata__", None)
+    return document
+
+
+class Readahead:
+    """Tells the kernel which rows of a mapped file will be read in a moment.
+
+    Where random rows are merely read, the disk is asked for one after the other, each with a stretch of file
+    around it: a batch of 64 out of 2.5 GB took 400 ms, told in advance 1 ms.
+
+    Args:
+        path: A file that `safe_open` has accepted.
+        names: Those of its tensors whose rows will be read.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        with path.open("rb") as file:
+            header = file.read(8)
+            header += file.read(struct.unpack("<Q", header)[0])
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        entries = [entry for name, entry in _entries(header).items() if name in set(names)]
+        self._regions = [
+            (
+                len(header) + entry["data_offsets"][0],
+                math.prod(entry["shape"][1:]) * DTYPES[entry["dtype"]].itemsize,
+            )
+            for entry in entries
+        ]
+
+    def expect(self, rows: Tensor) -> None:
+        """Rows int64, of any shape, that exist in each of the tensors."""
+        if not hasattr(self._file, "madvise"):  # Windows
+            return
+        for start, row_bytes in self._regions:
+            first = (rows.flatten() * row_bytes + start) // mmap.PAGESIZE
+            last = (rows.flatten() * row_bytes + start + row_bytes - 1) // mmap.PAGESIZE
+            for page, end in set(zip(first.tolist(), last.tolist(), strict=True)):
+                self._file.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, (end + 1 - page) * mmap.PAGESIZE)
 
 
 def fsync(path: Path) -> None:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_lam_diffusion.tokens import tensor_file
-from lerobot_lam_diffusion.tokens.tensor_file import NAMES, TensorFileWriter, read_blocks
+from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, read_blocks
 
 TENSORS = {
     "tokens": torch.arange(21).view(7, 3).to(torch.int8),
@@ -80,3 +80,9 @@ def test_rows_that_were_not_announced(tmp_path, rows, expected):
         TensorFileWriter(tmp_path / "x", {"x": (torch.float32, (3, 3))}) as file,
     ):
         file.write("x", rows)
+
+
+def test_readahead_takes_the_first_and_the_last_row_of_a_file(tmp_path):
+    tensors = {"x": torch.rand(3000, 3), "y": torch.rand(3000)}
+    path = write(tmp_path / "x", tensors, block=3000)
+    Readahead(path, tensors).expect(torch.tensor([[0, 2999], [1500, 7]]))
