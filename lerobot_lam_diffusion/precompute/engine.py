@@ -8,6 +8,7 @@ Finished shards outlive any crash: the same command goes on with what is missing
 
 import importlib.metadata
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -298,6 +299,7 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         StoreExistsError,
     )
     logger.warning("%s is finished already; nothing was extracted.", output_dir)
+    shutil.rmtree(shards_folder(output_dir), ignore_errors=True)  # a run may have died while it tidied up
     return store
 
 

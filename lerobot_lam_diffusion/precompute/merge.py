@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.tokens.writer import remove_partial, write_store
 
 TABLES_FILE = "tables.safetensors"
 LOCK_FILE = ".merge.lock"
@@ -101,16 +101,16 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
     except FileNotFoundError:  # merged and removed already
         return TokenStore.open(output_dir)
     try:
-        if (output_dir / PROVENANCE_FILE).is_file():
-            return TokenStore.open(output_dir)
-        store = _write(extraction, extraction.shards(folder), output_dir)
+        if not (output_dir / PROVENANCE_FILE).is_file():
+            remove_partial(output_dir)
+            _write(extraction, extraction.shards(folder), output_dir)
         shutil.rmtree(folder, ignore_errors=True)
-        return store
+        return TokenStore.open(output_dir)
     finally:
         lock.release()
 
 
-def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> TokenStore:
+def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> None:
     plan = extraction.plan
     skipped: dict[int, str] = {}
     for shard in range(len(plan.shards)):
@@ -119,7 +119,7 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
     covered[plan.episodes] = True
     covered[list(skipped)] = False
     reasons = {str(episode): skipped[episode] for episode in sorted(skipped)}
-    return write_store(
+    write_store(
         output_dir,
         replace(extraction.provenance, skipped=reasons),
         _rows(plan, shards, covered.tolist()),

@@ -1,5 +1,6 @@
 """Write a token store so that it appears whole or not at all."""
 
+import glob
 import math
 import os
 import shutil
@@ -165,6 +166,13 @@ def _into_place(partial: Path, folder: Path) -> None:
     except OSError:
         refuse_existing(folder)  # another process was faster: its store stays
         raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers of `folder` left that were killed; no other may be at work."""
+    folder = folder.resolve()
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def codebook_scale(codebook: Tensor) -> float:

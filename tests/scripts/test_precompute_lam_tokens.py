@@ -241,7 +241,7 @@ DAMAGES = {
     drop_weights: "expected the weights beside model_config.json",
     drop_config: "holds no model_config.json",
     cut_weights: "git-lfs pointer",
-    drop_keys: "unexpected key stranger",
+    drop_keys: "unexpected key 'stranger'",
     other_sizes: "vq",
 }
 

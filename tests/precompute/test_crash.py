@@ -1,0 +1,267 @@
+"""Whatever stops an extraction, nothing finished is lost and nothing half-written is taken for finished."""
+
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import torch
+
+from lerobot_lam_diffusion.precompute.shards import ShardError, shards_folder
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from tests.conftest import EPISODE_LENGTHS, TOP
+from tests.precompute import interrupted
+
+pytestmark = pytest.mark.slow
+
+PAIRS = sum(EPISODE_LENGTHS) - len(EPISODE_LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def server():
+    return interrupted.server()
+
+
+@pytest.fixture(scope="module")
+def where(dataset, lam_folder):
+    return dataset.root, lam_folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, where):
+    """The store of a run that nothing happened to."""
+    summary = interrupted.extract(*where, tmp_path_factory.mktemp("undisturbed") / "store")
+    assert summary.encoded == PAIRS
+    assert len(summary.store.values.unique()) >= 8
+    return summary.store
+
+
+@pytest.fixture(scope="module")
+def num_writes(tmp_path_factory, server, where):
+    results = server.SimpleQueue()
+    folder = tmp_path_factory.mktemp("counted") / "store"
+    process = server.Process(target=interrupted.count_writes, args=(results, *where, folder, {}))
+    process.start()
+    count = results.get()
+    process.join()
+    assert count > 30
+    return count
+
+
+def same_bytes(a: TokenStore, b: TokenStore) -> bool:
+    return all(
+        (a.path / name).read_bytes() == (b.path / name).read_bytes()
+        for name in (TENSORS_FILE, PROVENANCE_FILE)
+    )
+
+
+def pairs_of_finished(output_dir) -> int:
+    """Pairs in the shards whose manifest is there; shard e holds episode e."""
+    finished = [int(path.stem) for path in shards_folder(output_dir).glob("0*.json")]
+    return sum(EPISODE_LENGTHS[episode] - 1 for episode in finished)
+
+
+def resumed_is_the_same(where, output_dir, undisturbed) -> int:
+    """Run again; pairs that had not to be encoded again."""
+    was_there = (output_dir / PROVENANCE_FILE).exists()
+    safe = PAIRS if was_there else pairs_of_finished(output_dir)
+    summary = interrupted.extract(*where, output_dir)
+    assert summary.encoded == PAIRS - safe
+    assert same_bytes(summary.store, undisturbed)
+    assert not shards_folder(output_dir).exists()
+    return safe
+
+
+def test_killed_at_every_write_a_run_goes_on_where_it_was(server, where, undisturbed, num_writes, tmp_path):
+    safe = []
+    for kill_at in range(1, num_writes + 1):
+        output_dir = tmp_path / str(kill_at) / "store"
+        process = server.Process(target=interrupted.die_at_write, args=(kill_at, *where, output_dir, {}))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, kill_at
+        safe.append(resumed_is_the_same(where, output_dir, undisturbed))
+    assert safe == sorted(safe)  # the later it died, the more was safe
+    assert len(set(safe)) == len(EPISODE_LENGTHS) + 1
+
+
+def test_killed_at_random_times_a_run_goes_on_where_it_was(server, where, undisturbed, tmp_path):
+    dice, mid_run = random.Random(0), 0
+    for attempt in range(12):
+        output_dir = tmp_path / str(attempt) / "store"
+        started = server.Event()
+        process = server.Process(target=interrupted.run, args=(started, *where, output_dir, {}))
+        process.start()
+        assert started.wait(60)
+        time.sleep(dice.uniform(0, 1.0))
+        process.kill()
+        process.join()
+        begun = shards_folder(output_dir).exists()
+        mid_run += process.exitcode == -signal.SIGKILL and begun
+        resumed_is_the_same(where, output_dir, undisturbed)
+    assert mid_run >= 2
+
+
+def test_killed_again_and_again_a_run_comes_to_its_end(server, where, undisturbed, tmp_path):
+    output_dir, dice = tmp_path / "store", random.Random(0)
+    for _ in range(30):
+        args = (dice.randint(7, 14), *where, output_dir, {})
+        process = server.Process(target=interrupted.die_at_write, args=args)
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert same_bytes(TokenStore.open(output_dir), undisturbed)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_continuous_tokens_survive_too(server, where, tmp_path):
+    options = {"use_vq_tokens": False}
+    whole = interrupted.extract(*where, tmp_path / "whole", **options)
+    args = (25, *where, tmp_path / "store", options)
+    process = server.Process(target=interrupted.die_at_write, args=args)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    resumed = interrupted.extract(*where, tmp_path / "store", **options)
+    assert 0 < resumed.encoded < PAIRS
+    torch.testing.assert_close(resumed.store.values, whole.store.values, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_stopped_command_says_how_to_go_on(server, where, undisturbed, tmp_path, number):
+    root, lam = where
+    argv = [
+        "--dataset.repo_id=local/squares", f"--dataset.root={root}", "--dataset.video_backend=pyav",
+        f"--lam.path={lam}", f"--camera_key={TOP}", f"--output_dir={tmp_path / 'out' / 'store'}",
+        "--device=cpu", "--batch_size=8", "--shard_frames=1", "--num_workers=1",
+    ]  # fmt: skip
+    told = tmp_path / "told.txt"
+    process = server.Process(target=interrupted.command_stopped_by, args=(number, 20, argv, told))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 130
+    text = told.read_text()
+    assert "of 5 shards are safe in" in text
+    assert "run the same command again to go on" in text
+    assert "Traceback" not in text
+    resumed_is_the_same(where, tmp_path / "out" / "store", undisturbed)
+
+
+def test_a_full_disk_loses_nothing(where, undisturbed, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", place], capture_output=True
+    ).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            interrupted.extract(*where, place / "store")
+        assert str(place) in str(error.value)
+        assert 0 < pairs_of_finished(place / "store") < PAIRS
+        subprocess.run(["mount", "-o", "remount,size=10m", place], check=True)
+        resumed_is_the_same(where, place / "store", undisturbed)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
+    """As a quota does; continuous tokens, whose shards are 2 to 4 KB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3500, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = os.listdir(shards_folder(tmp_path / "store"))
+    assert "00000.json" not in left
+    assert not [name for name in left if "partial" in name]
+    assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).frames == 60
+
+
+def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_path):
+    output_dir = tmp_path / "store"
+    process = server.Process(target=interrupted.die_at_write, args=(30, *where, output_dir, {}))
+    process.start()
+    process.join(60)
+    safe = pairs_of_finished(output_dir)
+    tensors = shards_folder(output_dir) / "00001.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    summary = interrupted.extract(*where, output_dir)
+    assert summary.encoded == PAIRS - safe + EPISODE_LENGTHS[1] - 1
+    assert same_bytes(summary.store, undisturbed)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(server, world_size, where, output_dir, dies: dict[int, int] | None = None) -> list[int]:
+    """Exit codes of `world_size` processes; a launcher ends the others when one dies."""
+    port = free_port()
+    processes = [
+        server.Process(
+            target=interrupted.run_as,
+            args=(rank, world_size, (dies or {}).get(rank, 0), *where, output_dir, port),
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_make_the_same_store(server, where, undisturbed, tmp_path, world_size):
+    assert launch(server, world_size, where, tmp_path / "store") == [0] * world_size
+    assert same_bytes(TokenStore.open(tmp_path / "store"), undisturbed)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_one_of_three_processes_dies_and_the_next_launch_goes_on(server, where, undisturbed, tmp_path):
+    output_dir = tmp_path / "store"
+    codes = launch(server, 3, where, output_dir, dies={1: 3})
+    assert codes[1] == -signal.SIGKILL
+    assert 0 < pairs_of_finished(output_dir) < PAIRS
+    assert launch(server, 2, where, output_dir) == [0, 0]
+    assert same_bytes(TokenStore.open(output_dir), undisturbed)
+
+
+def test_a_job_array_makes_the_same_store_whoever_comes_last(where, undisturbed, tmp_path):
+    from lerobot_lam_diffusion.precompute.processes import Process
+
+    encoded = []
+    for index in (2, 0, 1):
+        process = Process(shard_index=index, num_shards=3)
+        summary = interrupted.extract(*where, tmp_path / "store", process=process)
+        encoded.append(summary.encoded)
+        assert (summary.store is None) == (index != 1)
+    assert sum(encoded) == PAIRS
+    assert min(encoded) >= 7
+    assert same_bytes(summary.store, undisturbed)
+
+
+def test_merging_a_damaged_shard_is_refused(where, tmp_path):
+    from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
+    from lerobot_lam_diffusion.precompute.processes import Process
+
+    interrupted.extract(*where, tmp_path / "store", process=Process(shard_index=0, num_shards=2))
+    folder = shards_folder(tmp_path / "store")
+    with pytest.raises(ShardError, match="is damaged"):
+        merge_shards(Extraction.read(folder), folder, tmp_path / "store")
+    assert folder.exists()
+    assert not (tmp_path / "store").exists()
