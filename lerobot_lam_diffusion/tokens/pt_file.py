@@ -43,7 +43,7 @@ class PtFile:
         _check_entries(archive.infolist(), entries)
         self._archive = archive
         self._entries = entries
-        pickles = [name for name in entries if name.endswith("/data.pkl")]
+        pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise UnreadableError(
                 f"it has {len(pickles)} entries data.pkl, expected one, as torch.save writes"

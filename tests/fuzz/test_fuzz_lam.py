@@ -66,7 +66,8 @@ class Reader:
                 assert torch.isfinite(tensor).all()
                 assert torch.equal(tensor, expected.pop(f"{part}.{name}").float())
         assert not expected
-        same = content == self.weights and lam.config.encoder_dict() == SMALLEST.encoder_dict()
+        # As text: a ratio of 1 for 1.0 gives the same model another fingerprint, as it always did.
+        same = content == self.weights and str(lam.config.encoder_dict()) == str(SMALLEST.encoder_dict())
         assert not same or lam.fingerprint == self.fingerprint
         return "opened"
 
