@@ -67,7 +67,7 @@ def read_json(path: Path, at_most: int = DOCUMENT_BYTES) -> Any:
     """
     with open_regular(path) as file:
         try:
-            content = file.read(at_most + 1)
+            content = file.read(at_most + 1) or b""  # None: from a file that only looks regular, in /proc
         except OSError as error:
             raise UnreadableError(_reason(error)) from error
     if len(content) > at_most:

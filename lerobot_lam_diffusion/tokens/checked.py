@@ -1,8 +1,9 @@
 """Remember which stores were read from end to end and found whole.
 
 Reading gigabytes before every training, in every process, would tell nothing new. A store that was checked
-leaves a stamp, a tiny file under LeRobot's home; while the store's files keep their size, modification time
-and inode, it is believed. A stamp that cannot be written or read costs a check, never an error.
+leaves a stamp, a tiny file under LeRobot's home; while the store's files keep their size, inode and
+times (that of the inode's last change cannot be set back), it is believed. A stamp that cannot be written or
+read costs a check, never an error.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 
 logger = logging.getLogger(__name__)
 
-STAMP_FORMAT = 1
+STAMP_FORMAT = 2
 
 _checked_here: dict[Path, str] = {}  # where no stamp can be written, once per process
 
@@ -26,7 +27,7 @@ def stamp_of(*files: Path) -> str:
     told = {}
     for file in files:
         stat = file.stat()
-        told[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        told[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     return json.dumps({"format": STAMP_FORMAT, "files": told}, sort_keys=True)
 
 

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.reading import is_file, open_regular, shown
+from lerobot_lam_diffusion.safetensors_header import read_header
 from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance, ProvenanceError
 from lerobot_lam_diffusion.tokens.storage import row_tensors
@@ -18,10 +20,17 @@ TENSORS_FILE = "lam_tokens.safetensors"
 PROVENANCE_FILE = "lam_tokens.json"
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
+HEADER_BYTES = 1 << 16  # of at most five tensors
 
 
 class TokenStoreError(UserError):
     """A store that is missing, damaged, of another dataset, or lacks a frame that is asked for."""
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where the finished parts of the store `folder` lie while it is extracted."""
+    resolved = folder.resolve()
+    return resolved.with_name(f"{resolved.name}.shards")
 
 
 def find_folder(path: Path) -> Path:
@@ -31,14 +40,27 @@ def find_folder(path: Path) -> Path:
         TokenStoreError: nothing there, or a file is missing.
     """
     folder = path.parent if path.name in (TENSORS_FILE, PROVENANCE_FILE) else path
-    if folder.is_file():
+    if is_file(folder):
         raise TokenStoreError(
             f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made"
         )
-    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not (folder / name).is_file()]
+    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not is_file(folder / name)]
     if not absent:
         return folder
-    found = "does not exist" if not folder.exists() else f"has no {' and no '.join(absent)}"
+    try:
+        unfinished = unfinished_folder(folder)
+        is_unfinished, exists = unfinished.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no access; a circle of links; a NUL
+        raise TokenStoreError(
+            f"no token store at {shown(str(path), 500)}: it cannot be looked up ({error}). Correct the path, "
+            "or make a store with lerobot-lam-precompute"
+        ) from error
+    if is_unfinished:
+        raise TokenStoreError(
+            f"no token store at {path} yet: its extraction is unfinished ({unfinished}); run the same "
+            "lerobot-lam-precompute command again to go on"
+        )
+    found = "does not exist" if not exists else f"has no {' and no '.join(absent)}"
     raise TokenStoreError(
         f"no token store at {path}: {folder} {found}. Expected a folder with {TENSORS_FILE} and "
         f"{PROVENANCE_FILE}, as lerobot-lam-precompute --output_dir={folder} makes it"
@@ -47,6 +69,11 @@ def find_folder(path: Path) -> Path:
 
 def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     """Provenance and tensors of a store; tensors are views of the mapped file, read when they are used.
+
+    A file that is shortened, or whose disk fails, while it is mapped kills the processes that read what is
+    gone (SIGBUS); nothing in this process can turn that into an error. So nothing of ours changes a store in
+    place: it is replaced by a new file, and the old one lives on for those who have mapped it. Do likewise
+    (`mv`, `rsync` without `--inplace`).
 
     Raises:
         TokenStoreError: a file is damaged or newer than this package.
@@ -57,6 +84,8 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
         raise TokenStoreError(str(error)) from error
     path = folder / TENSORS_FILE
     try:
+        with open_regular(path) as opened:
+            read_header(opened, HEADER_BYTES, for_map=True)  # stricter than what `safe_open` believes
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -87,7 +116,8 @@ def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tup
 def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
     expected = tensor_layout(provenance, None)
     problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
-    problems += [f"unexpected tensor {name}" for name in tensors if name not in expected]
+    unexpected = sorted(tensors.keys() - expected.keys())
+    problems += [f"unexpected tensor {shown(name)}" for name in unexpected[:10]]
     for name in sorted(expected.keys() & tensors.keys()):
         tensor, (dtype, shape) = tensors[name], expected[name]
         if tensor.dtype != dtype:
@@ -140,9 +170,12 @@ def check_content(folder: Path, *, again: bool = False) -> None:
     digest = hashlib.sha256()
     problem = None
     rows_seen: Counter[str] = Counter()
-    for name, block in read_blocks(path, digest.update):
-        problem = problem or _content_problem(name, block, rows_seen[name], provenance)
-        rows_seen[name] += len(block)
+    try:
+        for name, block in read_blocks(path, digest.update):
+            problem = problem or _content_problem(name, block, rows_seen[name], provenance)
+            rows_seen[name] += len(block)
+    except OSError as error:
+        raise _damaged(path, str(error)) from error
     if digest.hexdigest() != provenance.tensors_sha256:
         raise _damaged(
             path,

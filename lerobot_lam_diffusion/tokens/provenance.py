@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
 
 FORMAT = "lerobot_lam_diffusion.token_store"
 FORMAT_VERSION = 2
@@ -20,6 +21,7 @@ KINDS = (VQ, CONTINUOUS)
 VQ_STORAGE = ("uint8", "uint16")
 CONTINUOUS_STORAGE = ("float32", "float16", "bfloat16", "int8")
 UNKNOWN_DEVICE = "unknown"
+DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
 
@@ -104,12 +106,8 @@ class Provenance:
                 the wrong type (all of them are told at once).
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (
-            OSError,
-            ValueError,
-            RecursionError,
-        ) as error:  # ValueError: not UTF-8, JSON, or a huge number
+            document = read_json(path, DOCUMENT_BYTES)
+        except UnreadableError as error:
             raise ProvenanceError(
                 f"{path} is not readable as JSON ({error}); extract the tokens again with "
                 "lerobot-lam-precompute"
@@ -137,13 +135,14 @@ def _refuse_newer(document: dict, path: Path) -> None:
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ProvenanceError(
-            f"{path} is damaged: format_version is {version!r}, expected a positive integer. Extract the "
-            "tokens again with lerobot-lam-precompute"
+            f"{path} is damaged: format_version is {shown(version)}, expected a positive integer. Extract "
+            "the tokens again with lerobot-lam-precompute"
         )
     if version > FORMAT_VERSION:
         raise ProvenanceError(
-            f"{path} has format version {version}; this {PACKAGE} reads versions up to {FORMAT_VERSION}. "
-            f"Install the version that made it, or a newer one: pip install --upgrade '{_maker(document)}'"
+            f"{path} has format version {shown(version)}; this {PACKAGE} reads versions up to "
+            f"{FORMAT_VERSION}. Install the version that made it, or a newer one: "
+            f"pip install --upgrade '{_maker(document)}'"
         )
 
 
@@ -181,7 +180,7 @@ def _decode(kind: type, document: Any, prefix: str, problems: list[str]) -> Any:
         elif _has_type(document[field.name], field.type):
             values[field.name] = document[field.name]
         else:
-            problems.append(f"{name} is {document[field.name]!r}, expected {_type_name(field.type)}")
+            problems.append(f"{name} is {shown(document[field.name])}, expected {_type_name(field.type)}")
     return None if problems else kind(**values)
 
 
@@ -203,7 +202,7 @@ def _type_name(expected: Any) -> str:
 def _value_problems(provenance: Provenance) -> list[str]:
     problems = []
     if provenance.token_kind not in KINDS:
-        problems.append(f"token_kind is {provenance.token_kind!r}, expected one of {list(KINDS)}")
+        problems.append(f"token_kind is {shown(provenance.token_kind)}, expected one of {list(KINDS)}")
     counts = {
         "frame_stride": provenance.frame_stride,
         "lam.num_learned_tokens": provenance.lam.num_learned_tokens,
@@ -213,7 +212,7 @@ def _value_problems(provenance: Provenance) -> list[str]:
         "dataset.total_episodes": provenance.dataset.total_episodes,
     }
     problems += [
-        f"{name} is {value}, expected a positive integer"
+        f"{name} is {shown(value)}, expected a positive integer"
         for name, value in counts.items()
         if not 0 < value < 2**63
     ]
@@ -227,11 +226,13 @@ def _storage_problems(provenance: Provenance) -> list[str]:
     problems = []
     storages = VQ_STORAGE if provenance.token_kind == VQ else CONTINUOUS_STORAGE
     if provenance.storage_dtype not in storages:
-        problems.append(f"storage_dtype is {provenance.storage_dtype!r}, expected one of {list(storages)}")
+        problems.append(
+            f"storage_dtype is {shown(provenance.storage_dtype)}, expected one of {list(storages)}"
+        )
     if provenance.max_error < 0:
         problems.append(f"max_error is {provenance.max_error}, expected 0 or more")
     episodes = range(provenance.dataset.total_episodes)
     unknown = [key for key in provenance.skipped if not NUMBER.fullmatch(key) or int(key) not in episodes]
     if unknown:
-        problems.append(f"skipped names {unknown[:5]}, expected episodes 0 to {len(episodes) - 1}")
+        problems.append(f"skipped names {shown(unknown)}, expected episodes below {shown(episodes.stop)}")
     return problems

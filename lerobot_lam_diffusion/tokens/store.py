@@ -12,8 +12,10 @@ The E rows of the three tables are the dataset's episodes in order: episode e ho
 store where that is -1.
 """
 
+import contextlib
 import logging
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +90,10 @@ class TokenStore:
         Raises:
             TokenStoreError: missing, damaged, newer than this package, or of another dataset.
         """
-        path = Path(path).expanduser()
-        if path.suffix in (".pt", ".pth") and not path.is_dir():
+        path = Path(path)
+        with contextlib.suppress(RuntimeError):  # a home that does not exist: then nor does the path
+            path = path.expanduser()
+        if path.suffix in (".pt", ".pth") and not os.path.isdir(path):
             from lerobot_lam_diffusion.tokens.pt import open_pt
 
             return open_pt(path, dataset_meta)

@@ -10,7 +10,15 @@ from lerobot_lam_diffusion.problems import UserError
 from tests.fuzz.jail import try_all
 
 TRIED: dict[str, Counter[str]] = {}
-REMEDIES = ("again", "orrect", "Point", "point to", "Make a store", "Install", "Pass", "pip install", "save ")
+REMEDIES = (
+    "again",
+    "Extract",
+    "orrect",
+    "oint to",
+    "ake a store",
+    "as lerobot-lam-precompute",
+    "pip install",
+)
 LONGEST_MESSAGE = 20_000
 
 

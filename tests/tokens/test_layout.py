@@ -149,7 +149,7 @@ def test_every_misfit_of_the_tensors_is_told_at_once(files):
     files.edit_tensors(spoil)
     told = refusal(files.folder)
     assert "tensor codebook is missing" in told
-    assert "unexpected tensor extra" in told
+    assert "unexpected tensor 'extra'" in told
     assert "indices is torch.int32, expected torch.uint8" in told
     assert "episode_row has shape (3,), expected (5)" in told
 

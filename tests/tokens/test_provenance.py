@@ -117,7 +117,7 @@ WRONG = {
     "Inf": (("dataset", "fps"), float("inf"), "dataset.fps is inf, expected float"),
     "storage": (("storage_dtype",), "int8", "storage_dtype is 'int8', expected one of ['uint8', 'uint16']"),
     "error": (("max_error",), -0.5, "max_error is -0.5, expected 0 or more"),
-    "skipped": (("skipped",), {"5": "gone"}, "skipped names ['5'], expected episodes 0 to 4"),
+    "skipped": (("skipped",), {"5": "gone"}, "skipped names ['5'], expected episodes below 5"),
     "skipped without a number": (("skipped",), {"one": "gone"}, "skipped names ['one']"),
     "past float": (("dataset", "fps"), 10**400, "expected float"),
 }
