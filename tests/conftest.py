@@ -45,11 +45,13 @@ def record_dataset(
     use_videos: bool = True,
     extra: dict[str, dict] | None = None,
     seed: int = 0,
+    file_size_mb: float | None = None,
 ) -> LeRobotDataset:
     """A LeRobot dataset of squares that wander over noise, encoded as LeRobot encodes video.
 
     Args:
         extra: More features, name → `{"dtype": …, "shape": …, "names": …}`; filled with zeros.
+        file_size_mb: Video files as large as that, instead of one for all.
     """
     extra = extra or {}
     kind = "video" if use_videos else "image"
@@ -59,6 +61,8 @@ def record_dataset(
     dataset = LeRobotDataset.create(
         "local/squares", FPS, features, root=root, use_videos=use_videos, video_backend="pyav"
     )
+    if file_size_mb is not None:
+        dataset.meta.update_chunk_settings(video_files_size_in_mb=file_size_mb)  # type: ignore[arg-type]
     generator = np.random.default_rng(seed)
     for length in lengths:
         background = generator.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)

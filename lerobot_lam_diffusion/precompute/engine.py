@@ -26,10 +26,9 @@ from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.precompute.shards import shards_folder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin, Provenance
 from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -131,7 +130,7 @@ def precompute_tokens(
     if (output_dir / PROVENANCE_FILE).is_file():
         return _summary(_same_store(output_dir, extraction))
     refuse_existing(output_dir)
-    folder = shards_folder(output_dir)
+    folder = unfinished_folder(output_dir)
     extraction, unfinished = process.agreed(lambda: _begin(extraction, folder))
     plan, shards = extraction.plan, extraction.shards(folder)
 
@@ -180,7 +179,7 @@ def precompute_tokens(
 
 def how_to_go_on(output_dir: Path) -> str | None:
     """What to tell whoever's extraction into `output_dir` stopped; None if nothing of it is left."""
-    folder = shards_folder(output_dir)
+    folder = unfinished_folder(output_dir)
     try:
         extraction = Extraction.read(folder)
     except UserError:
@@ -299,7 +298,7 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         StoreExistsError,
     )
     logger.warning("%s is finished already; nothing was extracted.", output_dir)
-    shutil.rmtree(shards_folder(output_dir), ignore_errors=True)  # a run may have died while it tidied up
+    shutil.rmtree(unfinished_folder(output_dir), ignore_errors=True)  # a run may have died while it tidied up
     return store
 
 

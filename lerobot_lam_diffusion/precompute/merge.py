@@ -14,7 +14,7 @@ from torch import Tensor
 from lerobot_lam_diffusion.precompute.files import write_atomically
 from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -108,6 +108,30 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
         return TokenStore.open(output_dir)
     finally:
         lock.release()
+
+
+def merge_unfinished(output_dir: Path) -> TokenStore:
+    """Make the store `output_dir` of the shards that lie beside it, without dataset or LAM.
+
+    Raises:
+        UserError: there are none, some are missing or damaged, or another process is at it.
+    """
+    folder = unfinished_folder(output_dir)
+    if not folder.is_dir():
+        raise PlanError(
+            f"nothing to merge at {output_dir}: there are no shards in {folder}. Name the --output_dir of an "
+            "extraction, or several stores"
+        )
+    extraction = Extraction.read(folder)
+    finished, total = extraction.shards(folder).count_finished(), len(extraction.plan.shards)
+    if finished < total:
+        raise PlanError(
+            f"{folder} has {finished} of {total} shards; run the extraction's command again to make the rest"
+        )
+    store = merge_shards(extraction, folder, output_dir)
+    if store is None:
+        raise PlanError(f"another process is merging {folder}; wait for it")
+    return store
 
 
 def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> None:

@@ -32,9 +32,9 @@ def work_ahead[T, R](
     remaining, lock = iter(tasks), threading.Lock()
     results: queue.Queue = queue.Queue(capacity)
     stopped = threading.Event()
+    usual_threads = torch.get_num_threads()
 
     def run() -> None:
-        own_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of this thread's tensor operations: the workers are the parallelism
         try:
             worker = make_worker()
@@ -50,7 +50,7 @@ def work_ahead[T, R](
         except BaseException as error:
             _put(results, _Failure(error), stopped)
         finally:
-            torch.set_num_threads(own_threads)
+            torch.set_num_threads(usual_threads)  # later threads start with what was set last
 
     threads = [threading.Thread(target=run, name=f"decode-{n}", daemon=True) for n in range(num_workers)]
     for thread in threads:

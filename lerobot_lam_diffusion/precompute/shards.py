@@ -35,12 +35,6 @@ class ShardError(UserError):
     """A shard that is not what its manifest says."""
 
 
-def shards_folder(output_dir: Path) -> Path:
-    """Where the unfinished work of the store `output_dir` lies."""
-    resolved = output_dir.resolve()
-    return resolved.with_name(f"{resolved.name}.shards")
-
-
 @dataclass(frozen=True)
 class ShardFolder:
     """The finished shards of one plan.

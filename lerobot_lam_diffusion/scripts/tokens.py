@@ -3,6 +3,7 @@
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
+    lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
     lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
 
 `verify` reads every byte again; with a dataset it checks that the store was made of it, and with a LAM as
@@ -20,6 +21,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
@@ -66,14 +68,14 @@ class VerifyConfig:
 
 @dataclass
 class MergeConfig:
-    """Put partial stores of one dataset together.
+    """Put partial stores of one dataset together, or the shards of an unfinished extraction.
 
     Args:
-        stores: Their folders.
-        output_dir: Where the new store will stand.
+        stores: Their folders; or the extraction's --output_dir alone.
+        output_dir: Where the new store will stand; not for an extraction.
     """
 
-    output_dir: Path
+    output_dir: Path | None = None
     stores: list[Path] = field(default_factory=list)
 
 
@@ -171,7 +173,15 @@ def _read_again(config: VerifyConfig) -> TokenStore:
 
 
 def merge(config: MergeConfig) -> None:
-    store = merge_stores([TokenStore.open(path.expanduser()) for path in config.stores], config.output_dir)
+    paths = [path.expanduser() for path in config.stores]
+    if config.output_dir is None:
+        if len(paths) != 1:
+            raise UserError(
+                "--output_dir is unset: name where the new store will stand, or an unfinished extraction alone"
+            )
+        store = merge_unfinished(paths[0])
+    else:
+        store = merge_stores([TokenStore.open(path) for path in paths], config.output_dir)
     print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
 
 

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from lerobot_lam_diffusion.precompute.shards import ShardError, shards_folder
+from lerobot_lam_diffusion.precompute.shards import ShardError
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from tests.conftest import EPISODE_LENGTHS, TOP
 from tests.precompute import interrupted
 
@@ -62,7 +62,7 @@ def same_bytes(a: TokenStore, b: TokenStore) -> bool:
 
 def pairs_of_finished(output_dir) -> int:
     """Pairs in the shards whose manifest is there; shard e holds episode e."""
-    finished = [int(path.stem) for path in shards_folder(output_dir).glob("0*.json")]
+    finished = [int(path.stem) for path in unfinished_folder(output_dir).glob("0*.json")]
     return sum(EPISODE_LENGTHS[episode] - 1 for episode in finished)
 
 
@@ -73,7 +73,7 @@ def resumed_is_the_same(where, output_dir, undisturbed) -> int:
     summary = interrupted.extract(*where, output_dir)
     assert summary.encoded == PAIRS - safe
     assert same_bytes(summary.store, undisturbed)
-    assert not shards_folder(output_dir).exists()
+    assert not unfinished_folder(output_dir).exists()
     return safe
 
 
@@ -101,7 +101,7 @@ def test_killed_at_random_times_a_run_goes_on_where_it_was(server, where, undist
         time.sleep(dice.uniform(0, 1.0))
         process.kill()
         process.join()
-        begun = shards_folder(output_dir).exists()
+        begun = unfinished_folder(output_dir).exists()
         mid_run += process.exitcode == -signal.SIGKILL and begun
         resumed_is_the_same(where, output_dir, undisturbed)
     assert mid_run >= 2
@@ -181,7 +181,7 @@ def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
             interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    left = os.listdir(shards_folder(tmp_path / "store"))
+    left = os.listdir(unfinished_folder(tmp_path / "store"))
     assert "00000.json" not in left
     assert not [name for name in left if "partial" in name]
     assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).frames == 60
@@ -193,7 +193,7 @@ def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_
     process.start()
     process.join(60)
     safe = pairs_of_finished(output_dir)
-    tensors = shards_folder(output_dir) / "00001.safetensors"
+    tensors = unfinished_folder(output_dir) / "00001.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
@@ -260,7 +260,7 @@ def test_merging_a_damaged_shard_is_refused(where, tmp_path):
     from lerobot_lam_diffusion.precompute.processes import Process
 
     interrupted.extract(*where, tmp_path / "store", process=Process(shard_index=0, num_shards=2))
-    folder = shards_folder(tmp_path / "store")
+    folder = unfinished_folder(tmp_path / "store")
     with pytest.raises(ShardError, match="is damaged"):
         merge_shards(Extraction.read(folder), folder, tmp_path / "store")
     assert folder.exists()

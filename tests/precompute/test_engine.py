@@ -9,7 +9,10 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute import frames as frames_module
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.tokens import TokenStore, writer
+from lerobot_lam_diffusion.precompute.frames import DecodeError
+from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, writer
 from tests.conftest import EPISODE_LENGTHS, TOP, record_dataset, write_lam
 
 STRIDES = [1, 3, 10, 100]  # 10: longer than two episodes, 100: than all
@@ -241,3 +244,119 @@ def test_an_existing_output_is_refused_before_any_work(extract, lam, tmp_path):
     with pytest.raises(FileExistsError, match="exists already and is not empty"):
         extract(Wrapped(lam, not_called))
     assert os.listdir(tmp_path / "store") == ["mine"]
+
+
+def different(**changes):
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (different(frame_stride=2), "its frame_stride is 1, this run's 2"),
+        (different(use_vq_tokens=False), "its token_kind is 'vq', this run's 'continuous'"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_inputs_than_what_lies_there_are_refused(extract, tmp_path, changes, told, finished):
+    first = Process(num_shards=1 if finished else 2)
+    extract(process=first, shard_frames=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        extract(**changes)
+    assert told in str(error.value)
+    assert "choose another --output_dir" in str(error.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_another_lam_or_other_episodes_are_refused(extract, dataset, frames, tmp_path):
+    extract(process=Process(num_shards=2), shard_frames=1)
+    other = load_lam(write_lam(tmp_path / "other", frames, seed=7))
+    with pytest.raises(UserError, match=r"its lam\.fingerprint is"):
+        extract(other)
+    some = LeRobotDataset(dataset.repo_id, root=dataset.root, episodes=[0, 1], video_backend="pyav")
+    with pytest.raises(UserError, match="it extracts 5 episodes, this run 2"):
+        extract(of=some)
+
+
+def test_a_finished_store_is_not_made_again(extract, lam, tmp_path):
+    first = extract()
+
+    def not_called(*_):
+        raise AssertionError("work was begun")
+
+    again = extract(Wrapped(lam, not_called))
+    assert (again.encoded, again.frames, again.store.path) == (0, 60, first.store.path)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_an_unfinished_store_says_so_when_it_is_opened(extract, tmp_path):
+    extract(process=Process(num_shards=2), shard_frames=1)
+    with pytest.raises(TokenStoreError, match=r"its extraction is unfinished .*run the same"):
+        TokenStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("shard_frames", [1, 20, None])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_neither_shards_nor_workers_change_the_store(extract, store, shard_frames, num_workers):
+    made = extract(shard_frames=shard_frames, num_workers=num_workers).store
+    assert torch.equal(made.values, store.values)
+
+
+def test_the_batch_size_is_found_out(extract, store):
+    summary = extract(batch_size=None)
+    assert 8 <= summary.batch_size <= 64
+    assert torch.equal(summary.store.values, store.values)
+
+
+@pytest.mark.parametrize(("storage", "error"), [("float16", 5e-3), ("bfloat16", 5e-2), ("int8", 5e-2)])
+def test_continuous_tokens_in_fewer_bits(extract, continuous_store, storage, error):
+    made = extract(use_vq_tokens=False, storage_dtype=storage).store
+    assert made.provenance.storage_dtype == storage
+    assert 0 < made.provenance.max_error < error
+    difference = (everything(made) - everything(continuous_store)).abs().max()
+    assert difference <= made.provenance.max_error + TOLERANCE
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Ten episodes in several video files, one of which is cut off; and the episodes in it."""
+    recorded = record_dataset(tmp_path / "data", (5, 6, 8, 3, 4, 6, 7, 7, 5, 9), file_size_mb=0.012)
+    files = [recorded.meta.get_video_file_path(episode, TOP) for episode in range(10)]
+    frames = torch.stack([recorded[i][TOP] for i in range(60)])
+    path = tmp_path / "data" / files[4]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return recorded, frames, [episode for episode in range(10) if files[episode] == files[4]]
+
+
+def test_an_episode_that_cannot_be_read_stops_the_run_or_is_skipped(damaged, extract, lam):
+    dataset, frames, in_file = damaged
+    with pytest.raises(DecodeError, match=r"of episode \d .*--on_error=skip"):
+        extract(of=dataset, shard_frames=1)
+    store = extract(of=dataset, shard_frames=1, skip_unreadable=True).store
+    skipped = sorted(store.skipped)
+    assert skipped
+    assert set(skipped) <= set(in_file)
+    assert len(in_file) < 10
+    assert store.missing_episodes == skipped
+    assert all("cannot be read" in reason for reason in store.skipped.values())
+    expected = lam.encode_pairs(frames[:-1], frames[1:]).quantized
+    for episode in set(range(10)) - set(skipped):
+        index = torch.arange(store.episode_from[episode], store.episode_to[episode])
+        tokens = store.window(index, [0])[:, 0]
+        assert not tokens[0].any()
+        assert torch.equal(tokens[1:], expected[index[1:] - 1])
+    with pytest.raises(TokenStoreError, match=f"episode {skipped[0]}.*skipped"):
+        store.window(store.episode_from[skipped[:1]], [0])
+
+
+def test_many_tiny_episodes(extract, lam, tmp_path):
+    """Of one frame and of two: tokens only where there is a pair."""
+    dataset = record_dataset(tmp_path / "data", [1, 2] * 20)
+    frames = torch.stack([dataset[i][TOP] for i in range(60)])
+    store = extract(of=dataset, shard_frames=7).store
+    tokens = everything(store)
+    second = torch.arange(2, 60, 3)
+    assert torch.equal(tokens[second], lam.encode_pairs(frames[second - 1], frames[second]).quantized)
+    tokens[second] = 0
+    assert not tokens.any()
