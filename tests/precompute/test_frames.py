@@ -48,6 +48,20 @@ def test_frames_are_those_of_random_access(two_cameras, camera_key, return_uint8
     assert all(not torch.equal(*pair) for pair in zip(chunk[1:], chunk[:-1], strict=True))
 
 
+def test_frames_by_torchcodec_are_those_of_its_random_access(two_cameras):
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        pytest.skip("torchcodec needs FFmpeg's shared libraries")
+    dataset = LeRobotDataset(
+        two_cameras.repo_id, root=two_cameras.root, video_backend="torchcodec", return_uint8=True
+    )
+    frames = EpisodeFrames(dataset, WRIST)
+    for episode in (1, 0, 2):
+        (chunk,) = frames.chunks(episode)
+        assert torch.equal(chunk, random_access(dataset, WRIST, episode))
+
+
 @pytest.mark.parametrize("episodes", [[2, 0], [1], [0, 1, 2], [2, 1, 1]])
 def test_frames_of_an_episode_subset_in_any_order(two_cameras, episodes):
     subset = reopened(two_cameras, episodes=episodes)

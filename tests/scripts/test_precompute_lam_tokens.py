@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
-from lerobot_lam_diffusion.scripts import precompute_lam_tokens
+from lerobot_lam_diffusion.precompute import engine
+from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
@@ -270,7 +271,7 @@ def test_an_existing_output_is_refused_before_the_lam_is_loaded(flags, tmp_path,
     assert "is a file" in refusal(flags(output_dir=tmp_path / "file" / "store"), tmp_path)
 
 
-def test_an_interrupted_extraction_leaves_nothing(flags, tmp_path, monkeypatch):
+def test_an_extraction_that_is_interrupted_before_it_began_leaves_nothing(flags, tmp_path, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
@@ -290,8 +291,79 @@ def test_the_installed_command(flags, store, tmp_path):
     assert "lerobot-train --policy.type=diffusion_lam" in run.stdout
     assert "frame/s" in run.stderr
     assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
-    again = subprocess.run([command, *flags()], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 1
-    assert "error: " in again.stderr
-    assert "exists already and is not empty" in again.stderr
     assert json.loads((tmp_path / "store" / PROVENANCE_FILE).read_text())["camera_key"] == TOP
+
+    again = subprocess.run([command, *flags()], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "is finished already; nothing was extracted" in again.stderr
+    assert "all of it was there already" in again.stdout
+
+    other = subprocess.run([command, *flags(frame_stride=2)], capture_output=True, text=True, timeout=300)
+    assert other.returncode == 1
+    assert "error: " in other.stderr
+    assert "its frame_stride is 1, this run's 2" in other.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_work(flags, store, tmp_path):
+    """Two real processes, as the docs launch them; each ends by itself, one of them with the report."""
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    command = [torchrun, "--standalone", "--nproc_per_node=2", "-m", precompute_lam_tokens.__name__]
+    run = subprocess.run(
+        [*command, *flags(shard_frames=1)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("frames    60 in 5 episodes") >= 1
+    assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_a_job_array_and_its_last_merge_by_hand(flags, store, tmp_path, capsys):
+    main(flags(shard_frames=1, shard_index=0, num_shards=2))
+    told = capsys.readouterr().out
+    assert "This process is done: " in told
+    assert "of 5 shards are finished; whoever finishes the last one merges them" in told
+    with pytest.raises(SystemExit, match=r"of 5 shards; run the extraction's command again"):
+        tokens.main(["merge", str(tmp_path / "store")])
+    main(flags(shard_frames=1, shard_index=1, num_shards=2))
+    assert "frames    60 in 5 episodes" in capsys.readouterr().out
+    assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+    with pytest.raises(SystemExit, match="there are no shards in"):
+        tokens.main(["merge", str(tmp_path / "store")])
+
+
+def test_a_merge_by_hand_of_what_all_processes_left(flags, store, tmp_path, monkeypatch, capsys):
+    """As if every process had died just before merging."""
+    monkeypatch.setattr(engine, "merge_shards", lambda *_: None)
+    main(flags(shard_frames=1))
+    monkeypatch.undo()
+    tokens.main(["merge", str(tmp_path / "store")])
+    assert "it covers all 5 episodes" in capsys.readouterr().out
+    assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_a_skipped_episode_is_told_and_left_out_of_the_next_command(flags, dataset, tmp_path, capsys):
+    copy = shutil.copytree(dataset.root, tmp_path / "data")
+    video = copy / dataset.meta.get_video_file_path(0, TOP)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 4 // 5])
+    told = refusal_of_damage(flags(dataset__root=copy, shard_frames=1))
+    assert "cannot be read from" in told
+    assert "--on_error=skip" in told
+    main(flags(dataset__root=copy, shard_frames=1, on_error="skip"))
+    printed = capsys.readouterr().out
+    skipped = sorted(TokenStore.open(tmp_path / "store").skipped)
+    assert skipped[-1] == 4
+    kept = str([episode for episode in range(5) if episode not in skipped]).replace(" ", "")
+    assert f"SKIPPED   episode {skipped[0]}: frames " in printed
+    assert f"--dataset.episodes={kept}" in printed
+
+
+def refusal_of_damage(argv) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    return str(stop.value.code)
