@@ -30,7 +30,8 @@ def try_all(
         inputs: Name (enough to make it again) and input; made in that process.
         check: Says in a word what came of an input, and raises if that is wrong.
         memory: Address space, beyond what the process has at its start.
-        seconds: For one input; then the process is killed, in whatever code it is.
+        seconds: Of computing, for one input (of waiting, twelve times that: the machine may be busy); then
+            the process is killed, in whatever code it is.
 
     Returns:
         How often `check` said which word.
@@ -50,6 +51,7 @@ def try_all(
         except BaseException:  # of the inputs' own making
             report["failures"].append(f"while inputs were made:\n{traceback.format_exc()}")
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             with os.fdopen(writer, "w") as pipe:
                 json.dump(report, pipe)
@@ -59,7 +61,9 @@ def try_all(
         told = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     name = bytes(current).rstrip(b"\0").decode(errors="replace")
-    reason = "took too long" if status == -signal.SIGALRM else f"killed the process ({status})"
+    reason = (
+        "took too long" if status in (-signal.SIGALRM, -signal.SIGPROF) else f"killed the process ({status})"
+    )
     assert status == 0, f"{name}: {reason}"
     report = json.loads(told)
     assert not report["failures"], "\n\n".join(report["failures"])
@@ -73,7 +77,8 @@ def _run(
     failures: list[str] = []
     for name, value in inputs:
         current[:] = name.encode(errors="replace")[: len(current)].ljust(len(current), b"\0")
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 12 * seconds)
         try:
             counts[check(value)] += 1
         except BaseException:
@@ -86,7 +91,8 @@ def _run(
 def _confine(memory: int) -> None:
     gc.freeze()  # the collector need not touch, and so copy, what the parent has
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -94,7 +94,8 @@ def test_the_good_one_opens(reader, fuzz):
 
 def test_weights(reader, fuzz):
     headers = mutations.damaged_headers(reader.weights, every=25)
-    inputs = itertools.chain(headers, weights(reader, range(100)))
+    lists = mutations.joined(b"[" + b"[]," * 1_300_000 + b"[]]", b"")
+    inputs = itertools.chain([("4 MB of lists", lists)], headers, weights(reader, range(100)))
     counts = fuzz("LAM weights", inputs, reader.with_weights)
     assert counts["refused"] > 300
     assert counts["opened"] > 10

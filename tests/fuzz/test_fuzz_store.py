@@ -179,6 +179,7 @@ def test_damaged_provenance(readers, fuzz):
     reader = readers["vq"]
     every = list(mutations.damaged_json(json.loads(reader.provenance)))
     contents = [(f"content {number}", content) for number, content in enumerate(mutations.JSON_CONTENTS)]
+    contents.append(("8 MB of lists", b"[" + b"[]," * 2_600_000 + b"[]]"))
     inputs = [*every[::4], *contents, *documents(reader.provenance, range(100))]
     counts = fuzz("provenance", inputs, reader.with_provenance)
     assert counts["refused"] > 300
@@ -197,12 +198,12 @@ def test_many_damaged_provenances(readers, fuzz):
     def make(reader: Reader) -> Iterator[tuple[str, bytes]]:
         return mutations.damaged_json(json.loads(reader.provenance))
 
-    fuzz("provenance", each(readers, make, "with_provenance"), run)
-    fuzz(
-        "provenance",
-        each(readers, lambda reader: documents(reader.provenance, range(1000, 1500)), "with_provenance"),
-        run,
-    )
+    def random(reader: Reader) -> Iterator[tuple[str, bytes]]:
+        return documents(reader.provenance, range(1000, 1800))
+
+    some = {name: readers[name] for name in ("vq", "int8", "v1_continuous")}
+    fuzz("provenance", each(some, make, "with_provenance"), run)
+    fuzz("provenance", each(some, random, "with_provenance"), run)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
