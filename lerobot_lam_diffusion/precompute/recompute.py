@@ -22,12 +22,16 @@ class Agreement:
         equal: How many are equal: VQ bit for bit, continuous within `TOLERANCE` and what storage costs.
         max_error: Largest absolute difference of any number.
         distinct: Different tokens among them: agreement on one value alone would say little.
+        mean_error: Mean absolute difference of the numbers.
+        mean_error_of_others: The same between the stored tokens and those of other frames of the sample.
     """
 
     checked: int
     equal: int
     max_error: float
     distinct: int
+    mean_error: float
+    mean_error_of_others: float
 
 
 TOLERANCE = 1e-3
@@ -72,11 +76,14 @@ def recompute_sample(
         stored_error = store.provenance.max_error if store.provenance is not None else 0.0
         tolerance = TOLERANCE * float(expected.abs().max()) + stored_error
     error = (stored - expected).abs().amax(dim=1)
+    others = expected.roll(max(len(index) // 2, 1), 0)
     return Agreement(
         checked=len(index),
         equal=int((error <= tolerance).sum()),
         max_error=float(error.max()),
         distinct=len(stored.unique(dim=0)),
+        mean_error=float((stored - expected).abs().mean()),
+        mean_error_of_others=float((stored - others).abs().mean()),
     )
 
 

@@ -112,12 +112,24 @@ class Provenance:
                 f"{path} is not readable as JSON ({error}); extract the tokens again with "
                 "lerobot-lam-precompute"
             ) from error
+        return cls.from_document(document, str(path))
+
+    @classmethod
+    def from_document(cls, document: Any, name: str) -> "Provenance":
+        """Check a provenance that was read as JSON.
+
+        Args:
+            name: What to call it where it is bad.
+
+        Raises:
+            ProvenanceError: as `read`.
+        """
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ProvenanceError(
-                f'{path} does not describe a token store: expected "format": "{FORMAT}"; extract the tokens '
+                f'{name} does not describe a token store: expected "format": "{FORMAT}"; extract the tokens '
                 "again with lerobot-lam-precompute"
             )
-        _refuse_newer(document, path)
+        _refuse_newer(document, name)
         if document["format_version"] == 1:
             document = _upgraded(document)
         problems: list[str] = []
@@ -125,22 +137,22 @@ class Provenance:
         problems += _value_problems(provenance) if not problems else []
         if problems:
             raise ProvenanceError(
-                f"{path} is damaged: {'; '.join(problems)}. Extract the tokens again with "
+                f"{name} is damaged: {'; '.join(problems)}. Extract the tokens again with "
                 "lerobot-lam-precompute"
             )
         return provenance
 
 
-def _refuse_newer(document: dict, path: Path) -> None:
+def _refuse_newer(document: dict, name: str) -> None:
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ProvenanceError(
-            f"{path} is damaged: format_version is {shown(version)}, expected a positive integer. Extract "
+            f"{name} is damaged: format_version is {shown(version)}, expected a positive integer. Extract "
             "the tokens again with lerobot-lam-precompute"
         )
     if version > FORMAT_VERSION:
         raise ProvenanceError(
-            f"{path} has format version {shown(version)}; this {PACKAGE} reads versions up to "
+            f"{name} has format version {shown(version)}; this {PACKAGE} reads versions up to "
             f"{FORMAT_VERSION}. Install the version that made it, or a newer one: "
             f"pip install --upgrade '{_maker(document)}'"
         )

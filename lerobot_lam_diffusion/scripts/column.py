@@ -1,0 +1,177 @@
+"""`lerobot-lam-tokens add-column`, and `verify` of a dataset that has such a column."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.add_column import add_column, missing_files
+from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
+from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
+from lerobot_lam_diffusion.tokens.provenance import VQ
+
+NEARER = 0.9
+"""A derived dataset's tokens may differ from the LAM's of its frames, which were encoded again; but by less
+than this share of how much tokens of other frames differ."""
+
+
+@dataclass
+class AddColumnConfig:
+    """Write a dataset with a store's tokens as a column.
+
+    Args:
+        store: Its folder, or its repository on the Hub.
+        dataset: The dataset that the store was made of.
+        output_dir: Root of the new dataset.
+        new_repo_id: What the new dataset is going to be called; `<repo_id>_lam_tokens` if left out.
+        column: Name of the column.
+        copy_videos: Copy the videos. False: link them, where the file system can.
+    """
+
+    store: str
+    dataset: DatasetConfig
+    output_dir: Path
+    new_repo_id: str | None = None
+    column: str = OBS_LAM_TOKENS
+    copy_videos: bool = False
+
+
+def add_token_column(config: AddColumnConfig) -> None:
+    if config.dataset.episodes is not None:
+        raise UserError(
+            "--dataset.episodes is not for add-column: leave it out, the new dataset has all episodes; split "
+            "it afterwards with lerobot-edit-dataset"
+        )
+    meta = open_metadata(config.dataset)
+    store = TokenStore.open(config.store, meta)
+    if missing_files(meta) and config.dataset.root is None:
+        meta = open_dataset(config.dataset).meta  # fetches the rest from the Hub
+    made = add_column(store, meta, config.output_dir.expanduser(), config.column, config.copy_videos)
+    repo_id = config.new_repo_id or f"{meta.repo_id}_lam_tokens"
+    print(
+        f"{made.root}: {meta.total_frames} frames with {config.column}; {made.linked} video files linked, "
+        f"{made.copied} copied"
+    )
+    key = "" if config.column == OBS_LAM_TOKENS else f" --policy.lam_tokens_key={config.column}"
+    print(
+        f"next: lerobot-train --policy.type=diffusion_lam --policy.use_precomputed_lam_tokens=true{key} "
+        f"--dataset.repo_id={repo_id} --dataset.root={made.root}"
+    )
+    if made.linked:
+        print(
+            "The linked videos are the original's own files: before you re-encode them in place, or record "
+            "further episodes onto this dataset, make one with --copy_videos=true"
+        )
+
+
+def means_dataset(path: str) -> bool:
+    """Whether `path` is the root of a LeRobot dataset."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), "meta", "info.json"))
+
+
+def verify_dataset(config: Any) -> None:
+    """`verify` of a dataset's column; prints what was found.
+
+    Args:
+        config: `VerifyConfig`, whose `store` is a dataset's folder or None.
+
+    Raises:
+        UserError: no dataset or two, no such column, or it is not what it says.
+    """
+    if (config.store is None) == (config.dataset is None):
+        found = "neither" if config.store is None else f"{config.store}, a dataset, and --dataset.repo_id"
+        raise UserError(f"expected a token store, or one dataset that has a column of tokens; found {found}")
+    source = config.dataset or _dataset_at(Path(config.store))
+    meta = open_metadata(source)
+    column = _column(meta, config.column)
+    lam = None if config.lam is None else _open_lam(config, column, meta)
+    if missing_files(meta) and source.root is None:
+        meta = open_dataset(source).meta  # fetches the rest from the Hub
+    store = open_column(column, meta)
+    codebook = None if lam is None or column.kind != VQ else lam.codebook.float().cpu()
+    missing = check_values(column, store, codebook)
+    of_codebook = "" if codebook is None else ", the others are rows of the LAM's codebook"
+    print(
+        f"ok  {store.num_frames} rows of {column.key}, all valid; zeros exactly where the stride of "
+        f"{column.frame_stride} says that there is no token ({missing}){of_codebook}"
+    )
+    print(f"ok  {column.state}" if column.derived is None else f"note  {column.state}")
+    if lam is not None:
+        sample = recompute_sample(store, open_dataset(source), lam, config.num_samples, config.seed)
+        print(_compared(column, sample))
+
+
+def _dataset_at(root: Path) -> DatasetConfig:
+    """The dataset at this root; what it is called does not matter."""
+    root = root.expanduser().resolve()
+    return DatasetConfig(repo_id=f"local/{root.name}", root=str(root))
+
+
+def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) -> Any:
+    """The LAM that the command line names, which must be the one that made the column."""
+    camera = column.provenance.camera_key
+    if camera not in meta.camera_keys:
+        raise UserError(
+            f"column {column.key!r} was made of {camera}, which is not among the dataset's cameras "
+            f"{meta.camera_keys}: nothing to compare a LAM's tokens with; leave out --lam.path"
+        )
+    made_by = column.provenance.lam
+    lam = load_lam(
+        config.lam.path,
+        revision=config.lam.revision,
+        device=usable_device(config.device),
+        dtype=getattr(torch, column.provenance.dtype),
+    )
+    if lam.fingerprint != made_by.fingerprint:
+        raise UserError(
+            f"column {column.key!r} was made by the LAM {made_by.path!r} with fingerprint "
+            f"{made_by.fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it "
+            "as --lam.path"
+        )
+    return lam
+
+
+def _column(meta: LeRobotDatasetMetadata, key: str) -> TokenColumn:
+    if key not in meta.features:
+        raise UserError(
+            f"dataset {meta.root} has no column {key!r}, only {list(meta.features)}; name it with --column, "
+            "or name a token store to verify that"
+        )
+    column = read_column(meta, key)
+    if column is None:
+        raise UserError(
+            f"column {key!r} of {meta.root} does not say what its tokens are, so there is nothing to check "
+            "it against; columns made by lerobot-lam-tokens add-column do"
+        )
+    return column
+
+
+def _compared(column: TokenColumn, found: Agreement) -> str:
+    told = (
+        f"{found.equal} of {found.checked} sampled tokens agree with the LAM ({found.distinct} different "
+        f"ones, largest difference {found.max_error:.2g})"
+    )
+    if found.equal == found.checked:
+        return f"ok  {told}"
+    if column.derived is None:
+        raise UserError(
+            f"{told}: the frames or the LAM changed, or the tokens were made on another kind of device. "
+            "Extract them again with lerobot-lam-precompute"
+        )
+    told += (
+        f"; they differ by {found.mean_error:.2g} on average, tokens of other frames by "
+        f"{found.mean_error_of_others:.2g}"
+    )
+    if found.distinct > 1 and found.mean_error >= NEARER * found.mean_error_of_others:
+        raise UserError(f"{told}: the rows are not those of their frames. Extract the tokens again")
+    return f"ok  {told}: the frames were encoded again since"

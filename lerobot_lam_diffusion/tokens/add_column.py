@@ -1,0 +1,275 @@
+"""A LeRobot dataset with the tokens of a store as one more column.
+
+LeRobot's own `add_features` does this too, but copies every video, turns every number into a Python object,
+drops the row groups by which episodes are found, gives the new feature no statistics, and reads all of the
+result again into the cache of `datasets`. Nothing of it is needed here: a column changes no video, and the
+other columns stay as they are. So the data files are extended as Arrow tables and written, like info,
+statistics and row groups, by the functions that LeRobot's recorder itself writes with; videos are linked.
+
+Statistics are those that `recompute_stats` would find (over all rows, missing tokens count as zeros), in
+`meta/stats.json` and, which `delete_episodes` and `split_dataset` go by, for every episode in
+`meta/episodes`, as of a feature that was recorded.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lerobot.datasets.compute_stats import aggregate_stats, compute_episode_stats
+from lerobot.datasets.feature_utils import get_hf_features_from_features
+from lerobot.datasets.io_utils import (
+    load_stats,
+    write_info,
+    write_stats,
+    write_table_one_row_group_per_episode,
+)
+from lerobot.datasets.utils import DATA_DIR, EPISODES_DIR, INFO_PATH, STATS_PATH
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
+
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, read_origins
+from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.tensor_file import fsync
+from lerobot_lam_diffusion.tokens.writer import refuse_existing
+
+logger = logging.getLogger(__name__)
+
+HUGGINGFACE = b"huggingface"
+"""Key of a parquet file's metadata under which `datasets` keeps the types of the columns."""
+
+Stats = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class NewDataset:
+    """A dataset that was written.
+
+    Attributes:
+        root: Its folder.
+        linked: Video files that it shares with the dataset that it was made of.
+        copied: Video files that were copied.
+    """
+
+    root: Path
+    linked: int
+    copied: int
+
+
+def missing_files(meta: Any) -> list[Path]:
+    """Data and video files that the dataset names and that are not on this machine."""
+    return [path for path in (*_data_files(meta), *_video_files(meta)) if not (meta.root / path).is_file()]
+
+
+def add_column(
+    store: TokenStore,
+    meta: Any,
+    output: Path,
+    key: str = OBS_LAM_TOKENS,
+    copy_videos: bool = False,
+) -> NewDataset:
+    """Write the dataset `meta` with the tokens of `store` as column `key`; it appears whole or not at all.
+
+    Args:
+        store: Of all episodes of that dataset.
+        meta: `LeRobotDatasetMetadata`; its data and videos are on this machine.
+        output: Root of the new dataset; must not exist, or be empty.
+        key: A name that LeRobot takes for an observation.
+        copy_videos: Copy them. False: hard links, where the file system has them. A linked file is one
+            file: what writes into it in place changes both datasets (LeRobot's `reencode_videos` does, where
+            the temporary folder is on another file system; so does recording further episodes).
+
+    Raises:
+        UserError: the store is partial or not a store, the name cannot be used, or files are missing.
+        TokenStoreError: the store was made of another dataset.
+        FileExistsError: see `refuse_existing`.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    refuse_existing(output)
+    check_binding(store, meta)
+    raise_problems(f"the tokens of {store.name} cannot become a column", _problems(store, meta, key))
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp makes private folders
+        _write_dataset(store, meta, partial, key)
+        for path in partial.rglob("*"):
+            fsync(path)
+        linked, copied = _bring_videos(meta, partial, copy_videos)
+        _into_place(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return NewDataset(output, linked, copied)
+
+
+def _into_place(partial: Path, output: Path) -> None:
+    try:
+        partial.rename(output)
+    except OSError:
+        refuse_existing(output)  # something else was written there meanwhile: it stays
+        raise
+    fsync(output.parent)
+
+
+def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:
+    problems = []
+    if store.provenance is None:
+        problems.append(
+            "it says nothing of the LAM, camera and dataset that it was made of; extract the tokens with "
+            "lerobot-lam-precompute"
+        )
+    elif store.missing_episodes:
+        problems.append(
+            f"it is partial ({store.coverage}), and a column has a row for every frame; extract the missing "
+            "episodes with lerobot-lam-precompute first"
+        )
+    if key in meta.features:
+        problems.append(
+            f"dataset {meta.repo_id!r} has a column {key!r} already; remove it with lerobot-edit-dataset "
+            "--operation.type=remove_feature, or name another --column"
+        )
+    elif not re.fullmatch(rf"{re.escape(OBS_PREFIX)}[A-Za-z0-9_.-]+", key):
+        problems.append(
+            f"--column={key!r} must be '{OBS_PREFIX}' and letters, digits, '_', '-' or '.': LeRobot gives "
+            "other keys no observation window, and allows no '/'"
+        )
+    elif "image" in key or key in (OBS_STATE, OBS_ENV_STATE):
+        problems.append(
+            f"--column={key!r} is a name by which LeRobot knows cameras or states; choose another"
+        )
+    missing = missing_files(meta)
+    if missing:
+        problems.append(
+            f"{len(missing)} files of dataset {meta.repo_id!r} are not in {meta.root}, the first is "
+            f"{missing[0]}; download or restore them"
+        )
+    return problems
+
+
+def _data_files(meta: Any) -> list[Path]:
+    """Data files, relative to the dataset's root."""
+    places = set(zip(meta.episodes["data/chunk_index"], meta.episodes["data/file_index"], strict=True))
+    return [Path(meta.data_path.format(chunk_index=chunk, file_index=file)) for chunk, file in sorted(places)]
+
+
+def _video_files(meta: Any) -> Iterator[Path]:
+    """Video files of all cameras, relative to the dataset's root."""
+    for key in meta.video_keys:
+        chunks, files = (meta.episodes[f"videos/{key}/{name}_index"] for name in ("chunk", "file"))
+        for chunk, file in sorted(set(zip(chunks, files, strict=True))):
+            yield Path(meta.video_path.format(video_key=key, chunk_index=chunk, file_index=file))
+
+
+def _write_dataset(store: TokenStore, meta: Any, root: Path, key: str) -> None:
+    """All but the videos."""
+    assert store.provenance is not None
+    info = deepcopy(meta.info)
+    info.features[key] = {
+        "dtype": "float32",
+        "shape": (store.token_dim,),
+        "names": None,
+        "info": column_info(store.provenance),
+    }
+    rewritten = [INFO_PATH, STATS_PATH, EPISODES_DIR, str(ORIGINS_FILE)]
+    ignore = [Path(name).name for name in rewritten]
+    shutil.copytree(
+        meta.root / "meta",
+        root / "meta",
+        ignore=lambda folder, _: ignore if Path(folder) == meta.root / "meta" else [],
+    )
+    stats = _write_data(store, meta, root, key, info.features)
+    _write_episodes(meta, root, key, stats)
+    write_info(info, root)
+    total = aggregate_stats([{key: episode} for episode in stats.values()])
+    write_stats({**(load_stats(meta.root) or {}), **total}, root)
+    origins = {**read_origins(meta.root), key: json.loads(store.provenance.to_json())}
+    (root / ORIGINS_FILE).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: dict) -> dict[int, Stats]:
+    """Write the data files with the column; the column's statistics for each episode."""
+    arrow = get_hf_features_from_features(features).arrow_schema
+    stats: dict[int, Stats] = {}
+    seen = torch.zeros(store.num_frames, dtype=torch.bool)
+    for source in sorted((meta.root / DATA_DIR).glob("*/*.parquet")):
+        table = pq.ParquetFile(source).read()
+        index = torch.from_numpy(table["index"].to_numpy().copy())
+        tokens = store.window(index, [0])[:, 0].numpy()  # (rows, n·a)
+        seen[index] = True
+        table = table.append_column(arrow.field(key), _as_column(tokens, arrow.field(key).type))
+        known = table.schema.metadata or {}
+        if HUGGINGFACE in known:  # what `datasets` reads the types from
+            known = {**known, HUGGINGFACE: arrow.metadata[HUGGINGFACE]}
+        target = root / source.relative_to(meta.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_table_one_row_group_per_episode(table.replace_schema_metadata(known), target)
+        episodes = table["episode_index"].to_numpy()
+        for episode in np.unique(episodes):
+            rows = {key: tokens[episodes == episode]}
+            stats[int(episode)] = compute_episode_stats(rows, features)[key]
+    if not seen.all():
+        raise UserError(
+            f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of "
+            f"{store.num_frames}; download or restore the dataset"
+        )
+    return stats
+
+
+def _as_column(tokens: np.ndarray, kind: pa.DataType) -> pa.Array:
+    values = pa.array(tokens.reshape(-1))
+    return values if pa.types.is_floating(kind) else pa.FixedSizeListArray.from_arrays(values, type=kind)
+
+
+def _write_episodes(meta: Any, root: Path, key: str, stats: dict[int, Stats]) -> None:
+    """Write `meta/episodes` with the column's statistics."""
+    for source in sorted((meta.root / EPISODES_DIR).glob("*/*.parquet")):
+        table = pq.ParquetFile(source).read()
+        of_rows = [stats[episode] for episode in table["episode_index"].to_pylist()]
+        for name in of_rows[0]:
+            column = pa.array([one[name].tolist() for one in of_rows])
+            title = f"stats/{key}/{name}"
+            if title in table.column_names:  # of a column of that name that was removed
+                table = table.drop_columns([title])
+            table = table.append_column(title, column)
+        target = root / source.relative_to(meta.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, target, compression="snappy", use_dictionary=True)
+
+
+def _bring_videos(meta: Any, root: Path, copy: bool) -> tuple[int, int]:
+    """Link or copy the video files; how many of each."""
+    linked = copied = 0
+    for path in _video_files(meta):
+        # The Hub's cache consists of symbolic links, and os.link would link those.
+        source, target = (meta.root / path).resolve(), root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not copy and _link(source, target):
+            linked += 1
+        else:
+            shutil.copyfile(source, target)
+            fsync(target)
+            copied += 1
+    return linked, copied
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:  # another file system, or one without links, or a file of somebody else
+        logger.info("%s is copied, it cannot be linked: %s", source, error)
+        return False
+    return True

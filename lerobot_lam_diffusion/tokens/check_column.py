@@ -1,0 +1,135 @@
+"""Read a dataset's column of tokens from its data files, and check every value of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.column import TokenColumn
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
+from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
+
+
+def open_column(column: TokenColumn, meta: Any) -> TokenStore:
+    """The column as a store, in memory: n·a float32 numbers for each frame of the dataset.
+
+    Args:
+        meta: `LeRobotDatasetMetadata` of its dataset, whose data files are on this machine.
+
+    Raises:
+        TokenStoreError: a row is not n·a numbers, or the rows are not those of the dataset's frames.
+    """
+    start, stop = (
+        torch.tensor(list(meta.episodes[f"dataset_{end}_index"]), dtype=torch.int64) for end in ("from", "to")
+    )
+    values = torch.zeros(meta.total_frames, column.token_dim)
+    seen = torch.zeros(meta.total_frames, dtype=torch.bool)
+    for path in sorted((Path(meta.root) / "data").glob("*/*.parquet")):
+        index, within, tokens = _read(path, column)
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < meta.total_frames:
+            raise TokenStoreError(f"{path} has frames beyond the dataset's {meta.total_frames}; restore it")
+        episode = torch.searchsorted(start, index, right=True) - 1
+        wrong = (index - start[episode] != within).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            raise TokenStoreError(
+                f"{path} calls frame {int(index[row])} of the dataset frame {int(within[row])} of its "
+                f"episode, meta/episodes frame {int((index - start[episode])[row])}; restore the dataset"
+            )
+        values[index] = tokens
+        seen[index] = True
+    if not seen.all():
+        raise TokenStoreError(
+            f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of the dataset's "
+            f"{meta.total_frames}; download or restore it"
+        )
+    return TokenStore(
+        path=Path(meta.root),
+        provenance=column.provenance,
+        kind=column.kind,
+        frame_stride=column.frame_stride,
+        token_dim=column.token_dim,
+        values=values,
+        codebook=None,
+        episode_from=start,
+        episode_to=stop,
+        episode_row=start,
+    )
+
+
+def _read(path: Path, column: TokenColumn) -> tuple[Tensor, Tensor, Tensor]:
+    """Absolute frame indices, frame indices within the episodes, and tokens `(rows, n·a)` of a file."""
+    table = pq.ParquetFile(path).read(columns=["index", "frame_index", column.key])
+    rows = table[column.key].combine_chunks()
+    flat = rows
+    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    if len(flat) != len(rows) * column.token_dim or flat.null_count or not pa.types.is_floating(flat.type):
+        raise TokenStoreError(
+            f"{path}: a row of {column.key!r} is not {column.token_dim} numbers; add the column again with "
+            "lerobot-lam-tokens add-column"
+        )
+    tokens = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(rows), column.token_dim)
+    index, within = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("index", "frame_index"))
+    return index, within, torch.from_numpy(tokens)
+
+
+def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None = None) -> int:
+    """Check that every row is what the column's provenance says.
+
+    Args:
+        store: The opened column.
+        codebook: float32 `(K, a)` of the LAM that made VQ tokens, if it is at hand.
+
+    Returns:
+        Missing tokens: rows with `frame_index < frame_stride`, all of them zero.
+
+    Raises:
+        UserError: NaN or Inf; a zero row where there should be a token, or a row with numbers where there is
+            none; VQ rows that are none of the codebook's, or of more kinds than it has.
+    """
+    name = f"column {column.key!r} of {store.path}"
+    problem = not_finite(store.values, "token")
+    if problem:
+        raise UserError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
+    missing = torch.ones(store.num_frames, dtype=torch.bool)
+    missing[store.frames_with_tokens()] = False
+    zero = ~store.values.any(1)
+    filled, empty = missing & ~zero, ~missing & zero
+    if codebook is not None and not codebook.any(1).all():
+        empty &= False  # a code of zeros makes tokens of zeros
+    problems = [
+        f"{int(rows.sum())} frames {what}, the first is frame {int(rows.nonzero()[0, 0])} of the dataset"
+        for rows, what in (
+            (filled, f"less than {column.frame_stride} after their episode's start have a token"),
+            (empty, "that should have a token have none (zeros)"),
+        )
+        if rows.any()
+    ]
+    if column.kind == VQ:
+        problems += _code_problems(column, store.values[~missing], codebook)
+    raise_problems(f"{name} is not what it says; add it again with lerobot-lam-tokens add-column", problems)
+    return int(missing.sum())
+
+
+def _code_problems(column: TokenColumn, tokens: Tensor, codebook: Tensor | None) -> list[str]:
+    """Whether each of the n vectors of each token is, bit for bit, a row of the codebook."""
+    lam = column.provenance.lam
+    vectors = tokens.reshape(-1, lam.action_latent_dim)
+    kinds = torch.empty(0, lam.action_latent_dim)
+    for block in vectors.split(BLOCK_ROWS):
+        kinds = torch.cat([kinds, block]).unique(dim=0)
+        if len(kinds) > lam.num_codes:
+            return [f"its vectors are of more kinds than the codebook's {lam.num_codes} rows"]
+    if codebook is None or not len(kinds):
+        return []
+    strange = ~(kinds.unsqueeze(1) == codebook).all(-1).any(1)
+    if not strange.any():
+        return []
+    return [f"{int(strange.sum())} of its {len(kinds)} kinds of vectors are not in the LAM's codebook"]

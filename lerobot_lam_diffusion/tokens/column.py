@@ -1,0 +1,145 @@
+"""A dataset's own column of tokens, and what the dataset says about it.
+
+What makes the tokens what they are (LAM, camera, stride, kind, …) stands in the feature's `info` in
+`meta/info.json`: LeRobot's tools carry it into every dataset that they make of this one. `merge_datasets`
+refuses features that differ in anything, `info` included. So it says nothing that differs between two
+datasets with tokens of one kind, and LeRobot itself refuses to mix the tokens of two LAMs.
+
+What belongs to one dataset alone (its digest, and all else that its token store knew) stands in
+`meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or its digest is not that of
+the dataset's episodes, the column is *derived*. Its rows still are those of their frames.
+
+There is no list of missing tokens: they are the rows with `frame_index < frame_stride`, and zero.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot_lam_diffusion.reading import UnreadableError, read_json
+from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.provenance import (
+    DOCUMENT_BYTES,
+    FORMAT,
+    DatasetOrigin,
+    Provenance,
+    ProvenanceError,
+)
+
+COLUMN_FORMAT = "lerobot_lam_diffusion.token_column"
+ORIGINS_FILE = Path("meta/lam_tokens.json")
+IDENTITY = (
+    "lam",
+    "camera_key",
+    "frame_stride",
+    "stride_seconds",
+    "context",
+    "token_kind",
+    "dtype",
+    "storage_dtype",
+)
+AS_EXTRACTED = "as extracted"
+
+
+@dataclass(frozen=True)
+class TokenColumn:
+    """What a dataset says about a column of tokens.
+
+    Attributes:
+        key: Name of the column.
+        provenance: What its tokens are; `dataset` is the dataset that has the column.
+        derived: Why it is not known to hold the tokens as a LAM made them of these very frames; None where
+            it does.
+    """
+
+    key: str
+    provenance: Provenance
+    derived: str | None
+
+    @property
+    def kind(self) -> str:
+        return self.provenance.token_kind
+
+    @property
+    def frame_stride(self) -> int:
+        return self.provenance.frame_stride
+
+    @property
+    def token_dim(self) -> int:
+        return self.provenance.lam.num_learned_tokens * self.provenance.lam.action_latent_dim
+
+    @property
+    def state(self) -> str:
+        """For people."""
+        return AS_EXTRACTED if self.derived is None else f"derived: {self.derived}"
+
+
+def column_info(provenance: Provenance) -> dict[str, Any]:
+    """What the feature's `info` says about tokens of a store with this provenance."""
+    document = json.loads(provenance.to_json())
+    identity = {name: document[name] for name in IDENTITY}
+    return {"format": COLUMN_FORMAT, "format_version": document["format_version"], **identity}
+
+
+def read_column(meta: Any, key: str) -> TokenColumn | None:
+    """What the dataset says about its column `key`; None where it says nothing.
+
+    Args:
+        meta: `LeRobotDatasetMetadata` of a dataset with that column.
+
+    Raises:
+        ProvenanceError: what it says is damaged, newer than this package, or not true of the column's shape.
+    """
+    info = meta.features[key].get("info")
+    if not isinstance(info, dict) or info.get("format") != COLUMN_FORMAT:
+        return None
+    where = f"what {Path(meta.root) / 'meta' / 'info.json'} says about the column {key!r}"
+    camera = info.get("camera_key")
+    digest = dataset_digest(meta, camera if isinstance(camera, str) else "")
+    here = DatasetOrigin(meta.repo_id, None, meta.total_frames, meta.total_episodes, meta.fps, digest)
+    unsaid = {"versions": {}, "tensors_sha256": "", "max_error": 0.0, "device": "unknown", "skipped": {}}
+    document = {**unsaid, **info, "format": FORMAT, "dataset": dataclasses.asdict(here)}
+    provenance = Provenance.from_document(document, where)
+    column = TokenColumn(key, provenance, None)
+    shape = tuple(meta.features[key]["shape"])
+    if shape != (column.token_dim,):
+        lam = provenance.lam
+        raise ProvenanceError(
+            f"{where} is damaged: tokens of {lam.num_learned_tokens} x {lam.action_latent_dim} numbers in a "
+            f"column of shape {shape}. Add the column again with lerobot-lam-tokens add-column"
+        )
+    return _with_origin(column, meta)
+
+
+def read_origins(root: str | Path) -> dict[str, Any]:
+    """Column → provenance document of the store that it was made of; empty where there is none."""
+    try:
+        origins = read_json(Path(root) / ORIGINS_FILE, DOCUMENT_BYTES)
+    except UnreadableError:
+        return {}
+    return origins if isinstance(origins, dict) else {}
+
+
+def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
+    """The column with all that is known about it, if its dataset is still the one it was made of."""
+    document = read_origins(meta.root).get(column.key)
+    if document is None:
+        return dataclasses.replace(
+            column,
+            derived=f"{ORIGINS_FILE} says nothing about it, so the dataset was made of the extracted one",
+        )
+    try:
+        origin = Provenance.from_document(document, str(Path(meta.root) / ORIGINS_FILE))
+    except ProvenanceError as error:
+        return dataclasses.replace(column, derived=str(error))
+    if origin.dataset.digest != column.provenance.dataset.digest:
+        return dataclasses.replace(
+            column,
+            derived=f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r} that the "
+            "tokens were made of",
+        )
+    if column_info(origin) != column_info(column.provenance):
+        return dataclasses.replace(column, derived=f"{ORIGINS_FILE} and its info contradict each other")
+    return dataclasses.replace(column, provenance=origin)
