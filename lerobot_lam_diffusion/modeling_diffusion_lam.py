@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
+from lerobot_lam_diffusion.model_card import add_lam_section
 from lerobot_lam_diffusion.problems import LamNotFoundError, UserError
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -273,6 +274,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
             else value
             for key, value in batch.items()
         }
+
+    def generate_model_card(self, *args: Any, dataset_meta: Any = None, **kwargs: Any) -> Any:
+        """LeRobot's card, and which tokens the policy was trained with."""
+        card = super().generate_model_card(*args, dataset_meta=dataset_meta, **kwargs)
+        if self.config.use_lam_conditioning:
+            add_lam_section(card, self.config, None if dataset_meta is None else dataset_meta.fps)
+        return card
 
     def _lam_parameters(self) -> set[str]:
         """Plain names of the parameters that a stock Diffusion Policy does not have."""

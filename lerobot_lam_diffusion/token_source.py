@@ -12,6 +12,7 @@ from typing import Any
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
@@ -112,6 +113,10 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"lerobot-lam-precompute --dataset.repo_id={dataset_meta.repo_id} --lam.path=<LAM> "
             "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>"
         )
+    known = read_column(dataset_meta, config.lam_tokens_key)
+    if known is not None:
+        _settle_known_column(config, known, dataset_meta)
+        return
     shape = tuple(column["shape"])
     if shape != (config.lam_token_dim,):
         raise UserError(
@@ -119,22 +124,36 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
         )
-    _settle_scale(config, 1.0)  # a column does not tell its LAM's codebook
+    _settle_scale(config, 1.0)  # a column of the user's own does not tell its LAM's codebook
     config.lam_source = f"column:{config.lam_tokens_key}"
     logger.info("LAM tokens: the dataset's column %s.", config.lam_tokens_key)
     _warn_of_missing_lam(config)
 
 
+def _settle_known_column(config: DiffusionLamConfig, column: TokenColumn, dataset_meta: Any) -> None:
+    """As a store: the column says what its tokens are (see `tokens/column.py`)."""
+    problems = _contradictions(config, column, dataset_meta)
+    what = f"column {column.key!r} of dataset {dataset_meta.repo_id!r}"
+    raise_problems(f"{what} does not fit the policy", problems)
+    config.lam_frame_stride = column.frame_stride
+    _adopt_provenance(config, column.provenance, dataset_meta)
+    config.lam_source = f"column:{column.key}"
+    logger.info("LAM tokens: %s, the dataset's column %s (%s).", column.kind, column.key, column.state)
+    _warn_of_missing_lam(config)
+
+
 def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:
     problems = _contradictions(config, store, dataset_meta)
-    raise_problems(f"token store {store.path} does not fit the policy", problems)
+    raise_problems(f"token store {store.name} does not fit the policy", problems)
     config.lam_frame_stride = store.frame_stride
     if store.provenance is None:
         _settle_scale(config, 1.0)
     else:
         _adopt_provenance(config, store.provenance, dataset_meta)
-    config.lam_source = f"store:{store.path}"
-    logger.info("LAM tokens: %s, from %s (%s).", store.kind, store.path, store.coverage)
+    config.lam_source = f"store:{store.name}"
+    if store.hub_id is not None:
+        config.lam_tokens_path = store.hub_id  # a resumed run goes on with this commit
+    logger.info("LAM tokens: %s, from %s (%s).", store.kind, store.name, store.coverage)
     _warn_of_missing_lam(config)
 
 
@@ -147,7 +166,7 @@ def _adopt_provenance(config: DiffusionLamConfig, provenance: Provenance, datase
         config.lam_model_path = lam.path
     _settle_fingerprint(config, lam.fingerprint)
     if config.lam_dtype != provenance.dtype:
-        logger.info("lam_dtype is %s, as the token store's.", provenance.dtype)
+        logger.info("lam_dtype is %s, as the tokens were made.", provenance.dtype)
     config.lam_dtype = provenance.dtype
     if config.lam_camera_key is None:
         config.lam_camera_key = _camera_of_policy(config, provenance.camera_key, dataset_meta)
@@ -173,8 +192,11 @@ def _warn_of_missing_lam(config: DiffusionLamConfig) -> None:
     )
 
 
-def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> list[str]:
-    """Fields that are set and differ from what the store holds."""
+def _contradictions(
+    config: DiffusionLamConfig, store: TokenStore | TokenColumn, dataset_meta: Any
+) -> list[str]:
+    """Fields that are set and differ from what the store (or column) holds."""
+    noun = "store" if isinstance(store, TokenStore) else "column"
     told: list[tuple[str, Any, Any]] = [("lam_frame_stride", config.lam_frame_stride, store.frame_stride)]
     if store.provenance is not None:
         lam = store.provenance.lam
@@ -188,7 +210,7 @@ def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta:
     elif store.token_dim != config.lam_token_dim:
         told.append(("lam_num_learned_tokens * lam_action_latent_dim", config.lam_token_dim, store.token_dim))
     problems = [
-        f"--policy.{name} is {want}, the store has {have}"
+        f"--policy.{name} is {want}, the {noun} has {have}"
         for name, want, have in told
         if want not in (None, have)
     ]
@@ -197,7 +219,7 @@ def _contradictions(config: DiffusionLamConfig, store: TokenStore, dataset_meta:
     if trained_with not in (None, made_by) and not config.lam_allow_mismatch:
         problems.append(
             f"it was made by the LAM with fingerprint {str(made_by)[:16]}…, the policy was trained with "
-            f"{str(trained_with)[:16]}…: train on a store of that LAM, or go on with the other one by "
+            f"{str(trained_with)[:16]}…: train on a {noun} of that LAM, or go on with the other one by "
             "--policy.lam_allow_mismatch=true"
         )
     if config.lam_use_vq_tokens != (store.kind == VQ):

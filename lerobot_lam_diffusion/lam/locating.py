@@ -1,9 +1,9 @@
 """From what a user writes (a folder, a shipped name, a Hub id) to the folder that holds the model."""
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
+from lerobot_lam_diffusion.hub import REPO_ID, HubError, fetch
 from lerobot_lam_diffusion.reading import is_file, shown
 
 from .config import CONFIG_FILE
@@ -11,9 +11,6 @@ from .errors import LamError
 
 WEIGHTS_FILE = "model.safetensors"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_REVISION = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)*")  # no way out of the cache's folder of branches
 
 
 class LamLocation(NamedTuple):
@@ -51,7 +48,7 @@ def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
         raise LamError(
             f"{shown(str(path))} cannot be looked up ({error}), expected a LAM folder. Correct the path."
         ) from error
-    if _HUB_ID.fullmatch(str(path)):
+    if REPO_ID.fullmatch(str(path)):
         snapshot = _download(str(path), revision)
         return LamLocation(_model_folder(snapshot), snapshot.name)
     shipped = ", ".join(shipped_lams()) or "none"
@@ -77,26 +74,9 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    # Imported here: huggingface_hub costs 0.3 s, and a local folder needs none of it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     files = [f"{prefix}{name}" for prefix in ("", "lam/") for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    at = f" at revision {revision!r}" if revision else ""
-    if revision is not None and not _REVISION.fullmatch(revision):
-        raise LamError(
-            f"{repo_id!r} has no revision {shown(revision)}, expected a branch, tag or commit. Correct it."
-        )
+    at = f" at revision {shown(revision)}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except LocalEntryNotFoundError as error:
-        raise LamError(
-            f"{repo_id!r}{at} is no folder here nor in the Hub cache, and the Hub could not be reached, "
-            "expected one of them. Go online once (unset HF_HUB_OFFLINE), or pass the path of a local copy."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: no possible id, by the Hub's rules
-        raise LamError(
-            f"{repo_id!r}{at} is no folder here and the Hub did not deliver it "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); expected a Hub "
-            "repository with a LAM. Correct the id or the revision, log in if private, or pass a folder."
-        ) from error
+        return fetch(repo_id, revision, files, "model")
+    except HubError as error:
+        raise LamError(f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}.") from error

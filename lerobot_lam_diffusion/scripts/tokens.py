@@ -1,10 +1,17 @@
-"""Look at a token store, check it, put partial stores together, and write it in another format.
+"""Look at a token store, check it, put partial stores together, write it elsewhere or in another format.
 
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
     lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
+    lerobot-lam-tokens add-column ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output_dir=./pusht_col
+    lerobot-lam-tokens verify ./pusht_col   # a dataset that has a column of tokens
+    lerobot-lam-tokens push ./data/pusht_lam --repo_id=user/pusht-lam-tokens
+    lerobot-lam-tokens pull user/pusht-lam-tokens --output_dir=./data/pusht_lam
+
+A store is a folder, or a dataset repository on the Hub, `user/pusht-lam-tokens[@revision]`; where there is a
+folder of that name, it is meant, and `hf://datasets/user/pusht-lam-tokens` is the Hub's.
 
 `verify` reads every byte again; with a dataset it checks that the store was made of it, and with a LAM as
 well it encodes a random sample of frame pairs and compares. A `.pt` file is verified with its dataset.
@@ -20,16 +27,26 @@ from typing import Any
 import torch
 from lerobot.configs.default import DatasetConfig
 
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.column import (
+    AddColumnConfig,
+    add_token_column,
+    means_dataset,
+    verify_dataset,
+)
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.export import export_store
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content, find_folder
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.merge import merge_stores
+from lerobot_lam_diffusion.tokens.pull import pull_store
+from lerobot_lam_diffusion.tokens.push import push_store
 
 
 @dataclass
@@ -37,18 +54,20 @@ class InfoConfig:
     """What a store holds.
 
     Args:
-        store: Its folder.
+        store: Its folder, or its repository on the Hub.
     """
 
-    store: Path
+    store: str
 
 
 @dataclass
 class VerifyConfig:
-    """Check a store.
+    """Check a store, or a dataset's column of tokens.
 
     Args:
-        store: Its folder; or a `.pt` file, which needs the dataset.
+        store: Its folder, or its repository on the Hub; or a `.pt` file, which needs the dataset. A dataset's
+            folder, or left out: the column of that dataset.
+        column: Of the dataset.
         dataset: Check that the store was made of this dataset.
         lam: With a dataset: encode a random sample again with this LAM and compare.
         camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
@@ -57,7 +76,8 @@ class VerifyConfig:
         device: Where the LAM runs; the best there is if left out.
     """
 
-    store: Path
+    store: str | None = None
+    column: str = OBS_LAM_TOKENS
     dataset: DatasetConfig | None = None
     lam: LamSource | None = None
     camera_key: str | None = None
@@ -71,12 +91,12 @@ class MergeConfig:
     """Put partial stores of one dataset together, or the shards of an unfinished extraction.
 
     Args:
-        stores: Their folders; or the extraction's --output_dir alone.
+        stores: Their folders, or repositories on the Hub; or the extraction's --output_dir alone.
         output_dir: Where the new store will stand; not for an extraction.
     """
 
     output_dir: Path | None = None
-    stores: list[Path] = field(default_factory=list)
+    stores: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -84,14 +104,44 @@ class ExportConfig:
     """Write a store in another format.
 
     Args:
-        store: Its folder.
+        store: Its folder, or its repository on the Hub.
         format: pt, parquet or npy.
         output: The new file.
     """
 
-    store: Path
+    store: str
     format: str
     output: Path
+
+
+@dataclass
+class PushConfig:
+    """Put a store on the Hub, as a dataset repository with a card, in one commit.
+
+    Args:
+        store: Its folder.
+        repo_id: The repository, user/name; made if there is none.
+        private: Whether a new one is private; left out: as the user or organisation has it.
+        revision: Branch, made if there is none; left out: main.
+    """
+
+    store: str
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+
+
+@dataclass
+class PullConfig:
+    """Fetch a store from the Hub as a folder. Training needs no folder: it takes the repository's name.
+
+    Args:
+        store: The repository, user/name[@revision].
+        output_dir: The new folder.
+    """
+
+    store: str
+    output_dir: Path
 
 
 def info(config: InfoConfig) -> None:
@@ -103,7 +153,7 @@ def info(config: InfoConfig) -> None:
     perplexity = store.code_perplexity()
     num_bytes = sum((store.path / name).stat().st_size for name in (TENSORS_FILE, PROVENANCE_FILE))
     rows = {
-        "store": f"{store.path.resolve()}, {num_bytes:,} bytes",
+        "store": f"{store.hub_id or store.path.resolve()}, {num_bytes:,} bytes",
         "dataset": f"{origin.repo_id} ({origin.total_frames} frames, {origin.total_episodes} episodes, "
         f"{origin.fps:g} fps, revision {origin.revision})",
         "coverage": f"{frames} frames, {missing} of them without a token; {store.coverage}",
@@ -127,6 +177,9 @@ def info(config: InfoConfig) -> None:
 
 
 def verify(config: VerifyConfig) -> None:
+    if config.store is None or means_dataset(config.store):
+        verify_dataset(config)
+        return
     if config.lam is not None and config.dataset is None:
         raise UserError(
             "--lam.path needs --dataset.repo_id as well: the LAM's tokens are those of its frames"
@@ -160,26 +213,29 @@ def verify(config: VerifyConfig) -> None:
 
 
 def _read_again(config: VerifyConfig) -> TokenStore:
-    path = config.store.expanduser()
+    assert config.store is not None
+    location = locate_store(config.store)
+    path = location.path
     meta = open_metadata(config.dataset) if config.dataset is not None else None
     if path.suffix in (".pt", ".pth") and path.is_file():
         store = TokenStore.open(path, meta)
         print("ok  all values valid, a row for each frame of the dataset")
         return store
-    check_content(find_folder(path), again=True)
-    store = TokenStore.open(path)
+    check_located(location, again=True)
+    store = TokenStore.open(config.store)
     print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
     return store
 
 
 def merge(config: MergeConfig) -> None:
-    paths = [path.expanduser() for path in config.stores]
+    paths = config.stores
     if config.output_dir is None:
         if len(paths) != 1:
             raise UserError(
-                "--output_dir is unset: name where the new store will stand, or an unfinished extraction alone"
+                "--output_dir is unset: name where the new store will stand, or an unfinished extraction "
+                "alone"
             )
-        store = merge_unfinished(paths[0])
+        store = merge_unfinished(Path(paths[0]).expanduser())
     else:
         store = merge_stores([TokenStore.open(path) for path in paths], config.output_dir)
     print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
@@ -190,11 +246,28 @@ def export(config: ExportConfig) -> None:
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
 
 
+def push(config: PushConfig) -> None:
+    store = TokenStore.open(config.store)
+    pushed = push_store(store, config.repo_id, private=config.private, revision=config.revision)
+    lam = store.provenance.lam.path if store.provenance is not None else ""
+    if Path(lam).is_absolute():
+        print(f"note: its provenance names the LAM by its path here, {lam}")
+    print(f"{pushed.url}\ntrain with it: --policy.lam_tokens_path={pushed.hub_id}")
+
+
+def pull(config: PullConfig) -> None:
+    store = pull_store(config.store, config.output_dir)
+    print(f"{config.output_dir}: {store.hub_id}, {len(store.values)} frames; {store.coverage}")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (InfoConfig, info),
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),
     "export": (ExportConfig, export),
+    "add-column": (AddColumnConfig, add_token_column),
+    "push": (PushConfig, push),
+    "pull": (PullConfig, pull),
 }
 
 

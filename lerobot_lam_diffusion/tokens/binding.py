@@ -89,7 +89,7 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
             "another dataset with as many frames)"
         )
     raise_problems(
-        f"token store {store.path} (made of {origin.repo_id!r}) does not belong to dataset "
+        f"token store {store.name} (made of {origin.repo_id!r}) does not belong to dataset "
         f"{meta.repo_id!r} at {meta.root}; extract its tokens with lerobot-lam-precompute",
         problems,
         TokenStoreError,

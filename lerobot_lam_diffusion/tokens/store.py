@@ -12,7 +12,6 @@ The E rows of the three tables are the dataset's episodes in order: episode e ho
 store where that is -1.
 """
 
-import contextlib
 import logging
 import operator
 import os
@@ -27,10 +26,9 @@ from torch import Tensor
 from lerobot_lam_diffusion.tokens.layout import (
     TENSORS_FILE,
     TokenStoreError,
-    check_content,
-    find_folder,
     map_store,
 )
+from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import decode_tokens
 from lerobot_lam_diffusion.tokens.tensor_file import Readahead
@@ -60,6 +58,7 @@ class TokenStore:
         codebook: VQ: `(K, a)` float32, else None.
         row_scale: int8 storage: `(N,)` float32, else None.
         readahead: Of a mapped file: told which rows a batch is going to need.
+        hub_id: `user/name@commit` of a store that came from the Hub, else None.
     """
 
     path: Path
@@ -74,6 +73,7 @@ class TokenStore:
     episode_row: Tensor
     row_scale: Tensor | None = None
     readahead: Readahead | None = None
+    hub_id: str | None = None
 
     @classmethod
     def open(cls, path: str | Path, dataset_meta: Any = None) -> "TokenStore":
@@ -83,33 +83,32 @@ class TokenStore:
         machine; opening it again costs milliseconds, whatever its size.
 
         Args:
-            path: Folder of a store, its `.safetensors` file, or a user's `.pt` file.
+            path: Folder of a store, its `.safetensors` file, or a user's `.pt` file; or a Hub repository,
+                `user/name[@revision]` (see `locating.py`), which is fetched into the Hub's cache.
             dataset_meta: `LeRobotDatasetMetadata` of the dataset to use it with. If given, the store must
                 have been made of that very dataset. A `.pt` file needs it, to learn the episodes.
 
         Raises:
-            TokenStoreError: missing, damaged, newer than this package, or of another dataset.
+            TokenStoreError: missing, damaged, newer than this package, or of another dataset; the Hub
+                refused it or cannot be reached.
         """
-        path = Path(path)
-        with contextlib.suppress(RuntimeError):  # a home that does not exist: then nor does the path
-            path = path.expanduser()
+        location = locate_store(path)
+        path = location.path
         if path.suffix in (".pt", ".pth") and not os.path.isdir(path):
             from lerobot_lam_diffusion.tokens.pt import open_pt
 
             return open_pt(path, dataset_meta)
-        folder = find_folder(path)
-        check_content(folder)
-        store = cls._map(folder)
+        store = cls._map(check_located(location), location.hub_id)
         if dataset_meta is not None:
             from lerobot_lam_diffusion.tokens.binding import check_binding
 
             check_binding(store, dataset_meta)
         if bool((store.episode_row < 0).any()):
-            logger.warning("Token store %s is partial: %s.", folder, store.coverage)
+            logger.warning("Token store %s is partial: %s.", store.name, store.coverage)
         return store
 
     @classmethod
-    def _map(cls, folder: Path) -> "TokenStore":
+    def _map(cls, folder: Path, hub_id: str | None = None) -> "TokenStore":
         provenance, tensors = map_store(folder)
         lam = provenance.lam
         return cls(
@@ -125,12 +124,18 @@ class TokenStore:
             episode_row=tensors["episode_row"],
             row_scale=tensors.get("row_scale"),
             readahead=Readahead(folder / TENSORS_FILE, ("indices", "tokens", "row_scale")),
+            hub_id=hub_id,
         )
 
     def __reduce__(self) -> tuple:
         if self.provenance is None:  # a `.pt` file: nothing to map, its tensors travel
             return (TokenStore, tuple(vars(self).values()))
-        return (TokenStore._map, (self.path,))
+        return (TokenStore._map, (self.path, self.hub_id))
+
+    @property
+    def name(self) -> str:
+        """What to call it: `user/name@commit` if it came from the Hub, else its path."""
+        return self.hub_id or str(self.path)
 
     @property
     def num_frames(self) -> int:
@@ -204,8 +209,17 @@ class TokenStore:
 
         Empty for continuous tokens.
         """
+        counts = self.code_counts()
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return torch.exp(-torch.xlogy(shares, shares).sum(1)).tolist()
+
+    def code_counts(self) -> Tensor:
+        """How often each code occurs in each slot, int64 `(n, K)`, without missing tokens.
+
+        `(0, 0)` for continuous tokens.
+        """
         if self.codebook is None:
-            return []
+            return torch.zeros(0, 0, dtype=torch.int64)
         slots = self.values.shape[1]
         counts = torch.zeros(slots, len(self.codebook), dtype=torch.int64)
         for start in range(0, len(self.values), BLOCK_ROWS):
@@ -214,8 +228,7 @@ class TokenStore:
             present = block[frame - self.episode_from[episode] >= self.frame_stride].long()
             for slot in range(slots):
                 counts[slot] += torch.bincount(present[:, slot], minlength=len(self.codebook))
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        return torch.exp(-torch.xlogy(shares, shares).sum(1)).tolist()
+        return counts
 
     def frames_with_tokens(self) -> Tensor:
         """Absolute indices of the frames that have a token, ascending, int64."""
@@ -260,13 +273,13 @@ class TokenStore:
         frame = int(index[at])
         if outside[at]:
             raise TokenStoreError(
-                f"{self.path} has no frame {frame}: its dataset has {self.num_frames} frames. Was it made of "
+                f"{self.name} has no frame {frame}: its dataset has {self.num_frames} frames. Was it made of "
                 "this dataset?"
             )
         number = int(episode[at])
         reason = f" (extraction skipped it: {self.skipped[number]})" if number in self.skipped else ""
         raise TokenStoreError(
-            f"{self.path} lacks episode {number}, which frame {frame} belongs to{reason}; {self.coverage}. "
+            f"{self.name} lacks episode {number}, which frame {frame} belongs to{reason}; {self.coverage}. "
             "Extract the missing episodes with lerobot-lam-precompute, or train on the covered ones with "
             "--dataset.episodes"
         )

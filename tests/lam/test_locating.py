@@ -116,9 +116,10 @@ def test_hub(hub, tmp_path):
     )  # fmt: skip
     found = f"found {COMMIT} ['model.safetensors', 'model_config.json'] ['lam']"
     assert lines[:2] == [found, found]
-    assert "error 'someone/a-lam' at revision 'nope'" in lines[2]
-    assert "Correct the id or the revision" in lines[2]
-    assert "error 'someone/else'" in lines[3]
+    assert "LAM at 'someone/a-lam' at revision 'nope'" in lines[2]
+    assert "not that revision" in lines[2]
+    assert "LAM at 'someone/else'" in lines[3]
+    assert "no model repository of that name" in lines[3]
     # The cache serves it offline, and an absent one says how to get it.
     lines = look(hub, cache, ("someone/a-lam", ""), ("someone/other", ""), offline=True)
     assert lines[0] == found

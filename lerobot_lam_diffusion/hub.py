@@ -1,0 +1,125 @@
+"""Files of a Hugging Face Hub repository, through the Hub's own cache, and what its refusals mean."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.reading import shown
+
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no way out of the cache's folder of branches
+
+_SEE_OR_LOG_IN = "log in (hf auth login, or HF_TOKEN) with an account that may"
+
+
+class HubError(UserError):
+    """Why the Hub gave, or took, nothing.
+
+    Its message is a phrase, what was found and what to do, that goes on after the repository's name.
+    """
+
+
+def fetch(repo_id: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
+    """The folder of a repository's snapshot, with those of `files` that it has; its name is the commit.
+
+    A commit that is in the cache is not asked for again, so a pinned revision works without a network; a
+    branch is looked up when the Hub can be reached, and else stays where it was. A file enters the cache
+    whole or not at all.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: Branch, tag or commit; None: the default branch.
+        kind: "model" or "dataset".
+
+    Raises:
+        HubError: see `reason`.
+    """
+    # Imported here: huggingface_hub costs 0.3 s, and a local folder needs none of it.
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    refuse_impossible(repo_id, revision)
+    try:
+        return Path(snapshot_download(repo_id, repo_type=kind, revision=revision, allow_patterns=list(files)))
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise HubError(reason(error, kind)) from error
+
+
+def refuse_impossible(repo_id: str, revision: str | None) -> None:
+    """Refuse names that the Hub would not have, or that lead out of its cache's folders.
+
+    Raises:
+        HubError: which of the two, and what is expected.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise HubError(f"{shown(repo_id)} cannot be a Hub repository, expected owner/name. Correct it")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise HubError(f"{shown(revision)} can be no revision, expected a branch, tag or commit. Correct it")
+
+
+def reason(error: Exception, kind: str) -> str:
+    """What an error of huggingface_hub means, and what to do about it.
+
+    Args:
+        error: `httpx.HTTPError`, `OSError`, `ValueError` or `RuntimeError` as it came from there.
+        kind: "model" or "dataset": which repository was asked for.
+    """
+    from huggingface_hub import errors
+
+    below = error.__cause__  # what kept it from looking, or from uploading
+    if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError) and isinstance(below, Exception):
+        return reason(below, kind)
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"the Hub gives this {kind} only to those who accepted its conditions. Accept them on its page, "
+            f"and {_SEE_OR_LOG_IN} see it"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"the Hub has no {kind} repository of that name, or does not show it to you. Correct the name, "
+            f"or {_SEE_OR_LOG_IN} see it"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the Hub has the repository, but not that revision. Correct it: a branch, tag or commit"
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(error)
+    return _not_delivered(error)
+
+
+def _refused(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    told = f"{status}: {_line(getattr(error, 'server_message', None) or error)}"
+    if status in (401, 403):
+        return f"the Hub refused the credentials ({told}). {_SEE_OR_LOG_IN.capitalize()} do this"
+    if status == 429 or (status or 0) >= 500:
+        return f"the Hub is overloaded or out of order ({told}). Try again later"
+    return f"the Hub refused ({told}). Correct the request, or try again later"
+
+
+def _not_delivered(error: Exception) -> str:
+    import httpx
+    from huggingface_hub import constants, errors
+
+    cache = constants.HF_HUB_CACHE
+    if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return (
+            f"the Hub's cache {cache} does not have it whole, and HF_HUB_OFFLINE keeps from fetching it. Go "
+            "online once (unset HF_HUB_OFFLINE), or name a local copy"
+        )
+    if isinstance(error, httpx.ConnectError | httpx.TimeoutException | errors.LocalEntryNotFoundError):
+        return (
+            f"the Hub could not be reached, nor does its cache {cache} have it whole ({_line(error)}). Go "
+            "online once, or name a local copy"
+        )
+    if isinstance(error, httpx.HTTPError) or "Consistency check failed" in str(error):
+        return f"the transfer broke off ({_line(error)}); nothing of it is used. Run the same command again"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or cache} cannot be used ({error.strerror}). Make room there, or set HF_HOME"
+    return f"the Hub did not answer as expected ({type(error).__name__}: {_line(error)}). Correct the name"
+
+
+def _line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"

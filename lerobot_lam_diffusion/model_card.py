@@ -1,0 +1,98 @@
+"""What the card of a trained policy says besides LeRobot's own: which LAM, camera, stride and tokens."""
+
+from pathlib import PurePath
+from typing import Any
+
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+
+TAG = "lam-tokens"
+_LOCAL = ("/", ".", "~", "\\")  # no Hub id begins so
+_PACKAGE = "lerobot_policy_diffusion_lam"
+
+
+def add_lam_section(card: Any, config: DiffusionLamConfig, fps: float | None) -> None:
+    """Add the section to a `huggingface_hub.ModelCard`, and the token store to the datasets that it names.
+
+    Args:
+        config: Of a policy with LAM conditioning.
+        fps: Of the dataset that it was trained on, to tell the stride in seconds.
+    """
+    card.text = f"{card.text.rstrip()}\n\n{lam_section(config, fps)}"
+    card.data.tags = [*(card.data.tags or []), TAG]
+    store = _hub_store(config.lam_source)
+    if store is not None:
+        named = card.data.datasets or []
+        card.data.datasets = [*([named] if isinstance(named, str) else named), store.partition("@")[0]]
+
+
+def lam_section(config: DiffusionLamConfig, fps: float | None) -> str:
+    """Markdown of the section, which ends with a line break."""
+    stride = config.lam_frame_stride
+    seconds = f" = {stride / fps:.4g} s at {fps:g} fps" if stride is not None and fps else ""
+    n, a = config.lam_num_learned_tokens, config.lam_action_latent_dim
+    shape = f", {n} × {a} numbers" if n is not None and a is not None else ""
+    kind = "VQ (codebook rows)" if config.lam_use_vq_tokens else "continuous (before quantisation)"
+    steps = len(config.lam_token_deltas)
+    facts = {
+        "LAM": _place(single(config.lam_model_path)),
+        "LAM fingerprint": _code(single(config.lam_fingerprint)),
+        "camera": _code(single(config.lam_camera_key)),
+        "frame stride": "not recorded" if stride is None else f"{_several(stride, 'frame')}{seconds}",
+        "tokens": f"{kind}{shape}, encoded in {config.lam_dtype}",
+        "conditioning": f"{config.lam_temporal_aggregation}: {_several(steps, 'token')}",
+        "trained on tokens from": _source(config.lam_source),
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    model = single(config.lam_model_path) or ""
+    lam = "<LAM>" if not model or model.startswith(_LOCAL) else model
+    policy = config.repo_id or "<this policy>"
+    return (
+        "## Latent action model (LAM)\n\n"
+        "This policy also sees what moved, as tokens of a latent action model. At deployment it computes "
+        "them live from the frames it sees, and so needs that LAM: another one is refused by its "
+        "fingerprint.\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"```bash\npip install {_PACKAGE}\n"
+        f"lerobot-eval --policy.path={policy} --policy.lam_model_path={lam} --env.type=<environment>\n```\n"
+    )
+
+
+def _hub_store(source: str | None) -> str | None:
+    """`user/name@commit` of a source `store:user/name@commit`."""
+    kind, _, name = (source or "").partition(":")
+    return name if kind == "store" and "@" in name and not name.startswith(_LOCAL) else None
+
+
+def _source(source: str | None) -> str:
+    kind, _, name = (source or "").partition(":")
+    if kind == "store":
+        store = _hub_store(source)
+        if store is None:
+            return f"the token store {_place(name)}"
+        repo_id, _, commit = store.partition("@")
+        return (
+            f"the token store [{repo_id}](https://huggingface.co/datasets/{repo_id}), commit {_code(commit)}"
+        )
+    if kind == "column":
+        return f"the dataset's column {_code(name)}"
+    if kind == "live":
+        return f"the LAM itself, in training ({_place(name)})"
+    return "not recorded"
+
+
+def _place(path: str | None) -> str:
+    """A path; of a folder only its name, for the rest of it says more of a machine than of the policy."""
+    if path is None or not path.startswith(_LOCAL):
+        return _code(path)
+    return f"{_code(PurePath(path).name)} (a folder where it was trained)"
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _code(text: str | None) -> str:
+    """Text as a cell of a table."""
+    if not text:
+        return "not recorded"
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`".replace("|", "\\|")

@@ -1,0 +1,160 @@
+"""The card (README.md) of a token store's repository: what the tokens are, and how to train with them.
+
+What we write stands between two marks. Text around them and metadata (a license, say) are the user's, and
+stay when the store is pushed again.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import DatasetCard
+
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, PACKAGE, Provenance
+from lerobot_lam_diffusion.tokens.store import TokenStore
+
+PICTURE_FILE = "lam_tokens_usage.png"
+TAGS = ("lerobot", "lam-tokens")
+
+_BEGIN = "<!-- lam-tokens: what follows is written by `lerobot-lam-tokens push`; write above or below it -->"
+_END = "<!-- /lam-tokens -->"
+_OURS = re.compile(r"<!-- lam-tokens: .*?<!-- /lam-tokens -->", re.DOTALL)
+
+
+def make_card(
+    store: TokenStore, repo_id: str, revision: str | None, *, has_picture: bool, existing: str | None = None
+) -> str:
+    """Text of the README.
+
+    Args:
+        store: With a provenance.
+        repo_id, revision: Where it will be; the revision only if it has to be named.
+        has_picture: `PICTURE_FILE` will lie beside it.
+        existing: README of the repository as it is.
+
+    Raises:
+        TokenStoreError: the metadata of `existing` is not YAML.
+    """
+    section = f"{_BEGIN}\n{_section(store, repo_id, revision, has_picture)}\n{_END}"
+    try:
+        card: Any = DatasetCard(existing if existing is not None else "---\ntags: []\n---\n")
+    except (ValueError, yaml.YAMLError) as error:
+        raise TokenStoreError(
+            f"README.md of {repo_id} begins with metadata that cannot be read ({error}); correct or remove "
+            "it on the Hub"
+        ) from error
+    if existing is None:
+        card.data.viewer = False  # the Hub has none for safetensors
+        card.data.task_categories = ["robotics"]
+    tags = card.data.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    card.data.tags = tags + [tag for tag in TAGS if tag not in tags]
+    text = card.text.strip()
+    ours = _OURS.search(text)
+    if ours is not None:
+        text = text[: ours.start()] + section + text[ours.end() :]
+    else:
+        text = f"{text}\n\n{section}".lstrip()
+    card.text = f"\n{text}\n"
+    return str(card)
+
+
+def _section(store: TokenStore, repo_id: str, revision: str | None, has_picture: bool) -> str:
+    assert store.provenance is not None
+    origin, lam = store.provenance.dataset, store.provenance.lam
+    where = repo_id if revision is None else f"{repo_id}@{revision}"
+    parts = [
+        f"# {repo_id.split('/')[1]}",
+        "Tokens of a latent action model (LAM) for the frames of the LeRobot dataset "
+        f"{_code(origin.repo_id)}: what moved in the {store.provenance.stride_seconds:g} s before each of "
+        f"them. They condition the policy `diffusion_lam` of {_code(PACKAGE)}; training with them loads no "
+        "LAM.",
+        "## What they are",
+        _table(("", ""), list(_facts(store, store.provenance).items())),
+        "## How to train with them",
+        _commands(store.provenance, where),
+        "The dataset has to be the very one: training checks its episodes before the first step. At "
+        "deployment the policy computes its tokens live and needs the LAM with the fingerprint "
+        f"{_code(lam.fingerprint[:16] + '…')} (`--policy.lam_model_path`).",
+    ]
+    if store.codebook is not None:
+        parts += ["## Codebook use", *([f"![share of each code]({PICTURE_FILE})"] if has_picture else [])]
+        parts.append(_usage(store, every_code=not has_picture))
+    return "\n\n".join(parts)
+
+
+def _facts(store: TokenStore, provenance: Provenance) -> dict[str, str]:
+    origin, lam = provenance.dataset, provenance.lam
+    missing = len(store.values) - store.num_tokens
+    revision = _code(origin.revision) if origin.revision else "not recorded"
+    facts = {
+        "dataset": f"{_code(origin.repo_id)}, revision {revision}, "
+        f"{origin.total_frames} frames in {origin.total_episodes} episodes at {origin.fps:g} fps",
+        "dataset digest": _code(origin.digest),
+        "coverage": f"{store.coverage}; {missing} frames at episode starts have no token, and give zeros",
+        "camera": _code(provenance.camera_key),
+        "stride": f"{provenance.frame_stride} frame{'s' if provenance.frame_stride > 1 else ''} = "
+        f"{provenance.stride_seconds:g} s",
+        "LAM": _code(lam.path) + (f", revision {_code(lam.revision)}" if lam.revision else ""),
+        "LAM fingerprint": _code(lam.fingerprint),
+        "tokens": f"{provenance.token_kind}, {lam.num_learned_tokens} × {lam.action_latent_dim} numbers "
+        f"(codebook of {lam.num_codes})",
+        "context": provenance.context,
+        "encoded in": f"{provenance.dtype} on {provenance.device}",
+        "stored as": f"{provenance.storage_dtype}, largest error {provenance.max_error:.2g}",
+        "SHA-256": _code(provenance.tensors_sha256),
+        "made with": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
+    }
+    return {name: _cell(text) for name, text in facts.items()}
+
+
+def _commands(provenance: Provenance, where: str) -> str:
+    dataset, lam = shlex.quote(provenance.dataset.repo_id), shlex.quote(provenance.lam.path)
+    kind = " --policy.lam_use_vq_tokens=false" if provenance.token_kind == CONTINUOUS else ""
+    return (
+        "```bash\n"
+        f"pip install {PACKAGE}\n"
+        f"lerobot-train --policy.type=diffusion_lam --dataset.repo_id={dataset} \\\n"
+        f"    --policy.use_precomputed_lam_tokens=true --policy.lam_tokens_path={where}{kind} \\\n"
+        "    --policy.push_to_hub=false --output_dir=outputs/diffusion_lam\n"
+        "\n"
+        f"lerobot-lam-tokens verify {where} --dataset.repo_id={dataset} --lam.path={lam}\n"
+        f"lerobot-lam-tokens pull {where} --output_dir=./lam_tokens\n"
+        "```"
+    )
+
+
+def _usage(store: TokenStore, every_code: bool) -> str:
+    """Tables in place of a picture, or beside it."""
+    counts = store.code_counts()
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    rows = []
+    for slot, perplexity in enumerate(store.code_perplexity()):
+        most = int(shares[slot].argmax())
+        used = f"{int((counts[slot] > 0).sum())} of {counts.shape[1]}"
+        rows.append((f"{slot}", used, f"{perplexity:.1f}", f"{most} ({shares[slot, most]:.1f} %)"))
+    tables = [_table(("slot", "codes in use", "perplexity", "most frequent code"), rows)]
+    if every_code:
+        order = shares.sum(0).argsort(descending=True, stable=True)[:32].tolist()
+        names = ("code", *(f"slot {slot}" for slot in range(len(shares))))
+        tables.append(
+            _table(names, [(f"{code}", *(f"{share:.1f} %" for share in shares[:, code])) for code in order])
+        )
+    return "\n\n".join(tables)
+
+
+def _table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [names, ("---",) * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', chr(39))}`"
+
+
+def _cell(text: str) -> str:
+    """Text that does not end a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,135 @@
+"""From what a user writes (a folder, a file, a Hub id) to the place of a token store on this machine.
+
+| written                                                      | is                                        |
+|--------------------------------------------------------------|-------------------------------------------|
+| a path that exists                                           | that folder or file, whatever its name    |
+| `user/name`, `user/name@revision`                            | a dataset repository on the Hub           |
+| `hf://datasets/user/name`, `hf://user/name`, `…@revision`    | the same, also where such a folder exists |
+"""
+
+import contextlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from lerobot_lam_diffusion.hub import REPO_ID, HubError, fetch
+from lerobot_lam_diffusion.reading import is_file, shown
+from lerobot_lam_diffusion.tokens.layout import (
+    PROVENANCE_FILE,
+    TENSORS_FILE,
+    TokenStoreError,
+    check_content,
+    find_folder,
+    unfinished_folder,
+)
+
+logger = logging.getLogger(__name__)
+
+KIND = "dataset"  # the Hub's kind of repository that holds a store
+
+_URL = re.compile(r"hf:/{1,2}(datasets/)?")  # a Path makes one slash of two
+_NAMESPACES = ("datasets", "models", "spaces", "kernels", "buckets")
+_FILES = (".pt", ".pth", ".safetensors", ".json")
+
+
+class StoreLocation(NamedTuple):
+    """Attributes:
+    path: where the store is, or would be, on this machine.
+    hub_id: `user/name@commit` if it came from the Hub, else None.
+    """
+
+    path: Path
+    hub_id: str | None = None
+
+
+def locate_store(path: str | Path) -> StoreLocation:
+    """Where a store lies; one on the Hub is fetched into the Hub's cache, or found there.
+
+    A local path is returned whether or not there is a store.
+
+    Raises:
+        TokenStoreError: no such repository, no access, no network, or it holds no store.
+    """
+    text = str(path)
+    url = _URL.match(text)
+    if url is None:
+        local = Path(path)
+        with contextlib.suppress(RuntimeError):  # a home that does not exist: then nor does the path
+            local = local.expanduser()
+        if not _may_be_hub_id(text):
+            return StoreLocation(local)
+        if os.path.lexists(local):
+            logger.info("%s is a folder here; hf://%s would be the Hub's.", text, text)
+            return StoreLocation(local)
+        if unfinished_folder(local).is_dir():
+            return StoreLocation(local)
+        return _fetched(text, text)
+    name = text[url.end() :]
+    if not REPO_ID.fullmatch(name.partition("@")[0]) or name.split("/")[0] in _NAMESPACES:
+        raise TokenStoreError(
+            f"no token store at {shown(text, 500)}: expected hf://datasets/user/name, with @revision if need "
+            "be. Correct the address"
+        )
+    return _fetched(name, f"hf://datasets/{name}")
+
+
+def parse_hub_id(hub_id: str) -> tuple[str, str | None]:
+    """`user/name@revision` as repository and revision."""
+    repo_id, _, revision = hub_id.partition("@")
+    return repo_id, revision or None
+
+
+def _may_be_hub_id(text: str) -> bool:
+    repo_id = text.partition("@")[0]
+    return bool(REPO_ID.fullmatch(repo_id)) and not repo_id.endswith(_FILES)
+
+
+def _fetched(hub_id: str, written: str) -> StoreLocation:
+    repo_id, revision = parse_hub_id(hub_id)
+    try:
+        folder = fetch(repo_id, revision, (TENSORS_FILE, PROVENANCE_FILE), KIND)
+    except HubError as error:
+        here = "" if _URL.match(written) else "it is no folder here, and "
+        raise TokenStoreError(
+            f"no token store at {written}: {here}{error}. A store is made by lerobot-lam-precompute, and put "
+            "on the Hub by lerobot-lam-tokens push"
+        ) from error
+    pinned = f"{repo_id}@{folder.name}"
+    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not is_file(folder / name)]
+    if len(absent) == 2:
+        raise TokenStoreError(
+            f"no token store at {written}: the Hub's {KIND} repository {pinned} holds no {TENSORS_FILE} and "
+            f"no {PROVENANCE_FILE}, expected both. Name a repository that lerobot-lam-tokens push has made"
+        )
+    if absent:
+        raise TokenStoreError(
+            f"no token store at {written}: {pinned} lacks {absent[0]}. Either the repository is damaged "
+            "(push the store again), or only a part of it was fetched so far (go online once)"
+        )
+    return StoreLocation(folder, pinned)
+
+
+def check_located(location: StoreLocation, *, again: bool = False) -> Path:
+    """`check_content` of the store that lies there.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        TokenStoreError: see `find_folder` and `check_content`; of a fetched store it tells what to do.
+    """
+    folder = find_folder(location.path)
+    try:
+        check_content(folder, again=again)
+    except TokenStoreError as error:
+        if location.hub_id is None:
+            raise
+        repo_id, _ = parse_hub_id(location.hub_id)
+        raise TokenStoreError(
+            f"{error}. It was fetched from {location.hub_id}: remove {folder.parent.parent} and it is "
+            f"fetched again; if it stays damaged, so is the repository, and whoever keeps {repo_id} has to "
+            "push it again"
+        ) from error
+    return folder

@@ -1,0 +1,134 @@
+"""A token store → a dataset repository on the Hub, with its card, in one commit."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lerobot_lam_diffusion.hub import HubError, reason, refuse_impossible
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.card import PICTURE_FILE, make_card
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content
+from lerobot_lam_diffusion.tokens.locating import KIND
+from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.usage_picture import draw_usage
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+DEFAULT_BRANCH = "main"
+_ANYWHERE = (".gitattributes", CARD_FILE)  # files of a repository in which nothing is
+
+
+class Pushed(NamedTuple):
+    """Attributes:
+    hub_id: `user/name@commit`.
+    url: Of the commit's page.
+    """
+
+    hub_id: str
+    url: str
+
+
+def push_store(
+    store: TokenStore, repo_id: str, *, private: bool | None = None, revision: str | None = None
+) -> Pushed:
+    """Commit a store to `repo_id`, which is made if there is none.
+
+    Args:
+        store: Of any coverage; all of it is read again first.
+        repo_id: `user/name`.
+        private: Of a new repository; None: as the namespace has it. An existing one is not changed, and a
+            public one is refused where a private one is wanted.
+        revision: Branch, made if there is none; None: `main`.
+
+    Raises:
+        UserError: no store (`.pt` file), damaged, the Hub refuses it, or the repository holds something else.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+
+    if store.provenance is None:
+        raise UserError(
+            f"{store.path} does not say what its tokens are, so nobody could check them; only token stores "
+            "are pushed. Extract one with lerobot-lam-precompute"
+        )
+    check_content(store.path, again=True)
+    try:
+        refuse_impossible(repo_id, revision)
+        return _push(HfApi(), store, repo_id, private, revision)
+    except HubError as error:
+        raise UserError(f"{store.name} was not pushed to {repo_id}: {error}.") from error
+    except UserError:
+        raise
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{store.name} was not pushed to {repo_id}: {reason(error, KIND)}.") from error
+
+
+def _push(
+    api: "HfApi", store: TokenStore, repo_id: str, private: bool | None, revision: str | None
+) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    repo_id = api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True).repo_id
+    _refuse_public(api, repo_id, private)
+    if revision not in (None, DEFAULT_BRANCH):
+        api.create_branch(repo_id, repo_type=KIND, branch=str(revision), exist_ok=True)
+    info = api.dataset_info(repo_id, revision=revision)
+    present = {sibling.rfilename for sibling in info.siblings or []}
+    _refuse_other(repo_id, present)
+    existing = _existing_card(repo_id, info.sha) if CARD_FILE in present else None
+    with tempfile.TemporaryDirectory() as folder:
+        picture = _picture(store, repo_id, Path(folder) / PICTURE_FILE)
+        named = None if revision == DEFAULT_BRANCH else revision
+        card = make_card(store, repo_id, named, has_picture=picture is not None, existing=existing)
+        operations: list[Any] = [
+            CommitOperationAdd(TENSORS_FILE, store.path / TENSORS_FILE),
+            CommitOperationAdd(PROVENANCE_FILE, store.path / PROVENANCE_FILE),
+            CommitOperationAdd(CARD_FILE, card.encode()),
+        ]
+        if picture is not None:
+            operations.append(CommitOperationAdd(PICTURE_FILE, picture))
+        elif PICTURE_FILE in present:  # of another store
+            operations.append(CommitOperationDelete(PICTURE_FILE))
+        commit = api.create_commit(
+            repo_id, operations, commit_message="LAM tokens", repo_type=KIND, revision=revision
+        )
+    return Pushed(f"{repo_id}@{commit.oid}", str(commit.commit_url))
+
+
+def _refuse_public(api: "HfApi", repo_id: str, private: bool | None) -> None:
+    if private and api.dataset_info(repo_id).private is False:
+        raise UserError(
+            f"{repo_id} exists already and is public, expected a private one (--private=true). Name another "
+            "--repo_id, or make it private in its settings on the Hub"
+        )
+
+
+def _refuse_other(repo_id: str, present: set[str]) -> None:
+    others = sorted(present.difference(_ANYWHERE))
+    if others and PROVENANCE_FILE not in present:
+        raise UserError(
+            f"{repo_id} exists already and holds no token store but {', '.join(others[:3])}"
+            f"{', …' if len(others) > 3 else ''}. A store has a repository of its own: name another --repo_id"
+        )
+
+
+def _existing_card(repo_id: str, commit: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(repo_id, CARD_FILE, repo_type=KIND, revision=commit)
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _picture(store: TokenStore, title: str, path: Path) -> Path | None:
+    if store.codebook is None:
+        return None
+    try:
+        return draw_usage(store, title, path)
+    except ImportError as error:
+        logger.info("The card tells the codebook's use as a table: %s.", error)
+        return None
