@@ -14,6 +14,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from lerobot_lam_diffusion import DiffusionLamPolicy
+from lerobot_lam_diffusion.tokens.add_column import add_column
 
 SMALL_FLAGS = [
     "--policy.type=diffusion_lam",
@@ -120,6 +121,19 @@ def test_a_bad_store_stops_before_training(monkeypatch, flags, tmp_path):
     with pytest.raises(ValueError, match=r"no token store at .*lerobot-lam-precompute"):
         train(monkeypatch, *flags, f"--policy.lam_tokens_path={tmp_path}/nothing", "--steps=1")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_column_trains_as_its_store_bit_for_bit(monkeypatch, flags, dataset, store, tmp_path):
+    made = add_column(store, dataset.meta, tmp_path / "column")
+    train(monkeypatch, *flags, "--steps=3", f"--output_dir={tmp_path / 'by_store'}")
+    own = [flag for flag in flags if not flag.startswith(("--policy.lam_tokens_path", "--dataset.root"))]
+    own += [f"--dataset.root={made.root}", "--steps=3"]
+    train(monkeypatch, *own, f"--output_dir={tmp_path / 'by_column'}")
+    assert same(weights(tmp_path / "by_store"), weights(tmp_path / "by_column"))
+    config = tmp_path / "by_column" / "checkpoints" / "last" / "pretrained_model" / "config.json"
+    saved = json.loads(config.read_text())
+    assert saved["lam_fingerprint"] == store.provenance.lam.fingerprint
+    assert saved["lam_source"] == "column:observation.lam_tokens"
 
 
 FSDP = {

@@ -1,18 +1,23 @@
 """Bad sources of tokens: one clear error each, while the policy is built, before anything trains."""
 
+import copy
+import dataclasses
+import re
 import shutil
 
 import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
-from lerobot.datasets.dataset_tools import add_features, delete_episodes
+from lerobot.datasets.dataset_tools import add_features, delete_episodes, recompute_stats
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.add_column import add_column
 from tests.conftest import TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, training_batch
 
@@ -30,6 +35,13 @@ def with_column(dataset, store, tmp_path_factory):
         output_dir=tmp_path_factory.mktemp("column") / "data",
         repo_id="local/column",
     )
+
+
+@pytest.fixture(scope="module")
+def with_known_column(dataset, store, tmp_path_factory):
+    """The same as `lerobot-lam-tokens add-column` makes it."""
+    made = add_column(store, dataset.meta, tmp_path_factory.mktemp("known") / "data")
+    return LeRobotDataset("local/known", root=made.root, video_backend="pyav", return_uint8=True)
 
 
 def refused(dataset, *messages, **fields):
@@ -102,6 +114,65 @@ def test_fields_that_contradict_the_store_are_told_at_once(dataset, store):
     )
 
 
+def test_fields_that_contradict_the_column_are_told_as_for_a_store(with_known_column):
+    refused(
+        with_known_column,
+        "column 'observation.lam_tokens' of dataset 'local/known' does not fit the policy; 5 problems",
+        "lam_frame_stride is 3, the column has 1",
+        "lam_num_learned_tokens is 4, the column has 2",
+        "lam_action_latent_dim is 16, the column has 32",
+        "the policy was trained with abc…: train on a column of that LAM",
+        "it holds vq tokens: pass --policy.lam_use_vq_tokens=true",
+        lam_frame_stride=3,
+        lam_num_learned_tokens=4,
+        lam_action_latent_dim=16,
+        lam_fingerprint="abc",
+        lam_use_vq_tokens=False,
+    )
+
+
+def test_a_column_tells_the_policy_what_a_store_tells(dataset, with_known_column, store, caplog):
+    caplog.set_level("INFO")
+    of_store, _ = build(lam_config(lam_tokens_path=str(store.path)), dataset)
+    of_column, _ = build(lam_config(), with_known_column)
+    assert "the dataset's column observation.lam_tokens (as extracted)" in caplog.text
+    assert "Training goes on" not in caplog.text
+    by_store, by_column = (dataclasses.asdict(policy.config) for policy in (of_store, of_column))
+    assert {name for name in by_store if by_store[name] != by_column[name]} == {
+        "lam_source",
+        "lam_tokens_path",
+    }
+    assert of_column.config.lam_source == "column:observation.lam_tokens"
+    assert of_column.config.lam_fingerprint == store.provenance.lam.fingerprint
+
+
+def test_a_derived_column_still_tells(with_known_column, store, tmp_path, caplog):
+    caplog.set_level("INFO")
+    edited = delete_episodes(with_known_column, [0], output_dir=tmp_path / "edited", repo_id="local/edited")
+    policy, _ = build(lam_config(), edited)
+    assert "(derived: meta/lam_tokens.json says nothing about it" in caplog.text
+    assert policy.config.lam_fingerprint == store.provenance.lam.fingerprint
+    assert policy.config.lam_token_scale == store.provenance.lam.token_scale
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"format_version": 99},
+            "has format version 99; this lerobot_policy_diffusion_lam reads versions up",
+        ),
+        ({"frame_stride": 0}, "frame_stride is 0, expected a positive integer"),
+        ({"lam": {}}, "is damaged: lam.path is missing"),
+    ],
+)
+def test_a_damaged_column_is_refused(with_known_column, change, message):
+    meta = copy.deepcopy(with_known_column.meta)
+    meta.features[OBS_LAM_TOKENS]["info"] |= change
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_policy(lam_config(), ds_meta=meta)
+
+
 def test_continuous_store_names_the_flag(dataset, continuous_store):
     refused(dataset, "--policy.lam_use_vq_tokens=false", lam_tokens_path=str(continuous_store.path))
 
@@ -117,8 +188,6 @@ def test_two_cameras_one_of_which_the_store_saw(tmp_path, make_store):
 
 
 def test_partial_store_warns_and_the_batch_names_episode_and_frame(dataset, make_store, caplog):
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
     some = LeRobotDataset("local/squares", root=dataset.root, episodes=[1, 3], return_uint8=True)
     store = make_store(some)
     policy, preprocess = build(lam_config(lam_tokens_path=str(store.path)), dataset)
@@ -207,6 +276,28 @@ def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_s
         policy.config.lam_token_scale = store.provenance.lam.token_scale
         make_lam_weights_matter(policy)
         batch = preprocess(training_batch(policy.config, source, [1, 20, 30]))
+        torch.manual_seed(0)
+        losses.append(policy.forward(batch)[0].item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["store", "continuous_store"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_an_added_column_and_its_store_give_the_same_loss(dataset, kind, recomputed, request, tmp_path):
+    """Nothing is told to the policy but where the tokens are."""
+    store = request.getfixturevalue(kind)
+    made = add_column(store, dataset.meta, tmp_path / "data")
+    added = LeRobotDataset("local/added", root=made.root, video_backend="pyav", return_uint8=True)
+    if recomputed:
+        recompute_stats(added)
+        added = LeRobotDataset("local/added", root=made.root, video_backend="pyav", return_uint8=True)
+    assert OBS_LAM_TOKENS in added.meta.stats
+    losses = []
+    for source, fields in ((dataset, {"lam_tokens_path": str(store.path)}), (added, {})):
+        fields |= {"lam_temporal_aggregation": "concat", "lam_use_vq_tokens": kind == "store"}
+        policy, preprocess = build(lam_config(**fields), source)
+        make_lam_weights_matter(policy)
+        batch = preprocess(training_batch(policy.config, source, [0, 1, 20, 30]))
         torch.manual_seed(0)
         losses.append(policy.forward(batch)[0].item())
     assert losses[0] == losses[1]

@@ -23,7 +23,7 @@ class Agreement:
         max_error: Largest absolute difference of any number.
         distinct: Different tokens among them: agreement on one value alone would say little.
         mean_error: Mean absolute difference of the numbers.
-        mean_error_of_others: The same between the stored tokens and those of other frames of the sample.
+        mean_error_of_others: The same between each stored token and the LAM's of another frame.
     """
 
     checked: int
@@ -76,7 +76,7 @@ def recompute_sample(
         stored_error = store.provenance.max_error if store.provenance is not None else 0.0
         tolerance = TOLERANCE * float(expected.abs().max()) + stored_error
     error = (stored - expected).abs().amax(dim=1)
-    others = expected.roll(max(len(index) // 2, 1), 0)
+    others = expected.roll(1, 0)
     return Agreement(
         checked=len(index),
         equal=int((error <= tolerance).sum()),

@@ -20,7 +20,7 @@ from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
-NEARER = 0.9
+NEARER = 0.75
 """A derived dataset's tokens may differ from the LAM's of its frames, which were encoded again; but by less
 than this share of how much tokens of other frames differ."""
 
