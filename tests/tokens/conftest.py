@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lerobot_lam_diffusion.tokens import Provenance, TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, sha256_of
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin
 from lerobot_lam_diffusion.tokens.writer import write_store
+from tests.hub_server import HubServer, connect, serve
 
 SLOTS, WIDTH = 2, 4
 
@@ -107,3 +108,23 @@ def write_random(make_provenance):
         return write_store(folder, provenance, values.split(3), codebook, start, stop, covers)
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    """A Hub of our own with an empty cache; nobody is logged in."""
+    with serve() as server:
+        connect(monkeypatch, server.url, tmp_path / "hub-cache")
+        yield server
+
+
+@pytest.fixture
+def random_store(write_random, tmp_path) -> TokenStore:
+    """VQ tokens of a dataset that does not exist: 4 episodes, 34 frames."""
+    return write_random(tmp_path / "random", (9, 12, 6, 7))
+
+
+@pytest.fixture
+def random_files(random_store) -> dict[str, bytes]:
+    """Its files, as a repository has them."""
+    return {name: (random_store.path / name).read_bytes() for name in (TENSORS_FILE, PROVENANCE_FILE)}

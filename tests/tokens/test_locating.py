@@ -1,0 +1,200 @@
+"""Which store a user means, and how one comes from the Hub; the Hub is a server on this machine."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.tokens.locating import locate_store
+from tests.hub_server import OWNER, READER
+
+REPO = "user/tokens"
+
+
+@pytest.fixture
+def commit(hub, random_files):
+    """The store as a repository, among files that nobody asks for."""
+    return hub.add(REPO, {**random_files, "README.md": b"# card\n", "video.mp4": b"x" * 5000})
+
+
+def refusal(path):
+    with pytest.raises(TokenStoreError) as refused:
+        TokenStore.open(path)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("written", [REPO, f"hf://datasets/{REPO}", f"hf://{REPO}"])
+def test_a_store_comes_from_the_hub_with_its_two_files_only(written, hub, commit, random_store):
+    store = TokenStore.open(written)
+    frames = torch.arange(34)
+    assert torch.equal(store.window(frames, [-1, 0]), random_store.window(frames, [-1, 0]))
+    assert store.hub_id == store.name == f"{REPO}@{commit}"
+    assert sorted(file.name for file in store.path.iterdir()) == [PROVENANCE_FILE, TENSORS_FILE]
+    assert not any("mp4" in line for line in hub.log)
+
+
+def test_a_worker_maps_it_again_and_knows_its_name(hub, commit):
+    store = pickle.loads(pickle.dumps(TokenStore.open(REPO)))
+    assert store.name == f"{REPO}@{commit}"
+    assert len(store.values) == 34
+
+
+def test_a_revision_pins(hub, commit, random_files, write_random, tmp_path):
+    write_random(tmp_path / "new", (9, 12, 6, 7), num_codes=20)
+    newer = {name: (tmp_path / "new" / name).read_bytes() for name in random_files}
+    later = hub.add(REPO, newer)
+    hub.repos[REPO].branches["feature/x"] = commit
+    assert TokenStore.open(REPO).hub_id == f"{REPO}@{later}"
+    for revision in (commit, "feature/x"):
+        pinned = TokenStore.open(f"{REPO}@{revision}")
+        assert pinned.hub_id == f"{REPO}@{commit}"
+        assert len(pinned.codebook) == 16
+    hub.log.clear()
+    TokenStore.open(f"{REPO}@{commit}")
+    assert hub.log == []  # a commit in the cache is not asked for
+
+
+@pytest.mark.parametrize("written", [REPO, "pinned"])
+@pytest.mark.parametrize("trouble", ["HF_HUB_OFFLINE", "no server", "out of order"])
+def test_offline_afterwards(trouble, written, hub, commit, monkeypatch):
+    TokenStore.open(REPO)
+    if trouble == "HF_HUB_OFFLINE":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif trouble == "no server":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        hub.fails = 503
+    hub.log.clear()
+    assert TokenStore.open(f"{REPO}@{commit}" if written == "pinned" else REPO).name == f"{REPO}@{commit}"
+
+
+def test_an_existing_folder_wins_and_an_address_does_not_look_at_folders(
+    hub, commit, random_store, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_store.path, tmp_path / REPO)
+    hub.log.clear()
+    assert TokenStore.open(REPO).hub_id is None
+    assert hub.log == []
+    assert TokenStore.open(f"hf://datasets/{REPO}").hub_id == f"{REPO}@{commit}"
+
+
+@pytest.mark.parametrize(
+    "written", ["./user/tokens", "/user/tokens", "tokens", "a/b/c", "user/tokens.pt", f"user/{TENSORS_FILE}"]
+)
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(written, hub):
+    location = locate_store(written)
+    assert (str(location.path), location.hub_id) == (written.removeprefix("./"), None)
+    assert hub.log == []
+
+
+def test_an_unfinished_extraction_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "tokens.shards").mkdir(parents=True)
+    assert "its extraction is unfinished" in refusal(REPO)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    "written", ["hf://tokens", "hf://datasets/tokens", "hf://a/b/c", "hf://", "hf://a/b c"]
+)
+def test_an_address_that_is_none(written, hub):
+    assert "expected hf://datasets/user/name" in refusal(written)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("revision", ["nope", "../../..", "a b", "0" * 40])
+def test_an_unknown_revision(revision, hub, commit):
+    assert "revision" in refusal(f"{REPO}@{revision}")
+
+
+def test_an_unknown_repository_tells_both_places_where_it_was_looked_for(hub):
+    told = refusal("user/nope")
+    assert told.startswith("no token store at user/nope: it is no folder here, and the Hub has no dataset")
+    assert "Correct the name, or log in" in told
+    assert "lerobot-lam-precompute" in told
+    assert "folder here" not in refusal("hf://datasets/user/nope")
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "expected"),
+    [
+        ({"private": True}, None, "does not show it to you"),
+        ({"private": True}, READER, "does not show it to you"),
+        ({"private": True}, "hf_expired", "refused the credentials (401"),
+        ({"gated": True}, READER, "accepted its conditions"),
+    ],
+)
+def test_refused_credentials(options, token, expected, hub, random_files, monkeypatch):
+    hub.add(REPO, random_files, **options)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    told = refusal(REPO)
+    assert expected in told
+    assert "hf auth login" in told
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    assert len(TokenStore.open(REPO).values) == 34
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(403, "refused the credentials (403: out of order)"), (503, "Try again later")]
+)
+def test_a_hub_that_refuses_everything(status, expected, hub, commit):
+    hub.fails = status
+    assert expected in refusal(REPO)
+
+
+def test_no_network_and_nothing_in_the_cache(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "could not be reached, nor does its cache" in refusal(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "unset HF_HUB_OFFLINE" in refusal(REPO)
+
+
+@pytest.mark.parametrize("files", [{}, {"data.bin": b"x"}, {PROVENANCE_FILE: b"{}"}])
+def test_a_repository_that_is_no_store(files, hub):
+    hub.add(REPO, {"README.md": b"", **files})
+    told = refusal(REPO)
+    assert TENSORS_FILE in told
+    assert "push" in told
+
+
+def test_a_cut_download_is_resumed(hub, commit):
+    hub.cuts[TENSORS_FILE] = [100]
+    assert len(TokenStore.open(REPO).values) == 34
+    assert sum(line.startswith("GET") and TENSORS_FILE in line for line in hub.log) == 2
+
+
+def test_a_cut_download_that_cannot_be_resumed_is_never_used(hub, commit, monkeypatch):
+    hub.cuts[TENSORS_FILE] = [100]
+    hub.dies = True
+    told = refusal(REPO)
+    assert "Try again later" in told
+    hub.fails = None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "unset HF_HUB_OFFLINE" in refusal(REPO)  # the half that came is no store
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert len(TokenStore.open(REPO).values) == 34
+
+
+def test_a_store_whose_hash_does_not_fit(hub, random_files):
+    content = bytearray(random_files[TENSORS_FILE])
+    content[-1] ^= 1
+    sha = hub.add(REPO, {**random_files, TENSORS_FILE: bytes(content)})
+    told = refusal(REPO)
+    assert "its SHA-256 is" in told
+    assert f"fetched from {REPO}@{sha}" in told
+    assert "datasets--user--tokens and it is fetched again" in told
+
+
+def test_a_damaged_cache_is_mended_as_the_message_says(hub, commit):
+    store = TokenStore.open(REPO)
+    path = (store.path / TENSORS_FILE).resolve()
+    path.write_bytes(path.read_bytes()[:-1])
+    told = refusal(REPO)
+    shutil.rmtree(told.split("remove ")[1].split(" and ")[0])
+    assert TokenStore.open(REPO).name == store.name
