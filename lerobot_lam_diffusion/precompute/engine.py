@@ -158,6 +158,7 @@ def precompute_tokens(
                 frame_stride=frame_stride,
                 batch_size=batch_size,
                 num_workers=workers,
+                num_encoders=process.cores if lam.device.type == "cpu" and workers else min(workers, 1),
                 skip_unreadable=skip_unreadable,
                 clock=clock,
                 advance=bar.update,

@@ -1,6 +1,6 @@
 """Pair: full batches of frame pairs across chunk and episode boundaries."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ def episode_pairs(chunks: Iterable[Tensor], first_row: int, frame_stride: int) -
         recent = frames[-frame_stride:]
 
 
-def rebatch(batches: Iterable[PairBatch], batch_size: int) -> Iterator[PairBatch]:
+def rebatch(batches: Iterable[PairBatch], batch_size: int) -> Generator[PairBatch]:
     """The same pairs in the same order, `batch_size` at a time (fewer in the last)."""
     waiting: list[PairBatch] = []
     count = 0

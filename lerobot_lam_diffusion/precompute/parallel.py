@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 
@@ -12,11 +12,11 @@ def work_ahead[T, R](
     make_worker: Callable[[], Callable[[T], Iterable[R]]],
     num_workers: int,
     capacity: int,
-) -> Iterator[R]:
+) -> Generator[R]:
     """Results of all tasks, as they come: a task's own stay in order, those of different tasks mix.
 
     Args:
-        tasks: Taken up in order.
+        tasks: Taken up in order, one thread at a time.
         make_worker: Called once in each thread; what it returns gives the results of one task.
         num_workers: Threads; 0: none, everything runs when asked for, in order.
         capacity: Results that may wait for the consumer; workers pause beyond that.

@@ -1,15 +1,16 @@
-"""Decode, move, encode: all at once. Threads decode ahead, full batches go through the LAM."""
+"""Decode, move, encode: all at once. Threads decode ahead, threads put full batches through the LAM."""
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.precision import full_precision
 from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
 from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames
@@ -80,6 +81,7 @@ def extract(
     frame_stride: int,
     batch_size: int,
     num_workers: int,
+    num_encoders: int,
     skip_unreadable: bool,
     clock: Clock,
     advance: Callable[[int], object],
@@ -89,6 +91,9 @@ def extract(
     Args:
         positions: Of the episodes in the plan.
         make_frames: The reader of one worker thread.
+        num_workers: Threads that decode; 0: none, in turn with the encoding.
+        num_encoders: Threads that encode. A GPU needs one. A CPU's cores do more as single threads than as
+            those of one operation, which wait for each other by spinning while others decode.
         skip_unreadable: Pass over an episode that cannot be read instead of raising.
         advance: Called with the number of frames that were decoded.
 
@@ -123,19 +128,30 @@ def extract(
 
         return pairs_of
 
+    skipped: deque[SkippedEpisode] = deque()
+
     def readable(results: Iterable[PairBatch | SkippedEpisode]) -> Iterator[PairBatch]:
         for result in results:
             if isinstance(result, SkippedEpisode):
-                collector.skip(result)
+                skipped.append(result)  # the collector is the main thread's
             else:
                 yield result
 
-    ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
-    encoded = 0
-    for batch in rebatch(readable(clock.timed("wait", ahead)), batch_size):
+    def encode(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor]]:
         with clock("encode"):
             values = encoder(batch)
-        with clock("write"):
-            collector.add(batch.rows, values)
-        encoded += len(batch.rows)
+        yield batch.rows, values
+
+    ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
+    batches = rebatch(readable(clock.timed("wait", ahead)), batch_size)
+    encoded = 0
+    with full_precision(lam.device), closing(ahead), closing(batches):  # one switch for all threads
+        for rows, values in work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders)):
+            with clock("write"):
+                collector.add(rows, values)
+                while skipped:
+                    collector.skip(skipped.popleft())
+            encoded += len(rows)
+    for episode in skipped:
+        collector.skip(episode)
     return encoded

@@ -14,6 +14,7 @@ The pictures are smooth noise that moves; with `--clip`, the frames of a recordi
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -141,14 +142,14 @@ def resize_alone(dataset: LeRobotDataset, lam, workers: int) -> float:
 
 
 def lam_alone(lam, batch_size: int, at_least_s: float = 2.0) -> float:
-    """Pairs a second on ready batches at the LAM's own size."""
+    """Pairs a second on ready batches at the LAM's own size, with as many threads as extraction uses."""
     noise = torch.randint(0, 256, (2 * batch_size, 3, 64, 64), dtype=torch.uint8)
     prev, cur = lam.resize(noise).chunk(2)
-    lam.encode_pairs(prev, cur).indices.cpu()
-    batches, started = 0, time.perf_counter()
-    while time.perf_counter() - started < at_least_s:
-        lam.encode_pairs(prev, cur).indices.cpu()
-        batches += 1
+    threads = len(os.sched_getaffinity(0)) if lam.device.type == "cpu" else 1
+    started = time.perf_counter()
+    tasks = itertools.takewhile(lambda _: time.perf_counter() - started < at_least_s, itertools.count())
+    encode = lambda _: [lam.encode_pairs(prev, cur).indices.cpu()]  # noqa: E731
+    batches = sum(1 for _ in work_ahead(tasks, lambda: encode, threads, threads))
     return batches * batch_size / (time.perf_counter() - started)
 
 
@@ -183,7 +184,7 @@ def main() -> None:
         if args.compile:
             lam.compile()
         batch_size = args.batch_size or find_batch_size(lam, len(dataset))
-        lam_alone(lam, batch_size, 0.0)  # compile, warm up
+        lam_alone(lam, batch_size, 0.1)  # compile, warm up
         rates: dict[str, list[float]] = {
             name: [] for name in ("naive", "ours", "decode alone", "resize alone", "LAM alone")
         }

@@ -213,7 +213,7 @@ def test_a_failure_in_the_middle_leaves_no_store_and_the_next_run_goes_on(
         return lam.encode_pairs(prev, cur)
 
     with pytest.raises(type(error)):
-        extract(Wrapped(lam, fail_later), shard_frames=1)
+        extract(Wrapped(lam, fail_later), shard_frames=1, num_workers=0)
     assert len(calls) == 4
     assert os.listdir(tmp_path) == ["store.shards"]
     summary = extract(shard_frames=1)
