@@ -69,8 +69,8 @@ def add_token_column(config: AddColumnConfig) -> None:
     )
     if made.linked:
         print(
-            "The linked videos are the original's own files: before you re-encode them in place, or record "
-            "further episodes onto this dataset, make one with --copy_videos=true"
+            "The linked videos are the original's own files; to re-encode them in place "
+            "(lerobot-edit-dataset --operation.type=reencode_videos), add the column with --copy_videos=true"
         )
 
 

@@ -41,7 +41,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import check_binding
-from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, read_origins
+from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
@@ -89,8 +89,8 @@ def add_column(
         output: Root of the new dataset; must not exist, or be empty.
         key: A name that LeRobot takes for an observation.
         copy_videos: Copy them. False: hard links, where the file system has them. A linked file is one
-            file: what writes into it in place changes both datasets (LeRobot's `reencode_videos` does, where
-            the temporary folder is on another file system; so does recording further episodes).
+            file: what writes into it in place changes both datasets. LeRobot's `reencode_dataset` does,
+            where the temporary folder is on another file system; its other tools write new files.
 
     Raises:
         UserError: the store is partial or not a store, the name cannot be used, or files are missing.
@@ -196,7 +196,7 @@ def _write_dataset(store: TokenStore, meta: Any, root: Path, key: str) -> None:
     write_info(info, root)
     total = aggregate_stats([{key: episode} for episode in stats.values()])
     write_stats({**(load_stats(meta.root) or {}), **total}, root)
-    origins = {**read_origins(meta.root), key: json.loads(store.provenance.to_json())}
+    origins = {**read_origins(meta.root), key: origin_document(store.provenance, meta)}
     (root / ORIGINS_FILE).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
 
 

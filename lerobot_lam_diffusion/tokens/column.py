@@ -5,9 +5,9 @@ What makes the tokens what they are (LAM, camera, stride, kind, …) stands in t
 refuses features that differ in anything, `info` included. So it says nothing that differs between two
 datasets with tokens of one kind, and LeRobot itself refuses to mix the tokens of two LAMs.
 
-What belongs to one dataset alone (its digest, and all else that its token store knew) stands in
-`meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or its digest is not that of
-the dataset's episodes, the column is *derived*. Its rows still are those of their frames.
+What belongs to one dataset alone (its digest, all else that its token store knew, and how the camera's video
+was encoded) stands in `meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or is
+not true of the dataset any more, the column is *derived*. Its rows still are those of their frames.
 
 There is no list of missing tokens: they are the rows with `frame_index < frame_stride`, and zero.
 """
@@ -114,7 +114,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
 
 
 def read_origins(root: str | Path) -> dict[str, Any]:
-    """Column → provenance document of the store that it was made of; empty where there is none."""
+    """Column → what `origin_document` said of it; empty where there is none."""
     try:
         origins = read_json(Path(root) / ORIGINS_FILE, DOCUMENT_BYTES)
     except UnreadableError:
@@ -122,24 +122,34 @@ def read_origins(root: str | Path) -> dict[str, Any]:
     return origins if isinstance(origins, dict) else {}
 
 
+def origin_document(provenance: Provenance, meta: Any) -> dict[str, Any]:
+    """What to keep in `ORIGINS_FILE` of the store that a column of the dataset `meta` is made of."""
+    return {"store": json.loads(provenance.to_json()), "video": _video(meta, provenance.camera_key)}
+
+
+def _video(meta: Any, camera: str) -> Any:
+    """How a camera's video is encoded, which `reencode_dataset` keeps up to date."""
+    return meta.features.get(camera, {}).get("info")
+
+
 def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
     """The column with all that is known about it, if its dataset is still the one it was made of."""
     document = read_origins(meta.root).get(column.key)
-    if document is None:
+    if not isinstance(document, dict):
         return dataclasses.replace(
             column,
             derived=f"{ORIGINS_FILE} says nothing about it, so the dataset was made of the extracted one",
         )
     try:
-        origin = Provenance.from_document(document, str(Path(meta.root) / ORIGINS_FILE))
+        origin = Provenance.from_document(document.get("store"), str(Path(meta.root) / ORIGINS_FILE))
     except ProvenanceError as error:
         return dataclasses.replace(column, derived=str(error))
     if origin.dataset.digest != column.provenance.dataset.digest:
-        return dataclasses.replace(
-            column,
-            derived=f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r} that the "
-            "tokens were made of",
-        )
-    if column_info(origin) != column_info(column.provenance):
-        return dataclasses.replace(column, derived=f"{ORIGINS_FILE} and its info contradict each other")
-    return dataclasses.replace(column, provenance=origin)
+        reason = f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r}"
+    elif document.get("video") != _video(meta, origin.camera_key):
+        reason = f"the video of {origin.camera_key} was encoded again"
+    elif column_info(origin) != column_info(column.provenance):
+        reason = f"{ORIGINS_FILE} contradicts the column's info"
+    else:
+        return dataclasses.replace(column, provenance=origin)
+    return dataclasses.replace(column, derived=reason)

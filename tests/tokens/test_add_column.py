@@ -7,15 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.dataset_tools import (
     delete_episodes,
     merge_datasets,
     recompute_stats,
+    reencode_dataset,
     remove_feature,
     split_dataset,
 )
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.scripts.lerobot_edit_dataset import DeleteEpisodesConfig, EditDatasetConfig, edit_dataset
 from torch.utils.data import DataLoader
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
@@ -155,6 +158,28 @@ def test_deleted_episodes(column_dataset, added, whole, tmp_path):
     column = read_column(edited.meta, OBS_LAM_TOKENS)
     assert "derived: meta/lam_tokens.json says nothing" in column.state
     np.testing.assert_allclose(edited.meta.stats[OBS_LAM_TOKENS]["mean"], expected.mean(0), atol=1e-6)
+
+
+def test_an_edit_in_place_by_lerobot_edit_dataset(dataset, store, whole, tmp_path):
+    """The original and its video, which the edited dataset shared, stay as they are."""
+    made = add_column(store, dataset.meta, tmp_path / "data")
+    video = next(dataset.root.rglob("*.mp4"))
+    before = video.read_bytes()
+    operation = DeleteEpisodesConfig(episode_indices=[0])
+    place = {"root": str(made.root), "new_root": str(made.root)}
+    edit_dataset(EditDatasetConfig(operation, repo_id="local/column", **place))
+    edited = opened(made.root)
+    assert torch.equal(tokens_of(edited), whole[14:])
+    assert read_column(edited.meta, OBS_LAM_TOKENS).derived is not None
+    assert video.read_bytes() == before
+
+
+def test_a_video_that_is_encoded_again_in_place(dataset, store, whole, tmp_path):
+    made = add_column(store, dataset.meta, tmp_path / "data", copy_videos=True)
+    reencode_dataset(opened(made.root), rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=30))
+    again = opened(made.root)
+    assert torch.equal(tokens_of(again), whole)
+    assert read_column(again.meta, OBS_LAM_TOKENS).state == f"derived: the video of {TOP} was encoded again"
 
 
 def test_a_split_and_its_merge(column_dataset, whole, tmp_path):
