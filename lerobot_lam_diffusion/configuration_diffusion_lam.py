@@ -40,7 +40,8 @@ class DiffusionLamConfig(DiffusionConfig):
         use_precomputed_lam_tokens: True: tokens come with the batch (store, dataset column or
             `LamTokenDataset`) and training loads no LAM. False: the LAM computes them on the fly.
         lam_tokens_key: Batch key of the tokens and name of a native dataset column that holds them.
-        lam_tokens_path: Token store (folder or file). None in precomputed mode: the dataset's own column.
+        lam_tokens_path: Token store: folder, file, or Hub repository (`user/name[@revision]`; training pins
+            it to its commit). None in precomputed mode: the dataset's own column.
         lam_model_path: LAM folder (`model_config.json` + `model.safetensors`), the name of a shipped LAM
             (`pusht-compact`) or a Hub id such as `microsoft/villa-x`. Required on the fly.
         lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`).

@@ -10,7 +10,7 @@ from lerobot_lam_diffusion.reading import shown
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no way out of the cache's folder of branches
 
-_SEE_OR_LOG_IN = "log in (hf auth login, or HF_TOKEN) with an account that may"
+_ACCOUNT = "(hf auth login, or HF_TOKEN) with an account that may"
 
 
 class HubError(UserError):
@@ -73,12 +73,12 @@ def reason(error: Exception, kind: str) -> str:
     if isinstance(error, errors.GatedRepoError):
         return (
             f"the Hub gives this {kind} only to those who accepted its conditions. Accept them on its page, "
-            f"and {_SEE_OR_LOG_IN} see it"
+            f"and log in {_ACCOUNT} see it"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"the Hub has no {kind} repository of that name, or does not show it to you. Correct the name, "
-            f"or {_SEE_OR_LOG_IN} see it"
+            f"or log in {_ACCOUNT} see it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return "the Hub has the repository, but not that revision. Correct it: a branch, tag or commit"
@@ -91,7 +91,7 @@ def _refused(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     told = f"{status}: {_line(getattr(error, 'server_message', None) or error)}"
     if status in (401, 403):
-        return f"the Hub refused the credentials ({told}). {_SEE_OR_LOG_IN.capitalize()} do this"
+        return f"the Hub refused the credentials ({told}). Log in {_ACCOUNT} do this"
     if status == 429 or (status or 0) >= 500:
         return f"the Hub is overloaded or out of order ({told}). Try again later"
     return f"the Hub refused ({told}). Correct the request, or try again later"

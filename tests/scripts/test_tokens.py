@@ -1,6 +1,5 @@
 """`lerobot-lam-tokens`, in this process and once as the installed command."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts.tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.layout import stamp_of
 from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.conftest import record_dataset, write_lam
 
@@ -93,15 +94,12 @@ def test_info_names_skipped_episodes(store, tmp_path, capsys):
 
 
 def test_verify_reads_a_store_again_that_was_found_whole(store, tmp_path):
-    """A changed file with its old size, time and inode is believed at open: `verify` believes nothing."""
+    """A store that carries the stamp of a check is believed at open: `verify` believes nothing."""
     path = shutil.copytree(store.path, tmp_path / "copy") / "lam_tokens.safetensors"
-    TokenStore.open(path)
-    stat = path.stat()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    with path.open("r+b") as file:
-        file.write(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    path.write_bytes(content)
+    remember(path.parent, stamp_of(path.parent))
     TokenStore.open(path)
     assert "its SHA-256 is" in refusal(["verify", path.parent])
 
