@@ -5,8 +5,8 @@
     python tests/benchmarks/precompute_throughput.py --villa_x --max_pairs=16 --batch_size=4 --rounds=1
     python tests/benchmarks/precompute_throughput.py --device=cuda --villa_x --dtype=bfloat16
 
-"naive" is the loop that one writes first: `dataset[i - 1]`, `dataset[i]` by LeRobot's random access, the LAM
-called on a stacked batch. "ours" is `precompute_tokens`. "decode alone" reads every frame once, in order,
+"naive" is the loop that one writes first: `dataset[i - 1]`, `dataset[i]` of a dataset opened as LeRobot opens
+it, the LAM called on a stacked batch. "ours" is `precompute_tokens`. "decode alone" reads every frame once, in order,
 with as many threads as "ours" uses; "resize alone" brings decoded frames to the LAM's size, with as many;
 "LAM alone" encodes ready batches. On a CPU all three share the cores, so besides the slowest the table tells
 what is left when the same cores do them all: 1 / (1/decode + 1/resize + 1/LAM).
@@ -33,6 +33,7 @@ from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
 from lerobot_lam_diffusion.lam.decoder import Decoder
 from lerobot_lam_diffusion.lam.encoder import Encoder
+from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.precompute.encode import find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
@@ -112,6 +113,9 @@ def _clip(args: argparse.Namespace) -> list[np.ndarray]:
 
 def naive(dataset: LeRobotDataset, lam, num_pairs: int, batch_size: int) -> float:
     """Pairs a second of random access and plain batches."""
+    dataset = LeRobotDataset(
+        dataset.repo_id, root=dataset.root, episodes=dataset.episodes, video_backend=dataset._video_backend
+    )
     step = max(1, (len(dataset) - 1) // num_pairs)
     frames = list(range(1, len(dataset), step))[:num_pairs]
     started = time.perf_counter()
@@ -119,7 +123,7 @@ def naive(dataset: LeRobotDataset, lam, num_pairs: int, batch_size: int) -> floa
         some = frames[first : first + batch_size]
         prev = torch.stack([dataset[i - 1][CAMERA] for i in some]).to(lam.device)
         cur = torch.stack([dataset[i][CAMERA] for i in some]).to(lam.device)
-        lam.encode_pairs(prev, cur).indices.cpu()
+        lam.encode_pairs(as_uint8(prev), as_uint8(cur)).indices.cpu()
     return len(frames) / (time.perf_counter() - started)
 
 
