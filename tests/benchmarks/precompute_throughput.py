@@ -6,10 +6,10 @@
     python tests/benchmarks/precompute_throughput.py --device=cuda --villa_x --dtype=bfloat16
 
 "naive" is the loop that one writes first: `dataset[i - 1]`, `dataset[i]` of a dataset opened as LeRobot opens
-it, the LAM called on a stacked batch. "ours" is `precompute_tokens`. "decode alone" reads every frame once, in order,
-with as many threads as "ours" uses; "resize alone" brings decoded frames to the LAM's size, with as many;
-"LAM alone" encodes ready batches. On a CPU all three share the cores, so besides the slowest the table tells
-what is left when the same cores do them all: 1 / (1/decode + 1/resize + 1/LAM).
+it, the LAM called on a stacked batch. "ours" is `precompute_tokens`. "decode alone" reads every frame once,
+in order, with as many threads as "ours" uses; "resize alone" brings decoded frames to the LAM's size, with as
+many; "LAM alone" encodes ready batches. On a CPU all three share the cores, so besides the slowest the table
+tells what is left when the same cores do them all: 1 / (1/decode + 1/resize + 1/LAM).
 The pictures are smooth noise that moves; with `--clip`, the frames of a recording. Rounds alternate; medians.
 """
 
