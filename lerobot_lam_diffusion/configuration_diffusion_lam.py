@@ -7,7 +7,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import OBS_PREFIX
 
-from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.constants import AUTO, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class DiffusionLamConfig(DiffusionConfig):
             `LamTokenDataset`) and training loads no LAM. False: the LAM computes them on the fly.
         lam_tokens_key: Batch key of the tokens and name of a native dataset column that holds them.
         lam_tokens_path: Token store: folder, file, or Hub repository (`user/name[@revision]`; training pins
-            it to its commit). None in precomputed mode: the dataset's own column.
+            it to its commit). None in precomputed mode: the dataset's own column. "auto": out of the cache,
+            built first if missing; with `lam_model_path` and `lam_camera_key`, and all fields as on the fly.
         lam_model_path: LAM folder (`model_config.json` + `model.safetensors`), the name of a shipped LAM
             (`pusht-compact`) or a Hub id such as `microsoft/villa-x`. Required on the fly.
         lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`).
@@ -187,7 +188,7 @@ class DiffusionLamConfig(DiffusionConfig):
 
     def _source_problems(self) -> list[str]:
         if self.use_precomputed_lam_tokens:
-            return []
+            return self._auto_problems() if single(self.lam_tokens_path) == AUTO else []
         problems = []
         if not self.lam_model_path:
             problems.append(
@@ -205,6 +206,17 @@ class DiffusionLamConfig(DiffusionConfig):
                 "--policy.n_obs_steps or train on precomputed tokens"
             )
         return problems
+
+    def _auto_problems(self) -> list[str]:
+        needed = {
+            "lam_model_path": "<LAM folder or Hub id>, which makes the tokens",
+            "lam_camera_key": "<camera that the LAM looks at>",
+        }
+        return [
+            f"--policy.lam_tokens_path=auto needs --policy.{name}={what}"
+            for name, what in needed.items()
+            if not getattr(self, name)
+        ]
 
     def _conditioning_problems(self) -> list[str]:
         steps = self.lam_conditioning_steps

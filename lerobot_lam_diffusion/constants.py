@@ -5,3 +5,6 @@ OBS_LAM_TOKENS = "observation.lam_tokens"
 
 OBS_LAM_IMAGES = "observation.lam_images"
 """Raw (not normalised) frames of the LAM's camera on their way to the LAM."""
+
+AUTO = "auto"
+"""As `lam_tokens_path`: a store out of the cache (`precompute/cache.py`); the folder is `./auto`."""

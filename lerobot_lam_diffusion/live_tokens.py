@@ -7,12 +7,13 @@ token: zeros, as in a store.
 
 import logging
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
-from lerobot_lam_diffusion.lam import LamError, LatentActionModel, load_lam, resolve_lam
+from lerobot_lam_diffusion.lam import LamConfig, LamError, LatentActionModel, load_lam, resolve_lam
 from lerobot_lam_diffusion.problems import LamNotFoundError, raise_problems
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,20 @@ def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
         LamNotFoundError: no LAM or camera named, or no LAM there.
         UserError: a damaged LAM, another token shape, or another LAM than trained with.
     """
+    find_lam(config)
+    path = single(config.lam_model_path)
+    assert path is not None
+    lam = load_lam(path, dtype=getattr(torch, config.lam_dtype))
+    check_lam(config, lam.fingerprint, lam)
+    return lam
+
+
+def find_lam(config: DiffusionLamConfig) -> Path:
+    """The folder of the LAM that `config` names.
+
+    Raises:
+        LamNotFoundError: no LAM or camera named, or no LAM there.
+    """
     path = single(config.lam_model_path)
     if path is None or single(config.lam_camera_key) is None:
         raise LamNotFoundError(
@@ -33,16 +48,23 @@ def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
             "folder or Hub id> and --policy.lam_camera_key=<camera that it looks at>"
         )
     try:
-        resolve_lam(path)
+        return resolve_lam(path)
     except LamError as error:
         raise LamNotFoundError(
             "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
             f"{error}"
         ) from error
-    lam = load_lam(path, dtype=getattr(torch, config.lam_dtype))
+
+
+def check_lam(config: DiffusionLamConfig, fingerprint: str, shape: LatentActionModel | LamConfig) -> None:
+    """Check that this LAM, of that fingerprint and token shape, is the one that the policy is for.
+
+    Raises:
+        UserError: another token shape, or another LAM than trained with; all problems at once.
+    """
     told = {
-        "lam_num_learned_tokens": (config.lam_num_learned_tokens, lam.num_learned_tokens),
-        "lam_action_latent_dim": (config.lam_action_latent_dim, lam.action_latent_dim),
+        "lam_num_learned_tokens": (config.lam_num_learned_tokens, shape.num_learned_tokens),
+        "lam_action_latent_dim": (config.lam_action_latent_dim, shape.action_latent_dim),
     }
     problems = [
         f"--policy.{k} is {want}, the LAM has {have}"
@@ -50,9 +72,9 @@ def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
         if want not in (None, have)
     ]
     trained_with = single(config.lam_fingerprint)
-    if trained_with not in (None, lam.fingerprint):
+    if trained_with not in (None, fingerprint):
         other = (
-            f"its fingerprint is {lam.fingerprint[:16]}…, the policy was trained with the tokens of "
+            f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
             f"{trained_with[:16]}…"  # type: ignore[index]
         )
         if config.lam_allow_mismatch:
@@ -61,8 +83,7 @@ def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
             problems.append(
                 f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway"
             )
-    raise_problems(f"LAM {path} does not fit the policy", problems)
-    return lam
+    raise_problems(f"LAM {single(config.lam_model_path)} does not fit the policy", problems)
 
 
 class LiveLam:

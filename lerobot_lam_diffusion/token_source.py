@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
@@ -49,6 +50,8 @@ def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> 
             f"{config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r}. Leave lam_tokens_path unset to "
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
         )
+    if path == AUTO:
+        return _settle_auto(config, dataset_meta)
     store = TokenStore.open(path, dataset_meta)
     _settle_store(config, store, dataset_meta)
     return store
@@ -140,6 +143,16 @@ def _settle_known_column(config: DiffusionLamConfig, column: TokenColumn, datase
     config.lam_source = f"column:{column.key}"
     logger.info("LAM tokens: %s, the dataset's column %s (%s).", column.kind, column.key, column.state)
     _warn_of_missing_lam(config)
+
+
+def _settle_auto(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore:
+    from lerobot_lam_diffusion.auto_tokens import cached_store  # a store that a path names needs no LAM
+
+    store = cached_store(config, dataset_meta)
+    lam_path = config.lam_model_path
+    _settle_store(config, store, dataset_meta)
+    config.lam_model_path = lam_path  # it was found there; where the store's builder had it may be gone
+    return store
 
 
 def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:

@@ -204,7 +204,7 @@ def _extraction(
     shard_frames: int | None,
 ) -> Extraction:
     meta = dataset.meta
-    decoder = _decoder(dataset, camera_key, video_backend)
+    decoder = decoder_of(meta, camera_key, video_backend or dataset._video_backend)
     kind = VQ if use_vq_tokens else CONTINUOUS
     provenance = Provenance(
         dataset=DatasetOrigin(
@@ -252,11 +252,11 @@ def _extraction(
 _PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
 
 
-def _decoder(dataset: Any, camera_key: str, video_backend: str | None) -> str:
-    """The way from files to pixels."""
-    if camera_key not in dataset.meta.video_keys:
+def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
+    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
+    if camera_key not in meta.video_keys:
         return "images"
-    return "torchcodec" if (video_backend or dataset._video_backend) == "torchcodec" else "pyav"
+    return "torchcodec" if video_backend == "torchcodec" else "pyav"
 
 
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:

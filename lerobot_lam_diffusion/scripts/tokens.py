@@ -9,6 +9,9 @@
     lerobot-lam-tokens verify ./pusht_col   # a dataset that has a column of tokens
     lerobot-lam-tokens push ./data/pusht_lam --repo_id=user/pusht-lam-tokens
     lerobot-lam-tokens pull user/pusht-lam-tokens --output_dir=./data/pusht_lam
+    lerobot-lam-tokens cache list   # the stores that --policy.lam_tokens_path=auto has built
+    lerobot-lam-tokens cache prune --older_than_days=30   # or --all=true
+    lerobot-lam-tokens cache path
 
 A store is a folder, or a dataset repository on the Hub, `user/pusht-lam-tokens[@revision]`; where there is a
 folder of that name, it is meant, and `hf://datasets/user/pusht-lam-tokens` is the Hub's.
@@ -32,6 +35,14 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.cache import (
+    CacheListConfig,
+    CachePathConfig,
+    CachePruneConfig,
+    cache_path,
+    list_cache,
+    prune_cache,
+)
 from lerobot_lam_diffusion.scripts.column import (
     AddColumnConfig,
     add_token_column,
@@ -268,11 +279,16 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "add-column": (AddColumnConfig, add_token_column),
     "push": (PushConfig, push),
     "pull": (PullConfig, pull),
+    "cache list": (CacheListConfig, list_cache),
+    "cache prune": (CachePruneConfig, prune_cache),
+    "cache path": (CachePathConfig, cache_path),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["cache"]:
+        words[:2] = [" ".join(words[:2])]
     if not words or words[0] not in COMMANDS:
         print(__doc__)
         sys.exit(0 if words in (["-h"], ["--help"]) else f"error: expected one of {', '.join(COMMANDS)}")

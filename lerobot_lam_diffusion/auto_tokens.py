@@ -1,0 +1,131 @@
+"""`--policy.lam_tokens_path=auto`: the policy's token store out of the cache, built first if it is missing.
+
+The only place where a policy calls `precompute`; it is imported for `auto` alone, so that training on a store
+that a path names imports no LAM.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
+
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
+from lerobot_lam_diffusion.lam.config import read_config
+from lerobot_lam_diffusion.live_tokens import check_lam, find_lam
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
+from lerobot_lam_diffusion.precompute.engine import decoder_of, how_to_go_on, precompute_tokens
+from lerobot_lam_diffusion.precompute.frames import DecodeError
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
+
+logger = logging.getLogger(__name__)
+
+
+def cached_store(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore:
+    """The store of all of the dataset's tokens, as `config` wants them.
+
+    Args:
+        config: With `lam_model_path` and `lam_camera_key`; fields that contradict the LAM are refused before
+            anything is built.
+        dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+
+    Raises:
+        UserError: no dataset, no such camera or LAM, contradicting fields, or an episode cannot be read.
+    """
+    if dataset_meta is None:
+        raise UserError(
+            "--policy.lam_tokens_path=auto builds the tokens of a training dataset, and there is none: build "
+            "the policy with LeRobot's make_policy(config, ds_meta=dataset.meta), or name a token store"
+        )
+    camera_key = _dataset_camera(config, dataset_meta)
+    lam_path = find_lam(config)
+    fingerprint = fingerprint_of(lam_path)
+    check_lam(config, fingerprint, read_config(lam_path))
+    video_backend = get_safe_default_video_backend()
+    key = CacheKey(
+        dataset_digest=dataset_digest(dataset_meta, camera_key),
+        total_frames=dataset_meta.total_frames,
+        fps=float(dataset_meta.fps),
+        lam_fingerprint=fingerprint,
+        camera_key=camera_key,
+        frame_stride=config.lam_frame_stride or 1,
+        token_kind=VQ if config.lam_use_vq_tokens else CONTINUOUS,
+        dtype=config.lam_dtype,
+        decoder=decoder_of(dataset_meta, camera_key, video_backend),
+        device=torch.device(str(config.device)).type,
+    )
+    return CacheEntry.of(key).open(
+        dataset_meta, lambda folder: _build(folder, key, config, dataset_meta, video_backend)
+    )
+
+
+def _build(
+    folder: Path, key: CacheKey, config: DiffusionLamConfig, dataset_meta: Any, video_backend: str
+) -> None:
+    lam_path = str(single(config.lam_model_path))
+    logger.info(
+        "LAM tokens: building the store of all %d episodes of %s with %s, once for all experiments, in %s.",
+        dataset_meta.total_episodes,
+        dataset_meta.repo_id,
+        lam_path,
+        folder,
+    )
+    dataset = LeRobotDataset(
+        dataset_meta.repo_id,
+        root=getattr(dataset_meta, "_requested_root", dataset_meta.root),
+        revision=dataset_meta.revision,
+        video_backend=video_backend,
+        return_uint8=True,
+    )
+    lam = load_lam(lam_path, device=str(config.device), dtype=getattr(torch, config.lam_dtype))
+    named = Path(lam_path).expanduser()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run that builds draws the numbers of one that does not
+            precompute_tokens(
+                dataset,
+                lam,
+                folder,
+                camera_key=key.camera_key,
+                lam_path=str(named.resolve()) if named.is_dir() else lam_path,
+                frame_stride=key.frame_stride,
+                use_vq_tokens=config.lam_use_vq_tokens,
+                video_backend=video_backend,
+            )
+    except DecodeError as error:
+        raise UserError(
+            f"the store of --policy.lam_tokens_path=auto cannot be built: {error} (a flag of "
+            "lerobot-lam-precompute, whose store you can name instead of auto)"
+        ) from error
+    except BaseException:
+        told = how_to_go_on(folder)
+        if told:
+            logger.warning("Stopped while building LAM tokens. %s.", told)
+        raise
+    if lam.device.type == "cuda":
+        del lam
+        torch.cuda.empty_cache()  # the policy needs the memory now
+
+
+def _dataset_camera(config: DiffusionLamConfig, dataset_meta: Any) -> str:
+    """The dataset's own name of the camera that the policy calls `lam_camera_key`.
+
+    A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
+    """
+    camera = str(single(config.lam_camera_key))
+    cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
+    if camera in cameras:
+        return camera
+    if len(cameras) == 1 and list(config.image_features) == [camera]:
+        return cameras[0]
+    raise UserError(
+        f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
+        f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, "
+        "--policy.lam_tokens_path=auto cannot know which one it was: make the store with "
+        "lerobot-lam-precompute --camera_key=<the dataset's own name> and pass its path"
+    )

@@ -1,0 +1,93 @@
+"""`lerobot-lam-tokens cache …`: the stores that `--policy.lam_tokens_path=auto` has built."""
+
+import time
+from dataclasses import dataclass
+
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, cache_folder, cached_entries
+from lerobot_lam_diffusion.problems import UserError
+
+DAY = 86400.0
+
+
+@dataclass
+class CacheListConfig:
+    """What the cache holds."""
+
+
+@dataclass
+class CachePathConfig:
+    """Where the cache lies."""
+
+
+@dataclass
+class CachePruneConfig:
+    """Remove stores and interrupted extractions from the cache; never one that a process is building.
+
+    Args:
+        older_than_days: Those that were not used for so long.
+        all: Every one.
+    """
+
+    older_than_days: float | None = None
+    all: bool = False
+
+
+def list_cache(config: CacheListConfig) -> None:
+    entries = cached_entries()
+    for entry in entries:
+        print(entry.name)
+        for name, text in _rows(entry).items():
+            print(f"    {name:<10}{text}")
+    total = sum(entry.num_bytes() for entry in entries)
+    print(f"{len(entries)} token stores, {total:,} bytes in {cache_folder()}")
+
+
+def cache_path(config: CachePathConfig) -> None:
+    print(cache_folder())
+
+
+def prune_cache(config: CachePruneConfig) -> None:
+    if config.all == (config.older_than_days is not None) or (config.older_than_days or 0) < 0:
+        raise UserError(
+            "say which stores to remove: --older_than_days=<days since they were last used>, or --all=true"
+        )
+    limit = None if config.older_than_days is None else time.time() - config.older_than_days * DAY
+    removed, freed = 0, 0
+    for entry in cached_entries():
+        told = _dataset_of(entry)
+        num_bytes = entry.remove(older_than=limit)
+        if num_bytes is not None:
+            removed, freed = removed + 1, freed + num_bytes
+            print(f"removed {entry.name} ({told}), {num_bytes:,} bytes")
+        elif builder := entry.builder():
+            print(f"kept    {entry.name} ({told}): {builder} is at it")
+    print(f"{removed} token stores removed, {freed:,} bytes")
+
+
+def _rows(entry: CacheEntry) -> dict[str, str]:
+    builder = entry.builder()
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used()))
+    rows = {"size": f"{entry.num_bytes():,} bytes", "last used": used}
+    try:
+        if not entry.is_finished:
+            finished, total = entry.shards()
+            state = f"{builder} is at it" if builder else "interrupted; training with auto goes on with it"
+            rows = {"state": f"{finished} of {total} shards: {state}", **rows}
+        provenance = entry.provenance()
+    except UserError as error:
+        return {"damaged": str(error), **rows}
+    origin, lam = provenance.dataset, provenance.lam
+    return {
+        "dataset": f"{origin.repo_id} ({origin.total_frames} frames, {origin.total_episodes} episodes)",
+        "LAM": f"{lam.path} (fingerprint {lam.fingerprint[:16]}…)",
+        "camera": f"{provenance.camera_key}, stride {provenance.frame_stride} frames",
+        "tokens": f"{provenance.token_kind}, encoded in {provenance.dtype} on {provenance.device}",
+        **rows,
+    }
+
+
+def _dataset_of(entry: CacheEntry) -> str:
+    try:
+        return entry.provenance().dataset.repo_id
+    except UserError:
+        return "damaged"

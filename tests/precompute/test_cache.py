@@ -1,0 +1,179 @@
+"""The cache of token stores: one process builds, the others wait; nothing in use is removed."""
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import fields, replace
+
+import pytest
+
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheError, CacheKey, cached_entries
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
+from tests.precompute import building
+
+KEY = CacheKey("d" * 64, 60, 10.0, "f" * 64, "observation.images.top", 1, "vq", "float32", "pyav", "cpu")
+PAIRS = 55
+
+
+@pytest.fixture(scope="module")
+def server():
+    return building.server()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "stores"
+
+
+def put(cache, store, name=building.NAME):
+    """A store that was built at some time."""
+    shutil.copytree(store.path, cache / name)
+    return CacheEntry(cache, name)
+
+
+def unused(entry, days):
+    then = time.time() - days * 86400
+    for place in (entry._mark("used"), entry.folder / PROVENANCE_FILE, entry.folder):
+        if place.exists():
+            os.utime(place, (then, then))
+
+
+def test_every_part_of_the_key_names_another_store():
+    others = {
+        "total_frames": 61,
+        "fps": 30.0,
+        "frame_stride": 2,
+        "token_kind": "continuous",
+        "dtype": "bfloat16",
+        "device": "cuda",
+    }
+    names = {KEY.name}
+    for field in fields(KEY):
+        names.add(replace(KEY, **{field.name: others.get(field.name, "another")}).name)
+    assert len(names) == len(fields(KEY)) + 1
+    assert KEY.name.startswith("top-vq-stride1-")
+    assert "/" not in replace(KEY, camera_key="../../x").name
+
+
+def test_it_is_built_once_and_opened_often(cache, dataset, lam_folder, store, tmp_path):
+    told = tmp_path / "told"
+    first = building.open_cached(cache, dataset.root, lam_folder, told)
+    again = building.open_cached(cache, dataset.root, lam_folder, told)
+    assert first.path == again.path == cache / building.NAME
+    assert (first.path / TENSORS_FILE).read_bytes() == (store.path / TENSORS_FILE).read_bytes()
+    assert [line.split()[1] for line in told.read_text().splitlines()] == [
+        "builds",
+        "built",
+        "opened",
+        "opened",
+    ]
+    assert sorted(os.listdir(cache)) == [".locks", building.NAME]
+
+
+def test_a_cache_that_cannot_be_locked_is_read(cache, dataset, store):
+    entry = put(cache, store)
+    entry._mark("lock").mkdir(parents=True)  # as a folder that may only be read, also for root
+    assert len(entry.open(dataset.meta, pytest.fail).values) == 60
+    other = CacheEntry(cache, "other")
+    other._mark("lock").mkdir()
+    with pytest.raises(CacheError, match=r"is not writable .*HF_LEROBOT_HOME.*lerobot-lam-precompute"):
+        other.open(dataset.meta, pytest.fail)
+
+
+def test_a_damaged_store_names_the_folder_to_remove(cache, dataset, store):
+    entry = put(cache, store)
+    file = entry.folder / TENSORS_FILE
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CacheError, match=rf"damaged.*remove {entry.folder}, and it is built again"):
+        entry.open(dataset.meta, pytest.fail)
+
+
+def test_a_build_that_fails_frees_the_lock(cache, dataset, lam_folder):
+    def fail(folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        building.entry_in(cache).open(dataset.meta, fail)
+    assert building.entry_in(cache).builder() is None
+    assert len(building.open_cached(cache, dataset.root, lam_folder).values) == 60
+
+
+def test_what_was_not_used_for_long_is_removed(cache, dataset, store):
+    old, new = put(cache, store, "old"), put(cache, store, "new")
+    for entry in (old, new):
+        entry.open(dataset.meta, pytest.fail)
+    mapped = new.open(dataset.meta, pytest.fail)
+    unused(old, days=10)
+    month, week = (time.time() - days * 86400 for days in (30, 7))
+    assert [entry.remove(older_than=month) for entry in (old, new)] == [None, None]
+    assert old.remove(older_than=week) > 0
+    assert new.remove(older_than=week) is None
+    assert [entry.name for entry in cached_entries(cache)] == ["new"]
+    assert new.remove() > 0
+    assert not cached_entries(cache)
+    assert int(mapped.values.sum()) == int(store.values.sum())  # its pages live on
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_builds(server, cache, dataset, lam_folder, store, tmp_path):
+    told = tmp_path / "told"
+    processes = [
+        server.Process(target=building.open_cached, args=(cache, dataset.root, lam_folder, told, 4.0))
+        for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    lines = told.read_text().splitlines()
+    builder = [line.split()[0] for line in lines if line.endswith(" builds")]
+    assert len(builder) == 1
+    assert sum("opened 60" in line for line in lines) == 4
+    waiting = [line for line in lines if "Waiting for" in line]
+    assert len(waiting) == 3
+    assert all(
+        f"Waiting for process {builder[0]} on {os.uname().nodename} (building since" in line
+        for line in waiting
+    )
+    assert (cache / building.NAME / TENSORS_FILE).read_bytes() == (store.path / TENSORS_FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_builder_that_is_killed_leaves_its_work_to_the_next(server, cache, dataset, lam_folder, tmp_path):
+    killed = 0
+    for kill_at in (4, 12, 20, 26, 32):
+        told = tmp_path / f"told{kill_at}"
+        args = (kill_at, cache, dataset.root, lam_folder, told)
+        process = server.Process(target=building.die_at_write, args=args)
+        process.start()
+        process.join(60)
+        killed += process.exitcode == -signal.SIGKILL
+        assert building.entry_in(cache).builder() is None
+    assert killed >= 3
+    told = tmp_path / "told"
+    store = building.open_cached(cache, dataset.root, lam_folder, told)
+    assert len(store.values) == 60
+    if "built" in told.read_text():
+        assert f"built {PAIRS}\n" not in told.read_text()
+    assert sorted(os.listdir(cache)) == [".locks", building.NAME]
+
+
+@pytest.mark.slow
+def test_what_is_being_built_is_not_removed(server, cache, store):
+    entry = put(cache, store)
+    unfinished_folder(cache / "interrupted").mkdir()
+    holding, let_go = server.Event(), server.Event()
+    process = server.Process(target=building.hold, args=(cache, holding, let_go))
+    process.start()
+    try:
+        assert holding.wait(60)
+        assert entry.builder().startswith(f"process {process.pid} on ")
+        assert [entry.remove() for entry in cached_entries(cache)] == [0, None]
+        assert [entry.name for entry in cached_entries(cache)] == [building.NAME]
+    finally:
+        let_go.set()
+        process.join(60)
+    assert entry.builder() is None
+    assert entry.remove() > 0
