@@ -101,11 +101,13 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
     except FileNotFoundError:  # merged and removed already
         return TokenStore.open(output_dir)
     try:
-        if not (output_dir / PROVENANCE_FILE).is_file():
+        if (output_dir / PROVENANCE_FILE).is_file():
+            store = TokenStore.open(output_dir)
+        else:
             remove_partial(output_dir)
-            _write(extraction, extraction.shards(folder), output_dir)
+            store = _write(extraction, extraction.shards(folder), output_dir)
         shutil.rmtree(folder, ignore_errors=True)
-        return TokenStore.open(output_dir)
+        return store
     finally:
         lock.release()
 
@@ -134,7 +136,7 @@ def merge_unfinished(output_dir: Path) -> TokenStore:
     return store
 
 
-def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> None:
+def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> TokenStore:
     plan = extraction.plan
     skipped: dict[int, str] = {}
     for shard in range(len(plan.shards)):
@@ -143,7 +145,7 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Non
     covered[plan.episodes] = True
     covered[list(skipped)] = False
     reasons = {str(episode): skipped[episode] for episode in sorted(skipped)}
-    write_store(
+    return write_store(
         output_dir,
         replace(extraction.provenance, skipped=reasons),
         _rows(plan, shards, covered.tolist()),
