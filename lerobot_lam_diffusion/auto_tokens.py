@@ -76,13 +76,7 @@ def _build(
         lam_path,
         folder,
     )
-    dataset = LeRobotDataset(
-        dataset_meta.repo_id,
-        root=getattr(dataset_meta, "_requested_root", dataset_meta.root),
-        revision=dataset_meta.revision,
-        video_backend=video_backend,
-        return_uint8=True,
-    )
+    dataset = _whole_dataset(dataset_meta, video_backend)
     lam = load_lam(lam_path, device=str(config.device), dtype=getattr(torch, config.lam_dtype))
     named = Path(lam_path).expanduser()
     try:
@@ -110,6 +104,27 @@ def _build(
     if lam.device.type == "cuda":
         del lam
         torch.cuda.empty_cache()  # the policy needs the memory now
+
+
+def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
+    """All episodes, whichever of them are trained on; what is not on this machine yet is fetched."""
+    try:
+        return LeRobotDataset(
+            dataset_meta.repo_id,
+            root=getattr(
+                dataset_meta, "_requested_root", dataset_meta.root
+            ),  # None: the Hub's cache, not in it
+            revision=dataset_meta.revision,
+            video_backend=video_backend,
+            return_uint8=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            "--policy.lam_tokens_path=auto needs all episodes of a dataset on this machine, and "
+            f"{dataset_meta.repo_id!r} cannot be opened at {dataset_meta.root} nor fetched from the Hub "
+            f"({reason}); complete it, or name a token store instead of auto"
+        ) from error
 
 
 def _dataset_camera(config: DiffusionLamConfig, dataset_meta: Any) -> str:

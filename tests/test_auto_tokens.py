@@ -1,5 +1,6 @@
 """`lam_tokens_path=auto`: stock `lerobot-train` builds the tokens that it lacks, once, and trains on them."""
 
+import copy
 import json
 import os
 import shutil
@@ -269,6 +270,41 @@ def test_cache_commands(dataset, auto, home, capsys):
     told = capsys.readouterr().out
     assert f"removed {name} (local/squares), " in told
     assert not cached_entries()
+
+
+def test_an_interrupted_build_is_listed_gone_on_with_or_pruned(dataset, auto, builds, monkeypatch, capsys):
+    def stopped_at_the_merge(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lerobot_lam_diffusion.precompute.engine.merge_shards", stopped_at_the_merge)
+        with pytest.raises(KeyboardInterrupt):
+            build(lam_config(**auto), dataset)
+    tokens_command(["cache", "list"])
+    told = capsys.readouterr().out
+    assert "shards: interrupted; training with auto goes on with it" in told
+    assert "local/squares (60 frames, 5 episodes)" in told
+    (entry,) = cached_entries()
+    assert entry.shards()[0] == entry.shards()[1] > 0
+    policy, _ = build(lam_config(**auto), dataset)
+    assert policy.token_store.path == entry.folder == builds[0] == builds[1]
+    (entry.folder / "lam_tokens.json").write_text("{}")
+    tokens_command(["cache", "list"])
+    assert "damaged   " in capsys.readouterr().out
+    tokens_command(["cache", "prune", "--all=true"])
+    assert f"removed {entry.name} (damaged), " in capsys.readouterr().out
+    assert not cached_entries()
+
+
+def test_a_dataset_that_is_not_all_here_is_told(auto, tmp_path, builds):
+    bare = record_dataset(tmp_path / "bare", lengths=(6, 5))
+    meta = copy.copy(bare.meta)
+    shutil.rmtree(bare.root / "data")
+    with pytest.raises(
+        UserError, match=r"auto needs all episodes .*'local/squares' cannot be opened at .*bare"
+    ):
+        make_policy(lam_config(**auto), ds_meta=meta)
+    assert not builds
 
 
 @pytest.mark.parametrize("flags", [[], ["--all=true", "--older_than_days=3"], ["--older_than_days=-1"]])

@@ -133,7 +133,8 @@ class CacheEntry:
                     with self._known_as_builder():
                         build(self.folder)
                 store = self._opened(dataset_meta)
-                self._mark("used").touch()
+                with contextlib.suppress(OSError):  # a full disk is no reason not to train
+                    self._mark("used").touch()
                 return store
         except _NoLockError as error:
             if self.is_finished:  # a cache that others filled, and that may only be read here
