@@ -25,7 +25,8 @@ class Quantizer(nn.Module):
         """Slots that rounding could push to another row: (..., n·a) → bool (..., n).
 
         A slot counts where it lies closer than `TIE` of its length to the plane between its two nearest
-        rows. Kernels of another batch shape move a float32 token by some 1e-6 of its length.
+        rows. Kernels of another batch shape move a float32 token by 1e-6 of its length, or 5e-5 with an
+        ill-conditioned LAM.
         """
         codebook = self.embedding.weight.float()
         distances = self._distances(tokens)  # (..., n, K)

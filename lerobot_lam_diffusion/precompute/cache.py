@@ -172,7 +172,7 @@ class CacheEntry:
         """
         unfinished = unfinished_folder(self.folder)
         extraction = Extraction.read(unfinished)
-        return extraction.shards(unfinished).count_finished(), len(extraction.plan.shards)
+        return len(extraction.shards(unfinished).present()), len(extraction.plan.shards)
 
     def last_used(self) -> float:
         """When the store was last opened, or its extraction last went on; seconds since the epoch."""

@@ -63,6 +63,8 @@ class ShardCollector:
 
     def skip(self, episode: SkippedEpisode) -> None:
         """Expect no more rows of an episode, and note why."""
+        if not self._pairs_in(episode.position):
+            return  # it has no tokens, readable or not
         first, reason = self._first_rows[episode.position], episode.reason
         shard = bisect_right(self._starts, first) - 1
         buffer = self._buffer(shard)

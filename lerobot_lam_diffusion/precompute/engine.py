@@ -8,7 +8,6 @@ Finished shards outlive any crash: the same command goes on with what is missing
 
 import importlib.metadata
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,10 +21,11 @@ from tqdm import tqdm
 from lerobot_lam_diffusion.precompute.collect import ShardCollector
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
-from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
+from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
-from lerobot_lam_diffusion.precompute.plan import Plan, differences, identity_of, share_of
+from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
@@ -81,6 +81,7 @@ def precompute_tokens(
     storage_dtype: str = "",
     batch_size: int | None = None,
     num_workers: int | None = None,
+    compile: bool = False,
     shard_frames: int | None = None,
     skip_unreadable: bool = False,
     video_backend: str | None = None,
@@ -90,7 +91,7 @@ def precompute_tokens(
     """Encode every frame pair of a dataset (or of the episodes it was opened with) into a token store.
 
     What an earlier run of the same extraction finished is not done again. Neither batch size, nor workers,
-    shards or processes change a VQ token.
+    shards or processes change a float32 VQ token; others they change by rounding.
 
     Args:
         dataset: `LeRobotDataset`.
@@ -103,6 +104,7 @@ def precompute_tokens(
         storage_dtype: How continuous tokens are kept: float32 (if empty), float16, bfloat16 or int8.
         batch_size: Pairs at a time; None: found out.
         num_workers: Threads that decode; None: the machine's cores, 16 at most. 0: decode and encode in turn.
+        compile: Compile the LAM's encoder for that batch size.
         shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
         skip_unreadable: Record an episode that cannot be read as missing instead of stopping.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
@@ -115,7 +117,6 @@ def precompute_tokens(
             episode cannot be read.
     """
     started = time.perf_counter()
-    process = process or Process()
     extraction = _extraction(
         dataset,
         lam,
@@ -130,50 +131,52 @@ def precompute_tokens(
     if (output_dir / PROVENANCE_FILE).is_file():
         return _summary(_same_store(output_dir, extraction))
     refuse_existing(output_dir)
+    process = process or Process()
     folder = unfinished_folder(output_dir)
-    extraction, unfinished = process.agreed(lambda: _begin(extraction, folder))
-    plan, shards = extraction.plan, extraction.shards(folder)
-
-    mine = share_of(plan.shard_sizes(), range(len(plan.shards)), process.shard_index, process.num_shards)
-    mine = [shard for shard in mine if shard in unfinished]
-    mine = share_of(plan.shard_sizes(), mine, process.rank, process.world_size)
-    clock = Clock()
-    encoded = 0
-    if mine:
-        batch_size = batch_size or find_batch_size(lam, sum(plan.shard_sizes()[shard] for shard in mine))
-        workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
-        with tqdm(
-            total=sum(plan.shard_sizes()[shard] for shard in mine),
-            unit="frame",
-            desc="LAM tokens",
-            disable=not (show_progress and process.is_first),
-        ) as bar:
-            encoded = extract(
-                [position for shard in mine for position in range(*plan.shards[shard])],
-                plan,
-                lambda: EpisodeFrames(dataset, camera_key, video_backend),
-                lam,
-                PairEncoder(lam, batch_size, use_vq_tokens),
-                ShardCollector(shards, mine, frame_stride),
-                frame_stride=frame_stride,
-                batch_size=batch_size,
-                num_workers=workers,
-                num_encoders=process.cores if lam.device.type == "cpu" and workers else min(workers, 1),
-                skip_unreadable=skip_unreadable,
-                clock=clock,
-                advance=bar.update,
-            )
-    store = None
-    if shards.count_finished() == len(plan.shards) or not folder.exists():
-        with clock("merge"):
-            store = merge_shards(extraction, folder, output_dir)
+    clock, encoded, store = Clock(), 0, None
+    try:
+        extraction, present = process.agreed(lambda: _begin(extraction, output_dir))
+        if present is None:
+            raise FileExistsError(output_dir)
+        plan, shards = extraction.plan, extraction.shards(folder)
+        mine = _shards_to_make(shards, present, process)
+        if mine:
+            num_frames = sum(plan.shard_sizes()[shard] for shard in mine)
+            batch_size = batch_size or find_batch_size(lam, num_frames)
+            if compile:
+                lam.compile()
+            workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
+            hidden = not (show_progress and process.is_first)
+            with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
+                encoded = extract(
+                    [position for shard in mine for position in range(*plan.shards[shard])],
+                    plan,
+                    lambda: EpisodeFrames(dataset, camera_key, video_backend),
+                    lam,
+                    PairEncoder(lam, batch_size, use_vq_tokens),
+                    ShardCollector(shards, mine, frame_stride),
+                    frame_stride=frame_stride,
+                    batch_size=batch_size,
+                    num_workers=workers,
+                    num_encoders=process.cores if lam.device.type == "cpu" and workers else 0,
+                    skip_unreadable=skip_unreadable,
+                    clock=clock,
+                    advance=bar.update,
+                )
+        if len(shards.present()) == len(plan.shards):
+            with clock("merge"):
+                store = merge_shards(extraction, folder, output_dir)
+    except (FileNotFoundError, FileExistsError):
+        if not (output_dir / PROVENANCE_FILE).is_file():
+            raise
+        return _summary(_same_store(output_dir, extraction))  # another launch of the same work was faster
     return _summary(
         store,
         encoded=encoded,
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
-        batch_size=batch_size or 0 if mine else 0,
-        shards_finished=shards.count_finished() if store is None else len(plan.shards),
+        batch_size=batch_size if mine and batch_size else 0,
+        shards_finished=len(shards.present()) if store is None else len(plan.shards),
         shards_total=len(plan.shards),
     )
 
@@ -187,7 +190,7 @@ def how_to_go_on(output_dir: Path) -> str | None:
         return None
     shards = extraction.shards(folder)
     return (
-        f"{shards.count_finished()} of {len(extraction.plan.shards)} shards are safe in {folder}; "
+        f"{len(shards.present())} of {len(extraction.plan.shards)} shards are safe in {folder}; "
         "run the same command again to go on"
     )
 
@@ -241,11 +244,12 @@ def _extraction(
         },
         storage_dtype=storage_dtype_of(kind, storage_dtype, lam.num_codes),
         device=lam.device.type,
+        decoder=decoder,
     )
     start, stop, covered = _episode_table(dataset)
     episodes = covered.nonzero().flatten().tolist()
     lengths = (stop - start)[covered].tolist()
-    plan = Plan.make(identity_of(provenance, decoder), episodes, lengths, shard_frames)
+    plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
     return Extraction(provenance, lam.codebook.cpu(), start, stop, plan)
 
 
@@ -271,27 +275,38 @@ def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
     return start, stop, covered
 
 
-def _begin(extraction: Extraction, folder: Path) -> tuple[Extraction, set[int]]:
-    """Settle the plan, and find out which shards are still to be made."""
+def _begin(extraction: Extraction, output_dir: Path) -> tuple[Extraction, list[int] | None]:
+    """Settle the plan, and see which shards are there (None: another launch finished the store meanwhile).
+
+    Nothing is read, since other processes wait.
+    """
+    folder = unfinished_folder(output_dir)
     extraction = extraction.settle(folder)
-    finished = extraction.shards(folder).finished()
-    total = len(extraction.plan.shards)
-    if finished:
-        logger.warning("Going on with %s: %d of %d shards are finished.", folder, len(finished), total)
-    return extraction, set(range(total)) - set(finished)
+    if (output_dir / PROVENANCE_FILE).is_file():
+        return extraction, None
+    present = extraction.shards(folder).present()
+    if present:
+        total = len(extraction.plan.shards)
+        logger.warning("Going on with %s: %d of %d shards are finished.", folder, len(present), total)
+    return extraction, present
+
+
+def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -> list[int]:
+    """This process's part of those that are missing, and of those that are there but damaged."""
+    sizes = shards.plan.shard_sizes()
+    ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
+    missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
+    to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
+    return sorted({*missing, *to_check} - set(shards.finished(to_check)))
 
 
 def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
     """The finished store, if it is what this extraction would make."""
     store = TokenStore.open(output_dir)
     assert store.provenance is not None
-    here = identity_of(extraction.provenance, "") | {"storage_dtype": extraction.provenance.storage_dtype}
-    there = identity_of(store.provenance, "") | {"storage_dtype": store.provenance.storage_dtype}
-    problems = differences(here, there)
+    problems = differences(identity_of(extraction.provenance), identity_of(store.provenance))
     covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
-    have = sorted({*covered, *store.skipped})
-    if have != extraction.plan.episodes:
-        problems.append(f"it is of {len(have)} episodes, this run of {len(extraction.plan.episodes)}")
+    problems += episodes_differ(extraction.plan.episodes, [*covered, *store.skipped])
     raise_problems(
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",
@@ -299,7 +314,7 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         StoreExistsError,
     )
     logger.warning("%s is finished already; nothing was extracted.", output_dir)
-    shutil.rmtree(unfinished_folder(output_dir), ignore_errors=True)  # a run may have died while it tidied up
+    remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store
 
 

@@ -1,5 +1,10 @@
 """Merge: the finished shards of an extraction become its store."""
 
+import hashlib
+import json
+import logging
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,16 +17,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.files import write_atomically
-from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError
-from lerobot_lam_diffusion.precompute.shards import ShardFolder
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, identity_of
+from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, sha256_of, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import remove_partial, write_store
 
-TABLES_FILE = "tables.safetensors"
 LOCK_FILE = ".merge.lock"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,15 @@ class Extraction:
         """Leave this in `folder`, or go on with what lies there; see `Plan.settle`."""
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN_FILE).exists():
-            tables = {"codebook": self.codebook, "from": self.episode_from, "to": self.episode_to}
-            write_atomically(folder / TABLES_FILE, save({k: t.contiguous() for k, t in tables.items()}))
-            write_atomically(folder / PROVENANCE_FILE, self.provenance.to_json().encode())
-        return replace(self, plan=self.plan.settle(folder))
+            named = {"codebook": self.codebook, "from": self.episode_from, "to": self.episode_to}
+            tables = save({name: tensor.contiguous() for name, tensor in named.items()})
+            digest = hashlib.sha256(tables).hexdigest()
+            write_atomically(_tables_file(folder, digest), tables)  # other inputs, another name
+            origin = {"provenance": json.loads(self.provenance.to_json()), "tables_sha256": digest}
+            replace(self.plan, origin=origin).settle(folder)
+        else:
+            self.plan.settle(folder)
+        return Extraction.read(folder)
 
     @classmethod
     def read(cls, folder: Path) -> "Extraction":
@@ -58,15 +69,20 @@ class Extraction:
             UserError: there is none, or it is damaged.
         """
         plan = Plan.read(folder / PLAN_FILE)
-        provenance = Provenance.read(folder / PROVENANCE_FILE)
+        provenance = Provenance.from_document(plan.origin.get("provenance"), str(folder / PLAN_FILE))
+        if identity_of(provenance) != plan.identity:
+            raise _damaged(folder / PLAN_FILE, "it contradicts itself")
+        digest = plan.origin.get("tables_sha256")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise _damaged(folder / PLAN_FILE, "it does not name its tables")
+        path = _tables_file(folder, digest)
         try:
-            with safe_open(folder / TABLES_FILE, framework="pt") as file:
+            if sha256_of(path) != digest:
+                raise ValueError("its SHA-256 is not the plan's")
+            with safe_open(path, framework="pt") as file:
                 codebook, start, stop = (file.get_tensor(name) for name in ("codebook", "from", "to"))
         except (SafetensorError, OSError, ValueError) as error:
-            raise PlanError(
-                f"{folder / TABLES_FILE} is damaged ({error}). Run the extraction's command again: it goes "
-                "on with its finished shards"
-            ) from error
+            raise _damaged(path, str(error)) from error
         return cls(provenance, codebook, start, stop, plan)
 
     def shards(self, folder: Path) -> ShardFolder:
@@ -75,6 +91,17 @@ class Extraction:
             return ShardFolder(folder, self.plan, (lam.num_learned_tokens,), index_dtype(lam.num_codes))
         width = lam.num_learned_tokens * lam.action_latent_dim
         return ShardFolder(folder, self.plan, (width,), torch.float32)
+
+
+def _tables_file(folder: Path, digest: str) -> Path:
+    return folder / f"tables-{digest[:16]}.safetensors"
+
+
+def _damaged(path: Path, what: str) -> PlanError:
+    return PlanError(
+        f"{path} is damaged ({what}). Remove the folder {path.parent} and start again, or choose another "
+        "--output_dir"
+    )
 
 
 def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> TokenStore | None:
@@ -98,18 +125,29 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
         lock.acquire(blocking=False)
     except Timeout:
         return None
-    except FileNotFoundError:  # merged and removed already
-        return TokenStore.open(output_dir)
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s); merging all the same.", folder, error)
     try:
         if (output_dir / PROVENANCE_FILE).is_file():
             store = TokenStore.open(output_dir)
         else:
-            remove_partial(output_dir)
+            if lock.is_locked:
+                remove_partial(output_dir)
             store = _write(extraction, extraction.shards(folder), output_dir)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_shards(folder)
         return store
     finally:
         lock.release()
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove an extraction's folder, so that nobody sees half of it."""
+    gone = folder.with_name(f".{folder.name}.gone-{secrets.token_hex(8)}")
+    try:
+        folder.rename(gone)
+    except OSError:  # another process was faster, or there is none
+        return
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:
@@ -119,13 +157,15 @@ def merge_unfinished(output_dir: Path) -> TokenStore:
         UserError: there are none, some are missing or damaged, or another process is at it.
     """
     folder = unfinished_folder(output_dir)
+    if (output_dir / PROVENANCE_FILE).is_file():
+        return TokenStore.open(output_dir)  # merged already
     if not folder.is_dir():
         raise PlanError(
             f"nothing to merge at {output_dir}: there are no shards in {folder}. Name the --output_dir of an "
             "extraction, or several stores"
         )
     extraction = Extraction.read(folder)
-    finished, total = extraction.shards(folder).count_finished(), len(extraction.plan.shards)
+    finished, total = len(extraction.shards(folder).present()), len(extraction.plan.shards)
     if finished < total:
         raise PlanError(
             f"{folder} has {finished} of {total} shards; run the extraction's command again to make the rest"
@@ -140,7 +180,13 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
     plan = extraction.plan
     skipped: dict[int, str] = {}
     for shard in range(len(plan.shards)):
-        skipped |= shards.check(shard)
+        try:
+            skipped |= shards.check(shard)
+        except ShardError as error:
+            raise ShardError(
+                f"{error}. Run the extraction's command again, of a job array the task that made this shard "
+                "or one without --shard_index: it is made anew"
+            ) from error
     covered = torch.zeros(len(extraction.episode_from), dtype=torch.bool)
     covered[plan.episodes] = True
     covered[list(skipped)] = False

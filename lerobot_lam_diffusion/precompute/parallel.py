@@ -40,7 +40,7 @@ def work_ahead[T, R](
             worker = make_worker()
             while not stopped.is_set():
                 with lock:
-                    task = next(remaining, _DONE)
+                    task = _DONE if stopped.is_set() else next(remaining, _DONE)
                 if task is _DONE:
                     break
                 for result in worker(task):  # type: ignore[arg-type]

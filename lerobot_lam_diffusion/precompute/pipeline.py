@@ -92,8 +92,8 @@ def extract(
         positions: Of the episodes in the plan.
         make_frames: The reader of one worker thread.
         num_workers: Threads that decode; 0: none, in turn with the encoding.
-        num_encoders: Threads that encode. A GPU needs one. A CPU's cores do more as single threads than as
-            those of one operation, which wait for each other by spinning while others decode.
+        num_encoders: Threads that encode; 0: the calling one, which is what a GPU needs. A CPU's cores do
+            more as single threads than as those of one operation, which wait for each other by spinning.
         skip_unreadable: Pass over an episode that cannot be read instead of raising.
         advance: Called with the number of frames that were decoded.
 
@@ -145,8 +145,10 @@ def extract(
     ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
     batches = rebatch(readable(clock.timed("wait", ahead)), batch_size)
     encoded = 0
-    with full_precision(lam.device), closing(ahead), closing(batches):  # one switch for all threads
-        for rows, values in work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders)):
+    results = work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders))
+    # One switch of precision for all threads; encoders end before what feeds them.
+    with full_precision(lam.device), closing(ahead), closing(batches), closing(results):
+        for rows, values in results:
             with clock("write"):
                 collector.add(rows, values)
                 while skipped:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lerobot_lam_diffusion.precompute.files import write_durably
+from lerobot_lam_diffusion.precompute.files import partial_name, write_durably
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 
@@ -25,7 +25,7 @@ PLAN_FILE = "plan.json"
 LARGEST_PLAN = 256 << 20  # bytes: some ten million episodes
 
 NOT_IDENTITY = {
-    "versions", "tensors_sha256", "max_error", "skipped", "storage_dtype",
+    "versions", "tensors_sha256", "max_error", "skipped",
     "dataset.repo_id", "dataset.revision", "lam.path", "lam.revision",
 }  # fmt: skip
 """Fields of a store's provenance that may differ between runs that give the same tokens."""
@@ -44,12 +44,14 @@ class Plan:
         episodes: Episodes to extract, ascending.
         lengths: Their frames.
         shards: For each shard, positions `(first, end)` in `episodes`.
+        origin: What merging needs besides; see `merge.Extraction`.
     """
 
     identity: dict[str, Any]
     episodes: list[int]
     lengths: list[int]
     shards: list[tuple[int, int]]
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -98,22 +100,17 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / PLAN_FILE
         if not path.exists():
-            partial = write_durably(
-                folder / f".{PLAN_FILE}.partial-{os.uname().nodename}-{os.getpid()}", self._to_json().encode()
-            )
+            partial = write_durably(partial_name(path), self._to_json().encode())
             try:
                 os.link(partial, path)  # unlike a rename it fails if another process was faster
             except FileExistsError:
                 pass
-            finally:
-                partial.unlink()
+            except OSError:  # a file system without hard links
+                os.replace(partial, path)
+            partial.unlink(missing_ok=True)
         there = Plan.read(path)
         problems = differences(self.identity, there.identity)
-        if self.episodes != there.episodes:
-            problems.append(
-                f"it extracts {len(there.episodes)} episodes, this run {len(self.episodes)} "
-                "(--dataset.episodes differs)"
-            )
+        problems += episodes_differ(self.episodes, there.episodes)
         raise_problems(
             f"{folder} holds the unfinished work of another extraction; finish that one, choose another "
             "--output_dir, or remove the folder",
@@ -139,18 +136,17 @@ class Plan:
         if problem:
             raise _damaged(path, problem)
         shards = [(first, end) for first, end in document["shards"]]
-        return cls(document["identity"], document["episodes"], document["lengths"], shards)
+        return cls(
+            document["identity"], document["episodes"], document["lengths"], shards, document["origin"]
+        )
 
     def _to_json(self) -> str:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
 
 
-def identity_of(provenance: Provenance, decoder: str) -> dict[str, Any]:
-    """What decides the tokens' values, flat: `{"lam.fingerprint": …, "camera_key": …, …}`.
-
-    `decoder` is the way to pixels ("pyav", "torchcodec", "images"): two decoders may differ by a level.
-    """
-    flat: dict[str, Any] = {"decoder": decoder}
+def identity_of(provenance: Provenance) -> dict[str, Any]:
+    """What decides the stored values, flat: `{"lam.fingerprint": …, "camera_key": …, …}`."""
+    flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(provenance).items():
         parts = (
             {f"{name}.{key}": part for key, part in value.items()}
@@ -168,6 +164,15 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
+
+
+def episodes_differ(here: Sequence[int], there: Sequence[int]) -> list[str]:
+    """The same for the episodes to extract: empty, or one sentence."""
+    apart = sorted(set(here) ^ set(there))
+    if not apart:
+        return []
+    some = ", ".join(map(str, apart[:5])) + (", …" if len(apart) > 5 else "")
+    return [f"it extracts {len(there)} episodes, this run {len(here)} (--dataset.episodes differs in {some})"]
 
 
 def share_of(sizes: Sequence[int], which: Sequence[int], index: int, count: int) -> list[int]:
@@ -195,8 +200,8 @@ def _problem(document: Any) -> str | None:
         return f'expected "format": "{FORMAT}"'
     if document.get("format_version") != FORMAT_VERSION:
         return f"format_version is {document.get('format_version')!r}, this package reads {FORMAT_VERSION}"
-    if not isinstance(document.get("identity"), dict):
-        return "identity is not an object"
+    if not isinstance(document.get("identity"), dict) or not isinstance(document.get("origin"), dict):
+        return "identity or origin is not an object"
     episodes, lengths = document.get("episodes"), document.get("lengths")
     if not _are_counts(episodes) or not _are_counts(lengths) or not 0 < len(episodes) == len(lengths):
         return "episodes and lengths are not two equally long lists of numbers"

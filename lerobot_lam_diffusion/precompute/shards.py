@@ -84,9 +84,9 @@ class ShardFolder:
                 logger.warning("%s; it is extracted again.", error)
         return found
 
-    def count_finished(self) -> int:
+    def present(self) -> list[int]:
         """Shards that have a manifest; nothing is read."""
-        return sum(self._manifest(shard).is_file() for shard in range(len(self.plan.shards)))
+        return [shard for shard in range(len(self.plan.shards)) if self._manifest(shard).is_file()]
 
     def check(self, shard: int) -> dict[int, str]:
         """Read a finished shard from end to end; its skipped episodes.

@@ -10,10 +10,9 @@ A run that was stopped, by whatever, goes on when the same command is run again.
 the tasks of a SLURM array share the work:
 
     torchrun --nproc_per_node=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
-    lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=$SLURM_ARRAY_TASK_COUNT
+    lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=32
 """
 
-import logging
 import shlex
 import signal
 import sys
@@ -26,15 +25,16 @@ from lerobot.configs.default import DatasetConfig
 
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
-from lerobot_lam_diffusion.precompute.frames import choose_camera
+from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.problems import raise_problems
+from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
@@ -51,7 +51,7 @@ class PrecomputeConfig:
         use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
-        batch_size: Frame pairs at a time; found out if left out. It does not change the tokens.
+        batch_size: Frame pairs at a time; found out if left out. It does not change float32 VQ tokens.
         num_workers: Threads that decode; as many as cores, 16 at most, if left out.
         compile: Compile the encoder: a minute at the start, pays over some 100,000 frames.
         device: cuda, mps, cpu; the best there is if left out.
@@ -131,8 +131,6 @@ def precompute(config: PrecomputeConfig) -> None:
         device=f"cuda:{process.local_rank}" if device == "cuda" and process.world_size > 1 else device,
         dtype=getattr(torch, config.dtype),
     )
-    if config.compile:
-        lam.compile()
     try:
         summary = precompute_tokens(
             dataset,
@@ -145,13 +143,18 @@ def precompute(config: PrecomputeConfig) -> None:
             storage_dtype=config.storage_dtype,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
+            compile=config.compile,
             shard_frames=config.shard_frames,
             skip_unreadable=config.on_error == "skip",
             video_backend=config.dataset.video_backend,
             process=process,
         )
-    except BaseException:
-        told = how_to_go_on(output_dir)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is not enough ({str(error).splitlines()[0]}); pass a smaller --batch_size"
+        ) from error
+    except (KeyboardInterrupt, DecodeError, OSError) as error:
+        told = None if isinstance(error, FileExistsError) else how_to_go_on(output_dir)
         if told:
             print(f"Stopped. {told}.", file=sys.stderr)
         raise
@@ -220,13 +223,18 @@ def _times(summary: Summary) -> list[str]:
 
 
 def _stop(_signal: int, _frame: object) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # launchers send several; threads are being joined
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    logging.basicConfig(format="%(message)s")
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: job schedulers stop a run so
-    run_command(PrecomputeConfig, precompute, argv)
+    before = [signal.signal(number, _stop) for number in STOP_SIGNALS]  # job schedulers send SIGTERM
+    try:
+        run_command(PrecomputeConfig, precompute, argv)
+    finally:
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
     digest = dataset_digest(meta, camera if isinstance(camera, str) else "")
     here = DatasetOrigin(meta.repo_id, None, meta.total_frames, meta.total_episodes, meta.fps, digest)
     unsaid = {"versions": {}, "tensors_sha256": "", "max_error": 0.0, "device": "unknown", "skipped": {}}
+    unsaid["decoder"] = "unknown"
     document = {**unsaid, **info, "format": FORMAT, "dataset": dataclasses.asdict(here)}
     provenance = Provenance.from_document(document, where)
     column = TokenColumn(key, provenance, None)

@@ -76,6 +76,7 @@ def _identity(store: TokenStore) -> dict[str, Any]:
         "dtype": told.dtype,
         "storage": told.storage_dtype,
         "device": told.device,
+        "decoder": told.decoder,
     }
 
 

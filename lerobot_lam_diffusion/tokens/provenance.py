@@ -21,6 +21,7 @@ KINDS = (VQ, CONTINUOUS)
 VQ_STORAGE = ("uint8", "uint16")
 CONTINUOUS_STORAGE = ("float32", "float16", "bfloat16", "int8")
 UNKNOWN_DEVICE = "unknown"
+UNKNOWN_DECODER = "unknown"
 DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
@@ -75,6 +76,8 @@ class Provenance:
         storage_dtype: How rows are kept (see `storage.py`); settled by the writer.
         max_error: Largest absolute difference between a number given to the writer and the one read back.
         device: Kind of device that the LAM ran on: "cpu", "cuda", "mps"; "unknown" in format version 1.
+        decoder: The way from files to pixels: "pyav", "torchcodec" (they may differ by a level), "images";
+            "unknown" in format version 1.
         skipped: Episodes that extraction could not read: number → reason. The store does not cover them.
     """
 
@@ -91,6 +94,7 @@ class Provenance:
     storage_dtype: str = ""
     max_error: float = 0.0
     device: str = UNKNOWN_DEVICE
+    decoder: str = UNKNOWN_DECODER
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -165,6 +169,7 @@ def _upgraded(document: dict) -> dict:
     wide = isinstance(num_codes, int) and num_codes > 256
     storage = VQ_STORAGE[wide] if document.get("token_kind") == VQ else "float32"
     added = {"storage_dtype": storage, "max_error": 0.0, "device": UNKNOWN_DEVICE, "skipped": {}}
+    added["decoder"] = UNKNOWN_DECODER
     return {**document, **added}
 
 

@@ -136,6 +136,10 @@ def write_rows(
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
         _into_place(partial, folder)
         fsync(folder.parent)
+    except OSError as error:
+        if error.filename is None:  # a write does not say of which file
+            raise OSError(error.errno, f"{error.strerror}: writing a token store", str(folder)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     remember(folder, stamp)  # every value was checked on its way in

@@ -1,18 +1,24 @@
 """The invariant: token(i) = LAM(frame i - stride, frame i) inside an episode, else missing. And atomicity."""
 
 import os
+import time
 
 import pytest
 import torch
+from filelock import FileLock
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute import frames as frames_module
+from lerobot_lam_diffusion.precompute.encode import find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError
+from lerobot_lam_diffusion.precompute.merge import merge_unfinished
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, writer
+from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from tests.conftest import EPISODE_LENGTHS, TOP, record_dataset, write_lam
 
 STRIDES = [1, 3, 10, 100]  # 10: longer than two episodes, 100: than all
@@ -360,3 +366,82 @@ def test_many_tiny_episodes(extract, lam, tmp_path):
     assert torch.equal(tokens[second], lam.encode_pairs(frames[second - 1], frames[second]).quantized)
     tokens[second] = 0
     assert not tokens.any()
+
+
+@pytest.fixture
+def begun(extract, tmp_path):
+    """The folder of an extraction of which one of two processes made its part."""
+    extract(process=Process(num_shards=2), shard_frames=1)
+    return unfinished_folder(tmp_path / "store")
+
+
+def test_a_codebook_that_was_altered_beside_the_shards_is_refused(extract, begun, tmp_path):
+    (tables,) = begun.glob("tables-*.safetensors")
+    content = bytearray(tables.read_bytes())
+    content[-1] ^= 1
+    tables.write_bytes(content)
+    for go_on in (extract, lambda: merge_unfinished(tmp_path / "store")):
+        with pytest.raises(UserError, match=r"tables-.* is damaged .*SHA-256 is not the plan's"):
+            go_on()
+
+
+def test_a_plan_that_contradicts_its_provenance_is_refused(begun, tmp_path):
+    plan = begun / PLAN_FILE
+    plan.write_text(plan.read_text().replace('"frame_stride": 1', '"frame_stride": 2', 1))
+    with pytest.raises(UserError, match="contradicts itself"):
+        merge_unfinished(tmp_path / "store")
+
+
+def test_other_pixels_or_another_storage_are_other_inputs(extract, begun, tmp_path):
+    with pytest.raises(UserError, match="its decoder is 'pyav', this run's 'torchcodec'"):
+        extract(video_backend="torchcodec")
+    extract()
+    with pytest.raises(UserError, match="its decoder is 'pyav', this run's 'torchcodec'"):
+        extract(video_backend="torchcodec")
+    other = tmp_path / "continuous"
+    extract(output_dir=other, use_vq_tokens=False, process=Process(num_shards=2), shard_frames=1)
+    with pytest.raises(UserError, match="its storage_dtype is 'float32', this run's 'int8'"):
+        extract(output_dir=other, use_vq_tokens=False, storage_dtype="int8")
+
+
+def test_a_second_launch_that_is_overtaken_takes_the_others_store(extract, lam, store):
+    overtaken = []
+
+    def overtake(prev, cur):
+        if not overtaken:
+            overtaken.append(True)
+            extract(shard_frames=1)  # does everything, merges, and removes the shards
+        return lam.encode_pairs(prev, cur)
+
+    summary = extract(Wrapped(lam, overtake), shard_frames=1, num_workers=0)
+    assert torch.equal(summary.store.values, store.values)
+
+
+def test_file_systems_without_hard_links_or_locks(extract, store, monkeypatch, caplog, tmp_path):
+    def unsupported(*_args, **_kwargs):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    assert torch.equal(extract().store.values, store.values)
+    assert "cannot be locked" in caplog.text
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_an_unreadable_episode_without_pairs_costs_nothing(damaged, extract):
+    dataset, _, _ = damaged
+    store = extract(of=dataset, frame_stride=9, shard_frames=1, skip_unreadable=True).store
+    assert store.skipped == {}  # all are shorter than the stride: no tokens to lose
+    assert not everything(store).any()
+
+
+def test_a_slow_first_batch_does_not_decide_the_batch_size(lam):
+    calls = []
+
+    def slow_at_first(prev, cur):
+        calls.append(len(prev))
+        if len(calls) == 1:
+            time.sleep(1.2)
+        return lam.encode_pairs(prev, cur)
+
+    assert find_batch_size(Wrapped(lam, slow_at_first), 10_000) > 8

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def test_a_shard_comes_back_as_it_was(folder):
     assert folder.finished() == [0, 1]
-    assert folder.count_finished() == 2
+    assert len(folder.present()) == 2
     assert folder.check(0) == {2: "its file is gone"}
     assert torch.equal(folder.values(1), torch.arange(10, dtype=torch.uint8).view(5, 2))
     assert sorted(os.listdir(folder.path)) == [

@@ -332,8 +332,10 @@ def test_a_job_array_and_its_last_merge_by_hand(flags, store, tmp_path, capsys):
     main(flags(shard_frames=1, shard_index=1, num_shards=2))
     assert "frames    60 in 5 episodes" in capsys.readouterr().out
     assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+    tokens.main(["merge", str(tmp_path / "store")])  # whole already
+    assert "it covers all 5 episodes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="there are no shards in"):
-        tokens.main(["merge", str(tmp_path / "store")])
+        tokens.main(["merge", str(tmp_path / "nowhere")])
 
 
 def test_a_merge_by_hand_of_what_all_processes_left(flags, store, tmp_path, monkeypatch, capsys):
