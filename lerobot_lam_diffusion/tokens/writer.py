@@ -137,7 +137,7 @@ def write_rows(
         _into_place(partial, folder)
         fsync(folder.parent)
     except OSError as error:
-        if error.filename is None:  # a write does not say of which file
+        if error.errno and error.filename is None:  # a write does not say of which file
             raise OSError(error.errno, f"{error.strerror}: writing a token store", str(folder)) from error
         raise
     finally:
