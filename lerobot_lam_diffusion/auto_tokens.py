@@ -17,8 +17,8 @@ from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.config import read_config
 from lerobot_lam_diffusion.live_tokens import check_lam, find_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
-from lerobot_lam_diffusion.precompute.engine import decoder_of, how_to_go_on, precompute_tokens
-from lerobot_lam_diffusion.precompute.frames import DecodeError
+from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
+from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import dataset_digest

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lerobot_lam_diffusion.precompute.collect import ShardCollector
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
@@ -254,13 +254,6 @@ def _extraction(
 
 
 _PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
-
-
-def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
-    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
-    if camera_key not in meta.video_keys:
-        return "images"
-    return "torchcodec" if video_backend == "torchcodec" else "pyav"
 
 
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:

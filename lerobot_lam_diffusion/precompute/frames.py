@@ -48,6 +48,13 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
     )
 
 
+def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
+    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
+    if camera_key not in meta.video_keys:
+        return "images"
+    return "torchcodec" if video_backend == "torchcodec" else "pyav"
+
+
 class EpisodeFrames:
     """Frames of one camera of a LeRobot dataset. One for each thread: it keeps the last video file open.
 
@@ -61,8 +68,8 @@ class EpisodeFrames:
         self._dataset = dataset
         self._camera_key = camera_key
         self._is_video = camera_key in dataset.meta.video_keys
+        self._decoder = decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend)
         self._first_rows = _first_rows(dataset)
-        self._uses_torchcodec = (video_backend or dataset._video_backend) == "torchcodec"
         self._decoders = VideoDecoderCache(max_size=1)  # LeRobot's own is shared by threads: not safe
         self._open: SequentialVideo | None = None
         height, width = dataset.meta.features[camera_key]["shape"][:2]
@@ -96,7 +103,7 @@ class EpisodeFrames:
         seconds = self._dataset.hf_dataset.data.column("timestamp").slice(rows.start, len(rows)).to_numpy()
         timestamps = [offset + float(t) for t in seconds]
         path = self._file(episode)
-        if self._uses_torchcodec:
+        if self._decoder == "torchcodec":
             return decode_video_frames_torchcodec(
                 path, timestamps, self._dataset.tolerance_s, decoder_cache=self._decoders, return_uint8=True
             )
