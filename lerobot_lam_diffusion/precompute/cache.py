@@ -30,6 +30,7 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot_lam_diffusion.precompute.merge import Extraction
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError, unfinished_folder
+from lerobot_lam_diffusion.tokens.pair_cache import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import remove_partial
@@ -85,6 +86,16 @@ class CacheKey:
 def cache_folder() -> Path:
     """Where the cache lies: `$HF_LEROBOT_HOME/lam_tokens/stores`."""
     return HF_LEROBOT_HOME / "lam_tokens" / "stores"
+
+
+def live_cache_folder() -> Path:
+    """Where `--policy.lam_live_cache=auto` keeps tokens: `$HF_LEROBOT_HOME/lam_tokens/pairs`."""
+    return HF_LEROBOT_HOME / "lam_tokens" / "pairs"
+
+
+def live_caches(root: Path | None = None) -> list[Path]:
+    """Folders of all `tokens.pair_cache.PairCache`s there, by name."""
+    return sorted(path for path in (root or live_cache_folder()).glob("[!.]*") if is_pair_cache(path))
 
 
 def cached_entries(cache: Path | None = None) -> list["CacheEntry"]:

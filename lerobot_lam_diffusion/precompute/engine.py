@@ -6,7 +6,6 @@
 Finished shards outlive any crash: the same command goes on with what is missing.
 """
 
-import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping
@@ -22,17 +21,15 @@ from lerobot_lam_diffusion.precompute.collect import ShardCollector
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
+from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
-from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
-from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin, Provenance
-from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import codebook_scale, refuse_existing
+from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -206,45 +203,15 @@ def _extraction(
     video_backend: str | None,
     shard_frames: int | None,
 ) -> Extraction:
-    meta = dataset.meta
-    decoder = decoder_of(meta, camera_key, video_backend or dataset._video_backend)
-    kind = VQ if use_vq_tokens else CONTINUOUS
-    provenance = Provenance(
-        dataset=DatasetOrigin(
-            repo_id=meta.repo_id,
-            revision=meta.revision,
-            total_frames=meta.total_frames,
-            total_episodes=meta.total_episodes,
-            fps=meta.fps,
-            digest=dataset_digest(meta, camera_key),
-        ),
-        lam=LamOrigin(
-            path=lam_path,
-            revision=lam.revision,
-            fingerprint=lam.fingerprint,
-            num_learned_tokens=lam.num_learned_tokens,
-            action_latent_dim=lam.action_latent_dim,
-            num_codes=lam.num_codes,
-            token_scale=codebook_scale(lam.codebook),
-        ),
+    provenance = provenance_of(
+        dataset.meta,
+        lam,
         camera_key=camera_key,
+        lam_path=lam_path,
         frame_stride=frame_stride,
-        stride_seconds=frame_stride / meta.fps,
-        token_kind=kind,
-        dtype=str(lam.dtype).removeprefix("torch."),
-        versions={
-            name: importlib.metadata.version(name)
-            for name in (
-                "lerobot_policy_diffusion_lam",
-                "lerobot",
-                "torch",
-                "safetensors",
-                _PACKAGE_OF[decoder],
-            )
-        },
-        storage_dtype=storage_dtype_of(kind, storage_dtype, lam.num_codes),
-        device=lam.device.type,
-        decoder=decoder,
+        use_vq_tokens=use_vq_tokens,
+        storage_dtype=storage_dtype,
+        decoder=decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend),
     )
     start, stop, covered = _episode_table(dataset)
     episodes = covered.nonzero().flatten().tolist()
@@ -253,14 +220,9 @@ def _extraction(
     return Extraction(provenance, lam.codebook.cpu(), start, stop, plan)
 
 
-_PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
-
-
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
     """First frame, end and "is to be covered" of every episode of the dataset."""
-    episodes = dataset.meta.episodes
-    start = torch.tensor(episodes["dataset_from_index"], dtype=torch.int64)
-    stop = torch.tensor(episodes["dataset_to_index"], dtype=torch.int64)
+    start, stop = episode_bounds(dataset.meta)
     covered = torch.ones(len(start), dtype=torch.bool)
     if dataset.episodes is not None:
         covered = torch.zeros(len(start), dtype=torch.bool)

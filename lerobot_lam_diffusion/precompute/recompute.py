@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens.pair_cache import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 
@@ -61,24 +63,56 @@ def recompute_sample(
     _refuse_other_lam(store, lam)
     camera = _camera(store, dataset, camera_key)
     index = _sample(store, num_samples, seed)
-    relative = dataset.absolute_to_relative_idx
     prev, cur = (
-        torch.stack(
-            [as_uint8(dataset[i if relative is None else relative[i]][camera]) for i in frames.tolist()]
-        )
-        for frames in (index - store.frame_stride, index)
+        _frames(dataset, camera, frames, lam.device) for frames in (index - store.frame_stride, index)
     )
-    tokens = lam.encode_pairs(prev.to(lam.device), cur.to(lam.device))
-    expected = (tokens.quantized if store.kind == VQ else tokens.continuous).cpu()
-    stored = store.window(index, [0])[:, 0]
-    tolerance = 0.0
-    if store.kind != VQ:
-        stored_error = store.provenance.max_error if store.provenance is not None else 0.0
-        tolerance = TOLERANCE * float(expected.abs().max()) + stored_error
+    stored_error = store.provenance.max_error if store.provenance is not None else 0.0
+    return _agreement(store.window(index, [0])[:, 0], store.kind, lam.encode_pairs(prev, cur), stored_error)
+
+
+def recompute_kept(
+    cache: PairCache, dataset: Any, lam: Any, num_samples: int, seed: int = 0
+) -> tuple[Agreement, int]:
+    """The same for a cache of live tokens; and how many sampled ones are of other pixels than the dataset's.
+
+    Raises:
+        TokenStoreError: the tokens were made by another LAM, or none of them of the dataset's pixels.
+    """
+    _refuse_other_lam(cache.tables, lam)
+    kept = torch.cat([frames for frames, _, _ in cache.scan()])
+    chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
+    index = kept[sorted(chosen)]
+    prev, cur = (
+        _frames(dataset, cache.provenance.camera_key, frames, lam.device)
+        for frames in (index - cache.tables.frame_stride, index)
+    )
+    found = cache.read(index, pixel_digests(prev, cur).cpu())
+    same = found.known
+    if not same.any():
+        raise TokenStoreError(
+            f"none of {len(index)} sampled tokens in {cache.path} was made of the dataset's pixels: trained "
+            "with --dataset.image_transforms, or another video decoder? Such a cache saves nothing; remove it"
+        )
+    tokens = lam.encode_pairs(prev[same], cur[same])
+    stored = cache.decode(found.values[same])
+    return _agreement(stored, cache.provenance.token_kind, tokens), int((~same).sum())
+
+
+def _frames(dataset: Any, camera: str, index: Tensor, device: torch.device) -> Tensor:
+    """Frames of absolute indices by LeRobot's own random access, uint8 `(B, 3, H, W)`."""
+    relative = dataset.absolute_to_relative_idx
+    rows = [i if relative is None else relative[i] for i in index.tolist()]
+    return torch.stack([as_uint8(dataset[row][camera]) for row in rows]).to(device)
+
+
+def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0) -> Agreement:
+    """Compare stored tokens with the LAM's; `stored_error` is what storage costs."""
+    expected = (tokens.quantized if kind == VQ else tokens.continuous).cpu()
+    tolerance = 0.0 if kind == VQ else TOLERANCE * float(expected.abs().max()) + stored_error
     error = (stored - expected).abs().amax(dim=1)
     others = expected.roll(1, 0)
     return Agreement(
-        checked=len(index),
+        checked=len(stored),
         equal=int((error <= tolerance).sum()),
         max_error=float(error.max()),
         distinct=len(stored.unique(dim=0)),

@@ -1,10 +1,19 @@
-"""`lerobot-lam-tokens cache …`: the stores that `--policy.lam_tokens_path=auto` has built."""
+"""`lerobot-lam-tokens cache …`: what `lam_tokens_path=auto` built and `lam_live_cache=auto` keeps."""
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from lerobot_lam_diffusion.precompute.cache import CacheEntry, cache_folder, cached_entries
+from lerobot_lam_diffusion.precompute.cache import (
+    CacheEntry,
+    cache_folder,
+    cached_entries,
+    live_cache_folder,
+    live_caches,
+)
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.pair_cache import PairCache, last_used, remove_pair_cache
+from lerobot_lam_diffusion.tokens.provenance import Provenance
 
 DAY = 86400.0
 
@@ -40,6 +49,13 @@ def list_cache(config: CacheListConfig) -> None:
             print(f"    {name:<10}{text}")
     total = sum(entry.num_bytes() for entry in entries)
     print(f"{len(entries)} token stores, {total:,} bytes in {cache_folder()}")
+    caches = live_caches()
+    for path in caches:
+        print(path.name)
+        for name, text in live_rows(path).items():
+            print(f"    {name:<10}{text}")
+    if caches:
+        print(f"{len(caches)} live caches (--policy.lam_live_cache=auto) in {live_cache_folder()}")
 
 
 def cache_path(config: CachePathConfig) -> None:
@@ -62,6 +78,8 @@ def prune_cache(config: CachePruneConfig) -> None:
         elif builder := entry.builder():
             print(f"kept    {entry.name} ({told}): {builder} is at it")
     print(f"{removed} token stores removed, {freed:,} bytes")
+    for path in live_caches():
+        _prune_live(path, limit)
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:
@@ -76,14 +94,42 @@ def _rows(entry: CacheEntry) -> dict[str, str]:
         provenance = entry.provenance()
     except UserError as error:
         return {"damaged": str(error), **rows}
+    return {**_told(provenance), **rows}
+
+
+def _told(provenance: Provenance) -> dict[str, str]:
     origin, lam = provenance.dataset, provenance.lam
     return {
         "dataset": f"{origin.repo_id} ({origin.total_frames} frames, {origin.total_episodes} episodes)",
         "LAM": f"{lam.path} (fingerprint {lam.fingerprint[:16]}…)",
         "camera": f"{provenance.camera_key}, stride {provenance.frame_stride} frames",
         "tokens": f"{provenance.token_kind}, encoded in {provenance.dtype} on {provenance.device}",
-        **rows,
     }
+
+
+def live_rows(path: Path) -> dict[str, str]:
+    """What a live cache holds, for people."""
+    try:
+        cache = PairCache.open(path)
+        known = sum(len(frames) for frames, _, _ in cache.scan())
+    except UserError as error:
+        return {"damaged": str(error)}
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(path)))
+    return {
+        **_told(cache.provenance),
+        "pairs": f"{known:,} of {cache.num_pairs:,} are kept",
+        "size": f"{cache.num_bytes:,} bytes",
+        "last used": used,
+    }
+
+
+def _prune_live(path: Path, limit: float | None) -> None:
+    if limit is not None and last_used(path) >= limit:
+        return
+    if remove_pair_cache(path):
+        print(f"removed live cache {path.name}")
+    else:
+        print(f"kept    live cache {path.name}: a training has it open")
 
 
 def _dataset_of(entry: CacheEntry) -> str:

@@ -26,6 +26,8 @@ from torch import Tensor
 from lerobot_lam_diffusion.tokens.layout import (
     TENSORS_FILE,
     TokenStoreError,
+    check_content,
+    find_folder,
     map_store,
 )
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
@@ -106,6 +108,16 @@ class TokenStore:
         if bool((store.episode_row < 0).any()):
             logger.warning("Token store %s is partial: %s.", store.name, store.coverage)
         return store
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenStore":
+        """Open the store in this very folder: no search, no dataset, no warning of a partial one.
+
+        Raises:
+            TokenStoreError: missing, damaged, or newer than this package.
+        """
+        check_content(find_folder(folder))
+        return cls._map(folder)
 
     @classmethod
     def _map(cls, folder: Path, hub_id: str | None = None) -> "TokenStore":

@@ -143,7 +143,7 @@ def write_rows(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     remember(folder, stamp)  # every value was checked on its way in
-    return TokenStore.open(folder)
+    return TokenStore.load(folder)
 
 
 def _write_tensors(

@@ -1,0 +1,79 @@
+"""`lerobot-lam-tokens info|verify|merge` of a live cache, which `--policy.lam_live_cache` fills."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lerobot_lam_diffusion.precompute.cache import live_cache_folder
+from lerobot_lam_diffusion.precompute.recompute import recompute_kept
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.cache import live_rows
+from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
+from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.layout import check_content
+from lerobot_lam_diffusion.tokens.pair_cache import TABLES, PairCache, is_pair_cache
+from lerobot_lam_diffusion.tokens.store import TokenStore
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.scripts.tokens import VerifyConfig
+
+
+def means_live_cache(name: str | None) -> Path | None:
+    """The folder of the live cache that `name` means: a path, or a name that `cache list` shows."""
+    if name is None:
+        return None
+    for folder in (Path(name).expanduser(), live_cache_folder() / name):
+        if is_pair_cache(folder):
+            return folder
+    return None
+
+
+def print_live_cache(folder: Path) -> None:
+    print(folder)
+    for name, text in live_rows(folder).items():
+        print(f"{name:<10}{text}")
+
+
+def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
+    """Read every record; with a dataset and a LAM encode a sample again."""
+    check_content(folder / TABLES, again=True)
+    cache = PairCache.open(folder)
+    known, damaged = 0, 0
+    for frames, _, bad in cache.scan():
+        known, damaged = known + len(frames), damaged + bad
+    print(f"ok  {known:,} of {cache.num_pairs:,} pairs are kept, every record of them as written")
+    if damaged:
+        print(f"ok  {damaged} records were left half written; they count as not there")
+    if config.dataset is None:
+        return
+    dataset = open_dataset(config.dataset)
+    check_binding(cache.tables, dataset.meta)
+    print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
+    if config.lam is None:
+        return
+    from lerobot_lam_diffusion.lam import load_lam
+
+    dtype = getattr(torch, cache.provenance.dtype)
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
+    )
+    result, others = recompute_kept(cache, dataset, lam, config.num_samples, config.seed)
+    if others:
+        print(
+            f"note: {others} sampled tokens were made of other pixels than the dataset's (augmentation, "
+            "another decoder) and cannot be compared; training computes such tokens again"
+        )
+    told = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
+    if result.equal < result.checked:
+        raise UserError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
+    print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
+
+
+def merge_live_cache(folder: Path, output_dir: Path | None) -> TokenStore:
+    """Its complete episodes as a token store."""
+    if output_dir is None:
+        raise UserError(
+            "--output_dir is unset: name where the store of the cache's complete episodes will stand"
+        )
+    return PairCache.open(folder).to_store(output_dir)
