@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Once the environment is installed nothing here needs a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: .venv/.synced ## formatting, lint, types
 format: .venv/.synced ## format and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/.synced ## what is generated: docs/REFERENCE.md and the commands' --help
+	$(BIN)/python docs/generate.py
 
 clean: ## remove the environment and what was made in it
 	rm -rf .venv .cache outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,13 +84,3 @@ def train_command(
         "--policy.push_to_hub=false",
         "--wandb.enable=false",
     ]
-
-
-def shell_text(argv: Sequence[str], width: int = 100) -> str:
-    """The command for a shell, quoted, on as many continued lines as it needs."""
-    lines = [""]
-    for word in map(shlex.quote, argv):
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines.append("   ")
-        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-    return " \\\n".join(lines)

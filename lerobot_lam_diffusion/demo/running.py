@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TextIO
 
-from lerobot_lam_diffusion.demo.commands import shell_text
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.next_step import shell_text
 
 _POLL_SECONDS = 0.25
 _LOG_TAIL = 12  # lines shown of a command that failed

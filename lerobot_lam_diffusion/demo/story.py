@@ -15,7 +15,6 @@ from lerobot_lam_diffusion.demo.commands import (
     fit_command,
     precompute_command,
     record_command,
-    shell_text,
     train_command,
 )
 from lerobot_lam_diffusion.demo.console import output_to
@@ -31,6 +30,7 @@ from lerobot_lam_diffusion.demo.running import (
     training_progress,
 )
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.next_step import shell_text
 from lerobot_lam_diffusion.tokens import TokenStore
 
 _AVERAGED_STEPS = 10  # of the loss at the start and at the end

@@ -13,6 +13,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column, missing_files
@@ -62,16 +63,23 @@ def add_token_column(config: AddColumnConfig) -> None:
         f"{made.root}: {meta.total_frames} frames with {config.column}; {made.linked} video files linked, "
         f"{made.copied} copied"
     )
-    key = "" if config.column == OBS_LAM_TOKENS else f" --policy.lam_tokens_key={config.column}"
-    print(
-        f"next: lerobot-train --policy.type=diffusion_lam --policy.use_precomputed_lam_tokens=true{key} "
-        f"--dataset.repo_id={repo_id} --dataset.root={made.root}"
-    )
     if made.linked:
         print(
             "The linked videos are the original's own files; to re-encode them in place "
             "(lerobot-edit-dataset --operation.type=reencode_videos), add the column with --copy_videos=true"
         )
+    print(next_step(_train_on_column(repo_id, made.root, config.column)))
+
+
+def _train_on_column(repo_id: str, root: Path | str | None, column: str) -> list[str]:
+    return [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        "--policy.use_precomputed_lam_tokens=true",
+        *([] if column == OBS_LAM_TOKENS else [f"--policy.lam_tokens_key={column}"]),
+        *dataset_flags(repo_id, root),
+        "--policy.push_to_hub=false",
+    ]
 
 
 def means_dataset(path: str) -> bool:
@@ -109,6 +117,7 @@ def verify_dataset(config: Any) -> None:
     if lam is not None:
         sample = recompute_sample(store, open_dataset(source), lam, config.num_samples, config.seed)
         print(_compared(column, sample))
+    print(next_step(_train_on_column(source.repo_id, source.root, config.column)))
 
 
 def _dataset_at(root: Path) -> DatasetConfig:

@@ -12,6 +12,7 @@ from typing import Any
 import draccus
 
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.help import Command
 
 DASHED = {
     "--dataset-repo-id": "dataset.repo_id",
@@ -44,18 +45,28 @@ class LamSource:
 
 
 def run_command(
-    config_class: type, command: Callable[[Any], None], argv: Sequence[str] | None = None
+    config_class: type,
+    command: Callable[[Any], None],
+    argv: Sequence[str] | None = None,
+    told: Command | None = None,
 ) -> None:
-    """Parse the command line into `config_class` and run `command` on it.
+    """Parse the command line into `config_class` and run `command` on it; `told` answers `--help`.
 
     Exits with status 1 and one message where the input is bad, and 130 after an interrupt.
     """
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     arguments = normalise(sys.argv[1:] if argv is None else argv)
+    if told is not None and {"-h", "--help"} & set(arguments):
+        print(told.help(), end="")
+        sys.exit(0)
     try:
         command(draccus.parse(config_class, args=arguments))
     except (UserError, OSError, draccus.ParsingError) as error:
-        sys.exit(f"error: {_told_by(error)}")
+        cause = _told_by(error)
+        more = getattr(cause, "__notes__", [])
+        if told is not None and isinstance(cause, draccus.ParsingError):
+            more = [f"The flags: {told.name} --help"]
+        sys.exit("\n".join([f"error: {cause}", *more]))
     except KeyboardInterrupt:
         sys.exit(130)
 

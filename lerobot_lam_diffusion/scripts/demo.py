@@ -20,6 +20,8 @@ import huggingface_hub.constants
 from lerobot_lam_diffusion.lam import resolve_lam
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.next_step import next_step
 
 DEFAULT_FOLDER = Path("outputs/demo")
 SIMULATOR = ("gym_pusht", "pymunk", "shapely", "matplotlib")
@@ -37,10 +39,12 @@ class DemoConfig:
         first_seed: Of the first recorded episode; each has its own.
         lam: Which LAM makes the tokens.
         device: For LAM and training. On a CPU two runs give the same figures.
-        record_only: Only record a dataset.
-        root: Where (with record_only); output_dir/pusht if left out.
-        repo_id: Its name (with record_only).
-        near_goal: Short episodes near the goal (with record_only); false: the task's own starts.
+
+    Only a dataset:
+        record_only: Only record a dataset; the flags below go with it.
+        root: Where; output_dir/pusht if left out.
+        repo_id: Its name.
+        near_goal: Short episodes near the goal; false: the task's own starts.
     """
 
     output_dir: Path | None = None
@@ -75,17 +79,25 @@ class DemoConfig:
         raise_problems("these flags do not work", problems)
 
 
+COMMAND = Command("lerobot-lam-demo", DemoConfig, __doc__)
+
+
 def run_demo(config: DemoConfig) -> None:
     """Check what can be checked at once, then record, or tell the whole story."""
     require_simulator()
     go_offline()
     # Only now: these need the simulator.
+    from lerobot_lam_diffusion.demo.commands import precompute_command
     from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
 
     if config.record_only:
         root = (config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht").expanduser()
         summary = record(root, config.repo_id, config.num_episodes, config.near_goal, config.first_seed)
         print(f"{recorded_text(summary)}: {summary.root}")
+        tokens = summary.root.with_name(f"{summary.root.name}_lam")
+        print(
+            next_step(precompute_command(config.repo_id, summary.root, "pusht-compact", None, tokens, "cpu"))
+        )
         return
     resolve_lam(config.lam.path, config.lam.revision)
     tell_story(
@@ -142,7 +154,7 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, normalise(sys.argv[1:] if argv is None else argv))
+    run_command(DemoConfig, run_demo, normalise(sys.argv[1:] if argv is None else argv), COMMAND)
 
 
 def normalise(argv: Sequence[str]) -> list[str]:

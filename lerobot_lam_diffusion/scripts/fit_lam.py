@@ -6,7 +6,6 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 (`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
 """
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,8 @@ from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
+from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 
 STATE_KEY = "observation.state"
@@ -45,18 +46,23 @@ class FitLamConfig:
         dataset: As in lerobot-train; `--dataset.episodes=[0,1]` uses those only.
         output_dir: Where the LAM will stand.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
-        preset: Size of the model.
+        frame_stride: Gap of a frame pair, in frames.
+        holdout_episodes: How many of the last episodes only measure the LAM; if left out a tenth, at least 5.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
+
+    The fit:
+        preset: Size of the model: compact (0.6 M parameters, for a CPU), small (5.8 M, for a GPU) or tiny
+            (for tests).
         steps: Optimiser steps in all.
         batch_size: Frame pairs a step.
         seed: Of weights, batches and noise.
         learning_rate: Peak of the learning rate.
         state_weight: Weight of the loss that ties tokens to changes of `observation.state`; 0: pixels only.
-        frame_stride: Gap of a frame pair, in frames.
-        holdout_episodes: How many of the last episodes only measure the LAM; if left out a tenth, at least 5.
         device: cuda, mps, cpu; the best there is if left out.
+
+    Going on:
         resume: Continue the fit that `output_dir` holds.
         save_every: Steps between checkpoints.
-        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
     """
 
     dataset: DatasetConfig
@@ -97,6 +103,9 @@ class FitLamConfig:
             learning_rate=self.learning_rate,
             state_weight=self.state_weight,
         )
+
+
+COMMAND = Command("lerobot-lam-fit", FitLamConfig, __doc__)
 
 
 def fit_lam(config: FitLamConfig) -> None:
@@ -193,21 +202,20 @@ def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
     print("\n".join(report.lines()))
     if min(report.perplexity) < 2 or (report.probe is not None and report.probe.token < 0.2):
         print("\nIts tokens say little so far: fit it with more --steps, more frames or another stride.")
-    root = [f"--dataset.root={config.dataset.root}"] if config.dataset.root else []
     command = [
         "lerobot-lam-precompute",
-        f"--dataset.repo_id={config.dataset.repo_id}",
-        *root,
+        *dataset_flags(config.dataset.repo_id, config.dataset.root),
         f"--lam.path={config.output_dir}",
         f"--camera_key={camera}",
         f"--frame_stride={config.frame_stride}",
         f"--output_dir={config.output_dir}_tokens",
     ]
-    print(f"\nThe LAM stands in {config.output_dir}. Next:\n  {shlex.join(command)}")
+    print(f"\nThe LAM stands in {config.output_dir}.")
+    print(next_step(command))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(FitLamConfig, fit_lam, argv)
+    run_command(FitLamConfig, fit_lam, argv, COMMAND)
 
 
 if __name__ == "__main__":

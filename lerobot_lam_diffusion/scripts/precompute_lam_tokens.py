@@ -1,4 +1,4 @@
-"""Precompute the LAM tokens of a LeRobot dataset.
+r"""Precompute the LAM tokens of a LeRobot dataset.
 
     lerobot-lam-precompute --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x \
         --camera_key=observation.image --output_dir=./data/pusht_lam
@@ -29,6 +29,8 @@ from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
@@ -47,18 +49,27 @@ class PrecomputeConfig:
         lam: Which LAM.
         output_dir: Where the store will stand.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
+
+    Tokens:
         frame_stride: Gap of a frame pair, in frames.
         use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
+
+    Speed and memory:
         batch_size: Frame pairs at a time; found out if left out. It does not change float32 VQ tokens.
         num_workers: Threads that decode; as many as cores, 16 at most, if left out.
         compile: Compile the encoder: a minute at the start, pays over some 100,000 frames.
         device: cuda, mps, cpu; the best there is if left out.
+
+    Episodes that cannot be read:
         tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
         on_error: What to do with an episode that cannot be read: "fail", or "skip" and record it as missing.
+
+    Going on and many processes:
         shard_frames: Frames of a shard at least; what is lost by a crash. 1/256 of all if left out.
-        shard_index: Which task of a job array this is, from 0; `num_shards`: how many there are.
+        shard_index: Which task of a job array this is, from 0.
+        num_shards: How many tasks the job array has.
     """
 
     dataset: DatasetConfig
@@ -113,6 +124,9 @@ class PrecomputeConfig:
                 f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
             )
         raise_problems("these flags do not work", problems)
+
+
+COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
 
 
 def precompute(config: PrecomputeConfig) -> None:
@@ -192,22 +206,8 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
     for episode, reason in store.skipped.items():
         lines.append(f"SKIPPED   episode {episode}: {reason}")
-    dataset = [f"--dataset.repo_id={config.dataset.repo_id}"]
-    if config.dataset.root:
-        dataset.append(f"--dataset.root={config.dataset.root}")
-    if store.missing_episodes:
-        covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
-        dataset.append(f"--dataset.episodes={covered}".replace(" ", ""))
-    tokens = f"--policy.lam_tokens_path={store.path.resolve()}"
-    kind = "" if config.use_vq_tokens else " --policy.lam_use_vq_tokens=false"
-    lines += [
-        "",
-        "Train on it:",
-        f"  lerobot-train --policy.type=diffusion_lam {shlex.join(dataset)} \\",
-        f"    --policy.use_precomputed_lam_tokens=true {shlex.quote(tokens)}{kind} \\",
-        "    --policy.push_to_hub=false",
-    ]
-    return "\n".join(lines)
+    training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)
+    return "\n".join([*lines, next_step(training, "Train on it")])
 
 
 def _times(summary: Summary) -> list[str]:
@@ -231,7 +231,7 @@ def _stop(_signal: int, _frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     before = [signal.signal(number, _stop) for number in STOP_SIGNALS]  # job schedulers send SIGTERM
     try:
-        run_command(PrecomputeConfig, precompute, argv)
+        run_command(PrecomputeConfig, precompute, argv, COMMAND)
     finally:
         for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)

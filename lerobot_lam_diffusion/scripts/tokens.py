@@ -23,7 +23,7 @@ well it encodes a random sample of frame pairs and compares. A `.pt` file is ver
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ from lerobot_lam_diffusion.scripts.column import (
     verify_dataset,
 )
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.help import Command, summary_of
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.export import export_store
@@ -116,7 +118,7 @@ class ExportConfig:
 
     Args:
         store: Its folder, or its repository on the Hub.
-        format: pt, parquet or npy.
+        format: pt, parquet or npy; training reads a .pt file, the others are for other programs.
         output: The new file.
     """
 
@@ -185,6 +187,7 @@ def info(config: InfoConfig) -> None:
         del rows["skipped"]
     for name, text in rows.items():
         print(f"{name:<10}{text}")
+    print(next_step(verify_with_its_lam(store, config.store)))
 
 
 def verify(config: VerifyConfig) -> None:
@@ -197,12 +200,17 @@ def verify(config: VerifyConfig) -> None:
         )
     store = _read_again(config)
     if config.dataset is None:
+        if store.provenance is not None:
+            print(
+                next_step(verify_with_its_lam(store, config.store), "Next, compare with its dataset and LAM")
+            )
         return
     dataset = open_dataset(config.dataset)
     if store.provenance is not None:
         TokenStore.open(store.path, dataset.meta)
         print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
+        print(_train_next(config, store))
         return
     dtype = getattr(torch, store.provenance.dtype if store.provenance is not None else "float32")
     lam = load_lam(
@@ -221,6 +229,13 @@ def verify(config: VerifyConfig) -> None:
             "Extract the tokens again with lerobot-lam-precompute"
         )
     print(f"ok  {told}")
+    print(_train_next(config, store))
+
+
+def _train_next(config: VerifyConfig, store: TokenStore) -> str:
+    assert config.store is not None
+    assert config.dataset is not None
+    return next_step(train_on(store, config.store, config.dataset.repo_id, config.dataset.root))
 
 
 def _read_again(config: VerifyConfig) -> TokenStore:
@@ -250,11 +265,15 @@ def merge(config: MergeConfig) -> None:
     else:
         store = merge_stores([TokenStore.open(path) for path in paths], config.output_dir)
     print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
+    print(next_step(verify_with_its_lam(store, store.path)))
 
 
 def export(config: ExportConfig) -> None:
-    export_store(TokenStore.open(config.store), config.output, config.format)
+    store = TokenStore.open(config.store)
+    export_store(store, config.output, config.format)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
+    if config.format == "pt":
+        print(next_step(verify_with_its_lam(store, config.output)))
 
 
 def push(config: PushConfig) -> None:
@@ -263,12 +282,15 @@ def push(config: PushConfig) -> None:
     lam = store.provenance.lam.path if store.provenance is not None else ""
     if Path(lam).is_absolute():
         print(f"note: its provenance names the LAM by its path here, {lam}")
-    print(f"{pushed.url}\ntrain with it: --policy.lam_tokens_path={pushed.hub_id}")
+    print(pushed.url)
+    if store.provenance is not None:
+        print(next_step(train_on(store, pushed.hub_id, store.provenance.dataset.repo_id), "Train on it"))
 
 
 def pull(config: PullConfig) -> None:
     store = pull_store(config.store, config.output_dir)
     print(f"{config.output_dir}: {store.hub_id}, {len(store.values)} frames; {store.coverage}")
+    print(next_step(verify_with_its_lam(store, config.output_dir)))
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -290,10 +312,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["cache"]:
         words[:2] = [" ".join(words[:2])]
     if not words or words[0] not in COMMANDS:
-        print(__doc__)
+        print(command_list())
         sys.exit(0 if words in (["-h"], ["--help"]) else f"error: expected one of {', '.join(COMMANDS)}")
-    config_class, command = COMMANDS[words.pop(0)]
-    run_command(config_class, command, _with_flags(words, config_class))
+    name = words.pop(0)
+    config_class, command = COMMANDS[name]
+    run_command(config_class, command, _with_flags(words, config_class), told_of(name))
+
+
+def command_list() -> str:
+    """What `lerobot-lam-tokens --help` prints."""
+    about = __doc__ or ""
+    names = [f"    {name:<14}{summary_of(config_class)}" for name, (config_class, _) in COMMANDS.items()]
+    flags = "Each takes --help, which tells its flags."
+    return "\n".join(["usage: lerobot-lam-tokens COMMAND [STORE …] [flags]\n", about, *names, f"\n{flags}"])
+
+
+def told_of(name: str) -> Command:
+    """A subcommand with its examples."""
+    config_class, _ = COMMANDS[name]
+    begin = f"    lerobot-lam-tokens {name}"
+    examples = [line for line in (__doc__ or "").splitlines() if f"{line} ".startswith(f"{begin} ")]
+    paths = {"stores": "STORE …", "store": "STORE"}
+    words = [paths[each.name] for each in fields(config_class) if each.name in paths]
+    about = "\n".join([summary_of(config_class), *([""] if examples else []), *examples])
+    return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "")
 
 
 def _with_flags(words: list[str], config_class: type) -> list[str]:

@@ -24,6 +24,7 @@ from lerobot_lam_diffusion.demo.running import (
     training_progress,
 )
 from lerobot_lam_diffusion.demo.story import Demo, Table, log_of, loss_facts, token_facts, what_next
+from lerobot_lam_diffusion.scripts.next_step import shell_text
 
 TRAIN_LOG = (
     "WARNING: torchcodec\n"
@@ -67,7 +68,7 @@ def test_training_is_stock_and_holds_out_what_is_not_listed():
 
 def test_the_shell_reads_the_printed_command_as_the_one_that_runs():
     argv = train_command()
-    text = commands.shell_text(argv)
+    text = shell_text(argv)
     assert shlex.split(text.replace("\\\n", "")) == argv
     assert max(map(len, text.splitlines())) <= 104
     assert all(line.endswith(" \\") for line in text.splitlines()[:-1])

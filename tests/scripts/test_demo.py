@@ -24,7 +24,8 @@ def test_record_only_records_a_dataset_and_says_so(tmp_path, capfd):
     dataset = LeRobotDataset("local/mine", root=root, video_backend="pyav")
     assert dataset.meta.total_episodes == 1
     console = capfd.readouterr()
-    assert console.out.splitlines()[-1] == f"1 episodes, {len(dataset)} frames: {root}"
+    assert f"1 episodes, {len(dataset)} frames: {root}" in console.out.splitlines()
+    assert "lerobot-lam-precompute --dataset.repo_id=local/mine" in console.out  # what to do with it
     assert "Svt" not in console.out + console.err
 
 

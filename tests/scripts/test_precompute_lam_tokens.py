@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -114,11 +115,17 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
         f"codebook  perplexity {perplexity} of 16 codes a slot",
         f"size      {size:,} bytes",
         f"store     {place}",
-        "lerobot-train --policy.type=diffusion_lam --dataset.repo_id=local/squares ",
-        f" --dataset.root={dataset.root} ",
-        f"--policy.use_precomputed_lam_tokens=true '--policy.lam_tokens_path={place}' ",
     ):
         assert line in printed
+    assert shlex.split(printed.partition("Train on it:\n")[2].replace("\\\n", "")) == [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        "--dataset.repo_id=local/squares",
+        f"--dataset.root={dataset.root}",
+        "--policy.use_precomputed_lam_tokens=true",
+        f"--policy.lam_tokens_path={place}",
+        "--policy.push_to_hub=false",
+    ]
     assert "--dataset.episodes" not in printed
     assert "lam_use_vq_tokens" not in printed
 

@@ -32,7 +32,7 @@ def test_push_then_every_command_by_the_repositorys_name(
     run("push", store.path, f"--repo_id={REPO}", "--private=true")
     told = capsys.readouterr().out
     hub_id = f"{REPO}@{hub.repos[REPO].branches['main']}"
-    assert f"--policy.lam_tokens_path={hub_id}\n" in told
+    assert f"--policy.lam_tokens_path={hub_id} " in told
     assert f"names the LAM by its path here, {lam_folder}" in told
     assert hub.repos[REPO].private
 

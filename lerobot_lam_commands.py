@@ -1,0 +1,50 @@
+"""The console scripts. `--help` is answered at once, out of a text file; all else imports LeRobot first.
+
+Importing the package registers its policy with LeRobot, which takes seconds; so this module lies beside it,
+as `lerobot_policy_diffusion_lam.py` does. `make docs` writes the text files; a test fails when they are
+stale.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+SCRIPTS = "lerobot_lam_diffusion.scripts"
+
+
+def precompute(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-precompute", "precompute_lam_tokens", argv)
+
+
+def fit(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-fit", "fit_lam", argv)
+
+
+def tokens(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-tokens", "tokens", argv)
+
+
+def demo(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-demo", "demo", argv)
+
+
+def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in words or "--help" in words:
+        text = _help_of([command, *words])
+        if text is not None:
+            print(text, end="")
+            return
+    import_module(f"{SCRIPTS}.{module}").main(words)
+
+
+def _help_of(words: list[str]) -> str | None:
+    """The text of the longest subcommand that the words begin with."""
+    spec = find_spec("lerobot_lam_diffusion")  # finds the package, and does not import it
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "scripts" / "help_texts"
+    files = [folder / f"{'-'.join(words[:count])}.txt" for count in (3, 2, 1)]
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)

@@ -1,0 +1,62 @@
+"""What a command prints last: the command that comes next, ready to be run."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
+
+import torch
+
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.provenance import VQ
+
+
+def next_step(command: Sequence[str], why: str = "Next") -> str:
+    """The closing lines."""
+    return f"\n{why}:\n{indent(shell_text(command), '  ')}"
+
+
+def shell_text(argv: Sequence[str], width: int = 100) -> str:
+    """The command for a shell, quoted, on as many continued lines as it needs."""
+    lines = [""]
+    for word in map(shlex.quote, argv):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("   ")
+        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def train_on(
+    store: TokenStore, tokens: str | Path, repo_id: str, root: str | Path | None = None
+) -> list[str]:
+    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers."""
+    return [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        *dataset_flags(repo_id, root),
+        *([f"--dataset.episodes=[{_covered(store)}]"] if store.missing_episodes else []),
+        "--policy.use_precomputed_lam_tokens=true",
+        f"--policy.lam_tokens_path={tokens}",
+        *([] if store.kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
+        "--policy.push_to_hub=false",
+    ]
+
+
+def verify_with_its_lam(store: TokenStore, tokens: str | Path) -> list[str]:
+    """`verify` with the dataset and the LAM that the store names."""
+    assert store.provenance is not None
+    return [
+        "lerobot-lam-tokens",
+        "verify",
+        str(tokens),
+        f"--dataset.repo_id={store.provenance.dataset.repo_id}",
+        f"--lam.path={store.provenance.lam.path}",
+    ]
+
+
+def dataset_flags(repo_id: str, root: str | Path | None) -> list[str]:
+    return [f"--dataset.repo_id={repo_id}", *([f"--dataset.root={root}"] if root else [])]
+
+
+def _covered(store: TokenStore) -> str:
+    return ",".join(map(str, torch.nonzero(store.episode_row >= 0).flatten().tolist()))

@@ -1,0 +1,91 @@
+"""docs/REFERENCE.md and the texts of `--help` are what the code says."""
+
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from lerobot_lam_diffusion.lam.fit.presets import PRESETS
+from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.tokens.export import FORMATS
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, str]:
+    spec = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.generated()
+
+
+def test_what_is_generated_is_not_stale(generated):
+    folder = ROOT / "lerobot_lam_diffusion" / "scripts" / "help_texts"
+    present = {str(path.relative_to(ROOT)) for path in folder.iterdir()} | {"docs/REFERENCE.md"}
+    stale = {
+        path for path in present & generated.keys() if (ROOT / path).read_text("utf-8") != generated[path]
+    }
+    stale |= present ^ generated.keys()
+    assert not stale, (
+        f"these are stale, run `make docs` and commit what it writes: {', '.join(sorted(stale))}"
+    )
+
+
+def test_every_flag_and_every_policy_field_is_explained(generated):
+    bare = [line for line in generated["docs/REFERENCE.md"].splitlines() if line.endswith("|  |")]
+    assert bare == [], "give these an entry in the docstring of their dataclass"
+
+
+def test_help_names_the_choices():
+    def missing(text: str, choices) -> list[str]:
+        return [choice for choice in choices if choice not in text]
+
+    assert not missing(fit_lam.COMMAND.help(), PRESETS)
+    assert not missing(precompute_lam_tokens.COMMAND.help(), (*CONTINUOUS_STORAGE, "fail", "skip", "pyav"))
+    assert not missing(tokens.told_of("export").help(), FORMATS)
+
+
+MAINS = {
+    "precompute": (precompute_lam_tokens.main, []),
+    "fit": (fit_lam.main, []),
+    "tokens": (tokens.main, ["cache", "prune"]),
+    "demo": (demo.main, []),
+}
+
+
+@pytest.mark.parametrize(("main", "words"), MAINS.values(), ids=MAINS)
+def test_a_module_tells_the_same_help_as_its_console_script(main, words, capsys):
+    import lerobot_lam_commands
+
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    name = next(name for name, (each, _) in MAINS.items() if each is main)
+    getattr(lerobot_lam_commands, name)([*words, "--help"])
+    assert capsys.readouterr().out == told
+    assert told.startswith("usage: lerobot-lam-")
+
+
+def test_help_does_not_wait_for_lerobot():
+    code = """import lerobot_lam_commands as commands, sys
+commands.tokens(["verify", "./store", "--help"])
+commands.tokens(["-h"])
+assert "lerobot" not in sys.modules and "torch" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: lerobot-lam-tokens verify STORE [flags]\n")
+    assert "    cache prune   Remove" in done.stdout
+
+
+def test_other_words_reach_the_command(monkeypatch):
+    import lerobot_lam_commands
+
+    seen = []
+    monkeypatch.setattr(tokens, "main", seen.append)
+    lerobot_lam_commands.tokens(["info", "./store"])
+    assert seen == [["info", "./store"]]
