@@ -4,12 +4,13 @@
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
+    lerobot-lam-tokens merge ./live_cache --output_dir=./data/pusht_lam   # its complete episodes
     lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
     lerobot-lam-tokens add-column ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output_dir=./pusht_col
     lerobot-lam-tokens verify ./pusht_col   # a dataset that has a column of tokens
     lerobot-lam-tokens push ./data/pusht_lam --repo_id=user/pusht-lam-tokens
     lerobot-lam-tokens pull user/pusht-lam-tokens --output_dir=./data/pusht_lam
-    lerobot-lam-tokens cache list   # the stores that --policy.lam_tokens_path=auto has built
+    lerobot-lam-tokens cache list   # what lam_tokens_path=auto has built and lam_live_cache=auto has kept
     lerobot-lam-tokens cache prune --older_than_days=30   # or --all=true
     lerobot-lam-tokens cache path
 
@@ -51,6 +52,12 @@ from lerobot_lam_diffusion.scripts.column import (
 )
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.help import Command, summary_of
+from lerobot_lam_diffusion.scripts.live_cache import (
+    means_live_cache,
+    merge_live_cache,
+    print_live_cache,
+    verify_live_cache,
+)
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -64,10 +71,10 @@ from lerobot_lam_diffusion.tokens.push import push_store
 
 @dataclass
 class InfoConfig:
-    """What a store holds.
+    """What a store, or a live cache, holds.
 
     Args:
-        store: Its folder, or its repository on the Hub.
+        store: Its folder, or its repository on the Hub; a live cache's folder, or its name in `cache list`.
     """
 
     store: str
@@ -78,8 +85,8 @@ class VerifyConfig:
     """Check a store, or a dataset's column of tokens.
 
     Args:
-        store: Its folder, or its repository on the Hub; or a `.pt` file, which needs the dataset. A dataset's
-            folder, or left out: the column of that dataset.
+        store: Its folder, or its repository on the Hub; a live cache; or a `.pt` file, which needs the
+            dataset. A dataset's folder, or left out: the column of that dataset.
         column: Of the dataset.
         dataset: Check that the store was made of this dataset.
         lam: With a dataset: encode a random sample again with this LAM and compare.
@@ -101,10 +108,11 @@ class VerifyConfig:
 
 @dataclass
 class MergeConfig:
-    """Put partial stores of one dataset together, or the shards of an unfinished extraction.
+    """Put partial stores together, or the shards of an unfinished extraction, or a live cache's episodes.
 
     Args:
-        stores: Their folders, or repositories on the Hub; or the extraction's --output_dir alone.
+        stores: Their folders, or repositories on the Hub; or the extraction's --output_dir, or the live
+            cache, alone.
         output_dir: Where the new store will stand; not for an extraction.
     """
 
@@ -158,6 +166,10 @@ class PullConfig:
 
 
 def info(config: InfoConfig) -> None:
+    live_cache = means_live_cache(config.store)
+    if live_cache is not None:
+        print_live_cache(live_cache)
+        return
     store = TokenStore.open(config.store)
     assert store.provenance is not None
     origin, lam = store.provenance.dataset, store.provenance.lam
@@ -191,6 +203,10 @@ def info(config: InfoConfig) -> None:
 
 
 def verify(config: VerifyConfig) -> None:
+    live_cache = means_live_cache(config.store)
+    if live_cache is not None:
+        verify_live_cache(live_cache, config)
+        return
     if config.store is None or means_dataset(config.store):
         verify_dataset(config)
         return
@@ -255,7 +271,10 @@ def _read_again(config: VerifyConfig) -> TokenStore:
 
 def merge(config: MergeConfig) -> None:
     paths = config.stores
-    if config.output_dir is None:
+    live_cache = means_live_cache(paths[0]) if len(paths) == 1 else None
+    if live_cache is not None:
+        store = merge_live_cache(live_cache, config.output_dir)
+    elif config.output_dir is None:
         if len(paths) != 1:
             raise UserError(
                 "--output_dir is unset: name where the new store will stand, or an unfinished extraction "
