@@ -19,6 +19,8 @@ class HubError(UserError):
     Its message is a phrase, what was found and what to do, that goes on after the repository's name.
     """
 
+    docs = "docs/TROUBLESHOOTING.md#the-hub"
+
 
 def fetch(repo_id: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
     """The folder of a repository's snapshot, with those of `files` that it has; its name is the commit.

@@ -39,6 +39,8 @@ class Progress(NamedTuple):
 class CommandError(UserError):
     """A command of the demo ended with an error."""
 
+    docs = "docs/TROUBLESHOOTING.md#the-demo"
+
 
 def run_logged(
     argv: Sequence[str], log: Path, progress_of: Callable[[str], Progress | None], line: LiveLine

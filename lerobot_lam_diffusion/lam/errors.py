@@ -9,6 +9,8 @@ class LamError(UserError):
     The message says what was found, what was expected and what to do; several problems come as one error.
     """
 
+    docs = "docs/TROUBLESHOOTING.md#the-lam"
+
 
 def problems_to_error(what: str, problems: list[str], remedy: str) -> LamError:
     """All problems of one thing as one error, one line each."""

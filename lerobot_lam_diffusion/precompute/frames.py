@@ -21,6 +21,8 @@ CHUNK_BYTES = 32 << 20
 class DecodeError(UserError):
     """An episode whose frames cannot be read."""
 
+    docs = "docs/TROUBLESHOOTING.md#datasets-and-cameras"
+
 
 def choose_camera(meta: Any, camera_key: str | None) -> str:
     """The dataset's RGB camera that the LAM looks at.

@@ -34,6 +34,8 @@ NOT_IDENTITY = {
 class PlanError(UserError):
     """Unfinished work that is damaged, or that this run cannot go on with."""
 
+    docs = "docs/TROUBLESHOOTING.md#extraction"
+
 
 @dataclass(frozen=True)
 class Plan:

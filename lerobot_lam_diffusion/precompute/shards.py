@@ -34,6 +34,8 @@ LARGEST_MANIFEST = 64 << 20  # bytes
 class ShardError(UserError):
     """A shard that is not what its manifest says."""
 
+    docs = "docs/TROUBLESHOOTING.md#extraction"
+
 
 @dataclass(frozen=True)
 class ShardFolder:

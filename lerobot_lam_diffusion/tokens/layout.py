@@ -26,6 +26,8 @@ HEADER_BYTES = 1 << 16  # of at most five tensors
 class TokenStoreError(UserError):
     """A store that is missing, damaged, of another dataset, or lacks a frame that is asked for."""
 
+    docs = "docs/TROUBLESHOOTING.md#token-stores"
+
 
 def unfinished_folder(folder: Path) -> Path:
     """Where the finished parts of the store `folder` lie while it is extracted."""

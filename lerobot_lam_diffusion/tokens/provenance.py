@@ -30,6 +30,8 @@ PAIR_CONTEXT = "pair"
 class ProvenanceError(UserError):
     """A provenance file that is missing, damaged or newer than this package."""
 
+    docs = "docs/TROUBLESHOOTING.md#token-stores"
+
 
 @dataclass(frozen=True)
 class DatasetOrigin:

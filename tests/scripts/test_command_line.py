@@ -7,6 +7,7 @@ import pytest
 from lerobot_lam_diffusion.lam import LamError
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import normalise, run_command
+from lerobot_lam_diffusion.scripts.help import Command
 
 SPELLINGS = {
     "dotted": (["--dataset.repo_id=a/b", "--batch_size=3"], ["--dataset.repo_id=a/b", "--batch_size=3"]),
@@ -139,7 +140,15 @@ def test_bad_input_is_told_without_a_traceback(error):
     def fail(_config):
         raise error
 
-    assert exit_of(["--name=x"], fail) == f"error: {error}"
+    message, section = exit_of(["--name=x"], fail).splitlines()
+    assert message == f"error: {error}"
+    assert section.startswith("See docs/TROUBLESHOOTING.md")
+
+
+def test_flags_that_cannot_be_parsed_point_to_the_help():
+    with pytest.raises(SystemExit) as stop:
+        run_command(Config, lambda config: None, [], Command("lerobot-lam-x", Config, "For tests."))
+    assert str(stop.value.code).endswith("\nThe flags: lerobot-lam-x --help")
 
 
 def test_a_bug_keeps_its_traceback():
