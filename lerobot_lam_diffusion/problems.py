@@ -2,11 +2,22 @@
 
 
 class UserError(ValueError):
-    """Bad input. Command lines print its message without a traceback."""
+    """Bad input. Command lines print its message without a traceback.
+
+    A note, which `str(error)` leaves out, names the section of the docs that has its message.
+    """
+
+    docs = "docs/TROUBLESHOOTING.md"
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(f"See {self.docs}")
 
 
 class LamNotFoundError(UserError):
     """Live tokens are needed, and there is no LAM to compute them."""
+
+    docs = "docs/TROUBLESHOOTING.md#training-and-deployment"
 
 
 def raise_problems(what: str, problems: list[str], error: type[UserError] = UserError) -> None:
