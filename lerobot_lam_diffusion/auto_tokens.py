@@ -5,6 +5,7 @@ that a path names imports no LAM.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.config import read_config
-from lerobot_lam_diffusion.live_tokens import check_lam, find_lam
+from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
@@ -27,11 +28,11 @@ from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 logger = logging.getLogger(__name__)
 
 
-def cached_store(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore:
-    """The store of all of the dataset's tokens, as `config` wants them.
+def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenStore]:
+    """For each source of tokens the store of all of the dataset's tokens, as `config` wants them.
 
     Args:
-        config: With `lam_model_path` and `lam_camera_key`; fields that contradict the LAM are refused before
+        config: With `lam_model_path` and `lam_camera_key`; fields that contradict a LAM are refused before
             anything is built.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
 
@@ -43,37 +44,53 @@ def cached_store(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore:
             "--policy.lam_tokens_path=auto builds the tokens of a training dataset, and there is none: build "
             "the policy with LeRobot's make_policy(config, ds_meta=dataset.meta), or name a token store"
         )
-    camera_key = _dataset_camera(config, dataset_meta)
-    lam_path = find_lam(config)
-    fingerprint = fingerprint_of(lam_path)
-    check_lam(config, fingerprint, read_config(lam_path))
+    sources = config.token_sources
+    cameras = [_dataset_camera(config, str(source.camera_key), dataset_meta) for source in sources]
+    folders = find_lams(config)
+    fingerprints = [fingerprint_of(folder) for folder in folders]
+    check_lams(config, fingerprints, [read_config(folder) for folder in folders])
     video_backend = get_safe_default_video_backend()
-    key = CacheKey(
-        dataset_digest=dataset_digest(dataset_meta, camera_key),
-        total_frames=dataset_meta.total_frames,
-        fps=float(dataset_meta.fps),
-        lam_fingerprint=fingerprint,
-        camera_key=camera_key,
-        frame_stride=config.lam_frame_stride or 1,
-        token_kind=VQ if config.lam_use_vq_tokens else CONTINUOUS,
-        dtype=config.lam_dtype,
-        decoder=decoder_of(dataset_meta, camera_key, video_backend),
-        device=torch.device(str(config.device)).type,
-    )
-    return CacheEntry.of(key).open(
-        dataset_meta, lambda folder: _build(folder, key, config, dataset_meta, video_backend)
-    )
+    stores = []
+    for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
+        key = CacheKey(
+            dataset_digest=dataset_digest(dataset_meta, camera_key),
+            total_frames=dataset_meta.total_frames,
+            fps=float(dataset_meta.fps),
+            lam_fingerprint=fingerprint,
+            camera_key=camera_key,
+            frame_stride=config.lam_frame_stride or 1,
+            token_kind=VQ if config.lam_use_vq_tokens else CONTINUOUS,
+            dtype=config.lam_dtype,
+            decoder=decoder_of(dataset_meta, camera_key, video_backend),
+            device=torch.device(str(config.device)).type,
+        )
+        build = partial(
+            _build,
+            key=key,
+            lam_path=str(source.model_path),
+            config=config,
+            dataset_meta=dataset_meta,
+            video_backend=video_backend,
+        )
+        stores.append(CacheEntry.of(key).open(dataset_meta, build))
+    return stores
 
 
 def _build(
-    folder: Path, key: CacheKey, config: DiffusionLamConfig, dataset_meta: Any, video_backend: str
+    folder: Path,
+    key: CacheKey,
+    lam_path: str,
+    config: DiffusionLamConfig,
+    dataset_meta: Any,
+    video_backend: str,
 ) -> None:
-    lam_path = str(single(config.lam_model_path))
     logger.info(
-        "LAM tokens: building the store of all %d episodes of %s with %s, once for all experiments, in %s.",
+        "LAM tokens: building the store of all %d episodes of %s with %s of %s, once for all experiments, in "
+        "%s.",
         dataset_meta.total_episodes,
         dataset_meta.repo_id,
         lam_path,
+        key.camera_key,
         folder,
     )
     dataset = _whole_dataset(dataset_meta, video_backend)
@@ -127,12 +144,11 @@ def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
         ) from error
 
 
-def _dataset_camera(config: DiffusionLamConfig, dataset_meta: Any) -> str:
-    """The dataset's own name of the camera that the policy calls `lam_camera_key`.
+def _dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str:
+    """The dataset's own name of a camera of `lam_camera_key`, which is the policy's name.
 
     A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
     """
-    camera = str(single(config.lam_camera_key))
     cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
     if camera in cameras:
         return camera

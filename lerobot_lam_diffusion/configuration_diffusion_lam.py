@@ -7,23 +7,23 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import OBS_PREFIX
 
-from lerobot_lam_diffusion.constants import AUTO, OBS_LAM_TOKENS
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.sources import (
+    LamSource,
+    entries,
+    number_problems,
+    parse_lists,
+    read_sources,
+    source_problems,
+    write_sources,
+)
 
 logger = logging.getLogger(__name__)
-
-# The token of a LAM whose shape nobody has told yet: 2 learned tokens of width 32.
-DEFAULT_NUM_LEARNED_TOKENS = 2
-DEFAULT_ACTION_LATENT_DIM = 32
 
 AGGREGATIONS = ("latest", "concat")
 LAM_DTYPES = ("float32", "bfloat16")
 MISSING = ("error", "zero")
-
-
-def single(value: list[str] | str | None) -> str | None:
-    """The one entry of a field that will take several later."""
-    return value[0] if isinstance(value, list) else value
 
 
 @PreTrainedConfig.register_subclass("diffusion_lam")
@@ -35,6 +35,10 @@ class DiffusionLamConfig(DiffusionConfig):
     not exist. A field that is unset (`None`) is taken from the token store or the LAM when training starts
     and saved with the checkpoint; one that is set must agree with them.
 
+    Several sources of tokens (cameras, LAMs): the fields that may be lists have an entry for each, and a
+    plain value beside them counts for all. A frame's token is then those of all sources, one after the
+    other. Stride, kind and arithmetic are one for all.
+
     Args:
         use_lam_conditioning: Condition the U-Net on LAM tokens. False: exactly the stock Diffusion Policy.
         use_precomputed_lam_tokens: True: tokens come with the batch (store, dataset column or
@@ -43,12 +47,13 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_tokens_path: Token store: folder, file, or Hub repository (`user/name[@revision]`; training pins
             it to its commit). None in precomputed mode: the dataset's own column. "auto": out of the cache,
             built first if missing; with `lam_model_path` and `lam_camera_key`, and all fields as on the fly.
+            A list: one store for each source.
         lam_model_path: LAM folder (`model_config.json` + `model.safetensors`), the name of a shipped LAM
             (`pusht-compact`) or a Hub id such as `microsoft/villa-x`. Required on the fly.
-        lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`).
-            Required on the fly.
+        lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`); one of
+            the dataset's that is no input of the policy will do. Required on the fly.
         lam_num_learned_tokens: Vectors per frame pair, n.
-        lam_action_latent_dim: Width of one vector, a. A frame's token has n * a numbers.
+        lam_action_latent_dim: Width of one vector, a. A source's token has n * a numbers.
         lam_use_vq_tokens: True: codebook rows. False: the vectors before quantisation.
         lam_dtype: Arithmetic of the LAM, "float32" or "bfloat16"; the quantiser is always float32.
         lam_temporal_aggregation: "latest": condition on the newest token. "concat": on all of the window.
@@ -57,7 +62,8 @@ class DiffusionLamConfig(DiffusionConfig):
             `n_obs_steps` precomputed, `n_obs_steps - 1` on the fly), then saved, so that a checkpoint can
             change its token source without changing shape.
         lam_fingerprint: SHA-256 of the LAM that made the tokens. Written by training.
-        lam_token_scale: RMS of the codebook's entries; tokens are divided by it. Written by training.
+        lam_token_scale: RMS of the codebook's entries; a source's tokens are divided by its own. Written by
+            training.
         lam_source: Where training took its tokens from. Written by training.
         lam_allow_mismatch: Compute live tokens with another LAM than trained with; warns.
         lam_token_dropout: Probability p in training of dropping a sample's whole window of tokens, and
@@ -76,19 +82,19 @@ class DiffusionLamConfig(DiffusionConfig):
     use_precomputed_lam_tokens: bool = False
     lam_tokens_key: str = OBS_LAM_TOKENS
     # draccus tries a union's members in order: `str | list[str]` would turn a list into its text.
-    lam_tokens_path: list[str] | str | None = None
-    lam_model_path: list[str] | str | None = None
-    lam_camera_key: list[str] | str | None = None
-    lam_num_learned_tokens: int | None = None
-    lam_action_latent_dim: int | None = None
+    lam_tokens_path: list[str | None] | str | None = None
+    lam_model_path: list[str | None] | str | None = None
+    lam_camera_key: list[str | None] | str | None = None
+    lam_num_learned_tokens: list[int | None] | int | None = None
+    lam_action_latent_dim: list[int | None] | int | None = None
     lam_use_vq_tokens: bool = True
     lam_dtype: str = "float32"
     lam_temporal_aggregation: str = "latest"
     lam_frame_stride: int | None = None
     lam_conditioning_steps: int | None = None
-    lam_fingerprint: list[str] | str | None = None
-    lam_token_scale: float | None = None
-    lam_source: str | None = None
+    lam_fingerprint: list[str | None] | str | None = None
+    lam_token_scale: list[float | None] | float | None = None
+    lam_source: list[str | None] | str | None = None
     lam_allow_mismatch: bool = False
     lam_token_dropout: float = 0.0
     lam_missing: str = "error"
@@ -96,6 +102,7 @@ class DiffusionLamConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_lists(self)
         if not self.use_lam_conditioning:
             return
         try:
@@ -108,11 +115,18 @@ class DiffusionLamConfig(DiffusionConfig):
             self.lam_conditioning_steps = self._derived_conditioning_steps()
 
     @property
+    def token_sources(self) -> list[LamSource]:
+        """What the fields say of each source of tokens, in the order in which its tokens stand."""
+        return read_sources(self)
+
+    def set_token_sources(self, sources: list[LamSource]) -> None:
+        """Write into the fields what is known of the sources now."""
+        write_sources(self, sources)
+
+    @property
     def lam_token_dim(self) -> int:
-        """Numbers in one frame's token, n * a."""
-        n = self.lam_num_learned_tokens or DEFAULT_NUM_LEARNED_TOKENS
-        a = self.lam_action_latent_dim or DEFAULT_ACTION_LATENT_DIM
-        return n * a
+        """Numbers in one frame's token: n * a of each source."""
+        return sum(source.token_dim for source in self.token_sources)
 
     @property
     def lam_conditioning_dim(self) -> int:
@@ -174,28 +188,24 @@ class DiffusionLamConfig(DiffusionConfig):
             )
         for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_frame_stride"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if any(entry is not None and entry < 1 for entry in entries(value)):
                 problems.append(
                     f"{name}={value} must be a positive integer, or unset to take it from the LAM"
-                )
-        for name in ("lam_tokens_path", "lam_model_path", "lam_camera_key", "lam_fingerprint"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != 1:
-                problems.append(
-                    f"{name} has {len(value)} entries; several LAMs at once are not supported yet"
                 )
         return problems + self._source_problems() + self._conditioning_problems()
 
     def _source_problems(self) -> list[str]:
+        problems = number_problems(self)
+        sources = [] if problems else self.token_sources
+        problems += source_problems(sources, self.use_precomputed_lam_tokens)
         if self.use_precomputed_lam_tokens:
-            return self._auto_problems() if single(self.lam_tokens_path) == AUTO else []
-        problems = []
-        if not self.lam_model_path:
+            return problems + (self._auto_problems() if any(source.is_auto for source in sources) else [])
+        if not all(entries(self.lam_model_path)):
             problems.append(
                 "tokens on the fly need a LAM: set --policy.lam_model_path=<LAM folder or Hub id>, or "
                 "--policy.use_precomputed_lam_tokens=true to train on precomputed tokens"
             )
-        if not self.lam_camera_key:
+        if not all(entries(self.lam_camera_key)):
             problems.append(
                 "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for example "
                 "observation.images.top"
@@ -215,7 +225,7 @@ class DiffusionLamConfig(DiffusionConfig):
         return [
             f"--policy.lam_tokens_path=auto needs --policy.{name}={what}"
             for name, what in needed.items()
-            if not getattr(self, name)
+            if not all(entries(getattr(self, name)))
         ]
 
     def _conditioning_problems(self) -> list[str]:

@@ -2,117 +2,197 @@
 
 Training gets a window of frames from the dataset, a robot one frame a tick; both end in `LiveLam.encode`. A
 frame before the episode's first one does not exist (LeRobot pads with copies), so a pair that needs it has no
-token: zeros, as in a store.
+token: zeros, as in a store. Where the policy has several sources (cameras, LAMs), `LiveTokens` puts their
+tokens side by side.
 """
 
 import logging
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import LamConfig, LamError, LatentActionModel, load_lam, resolve_lam
-from lerobot_lam_diffusion.problems import LamNotFoundError, raise_problems
+from lerobot_lam_diffusion.problems import LamNotFoundError, raise_unfit
+from lerobot_lam_diffusion.sources import LamSource, twins
 
 logger = logging.getLogger(__name__)
 
 
-def open_lam(config: DiffusionLamConfig) -> LatentActionModel:
-    """Load the LAM that `config` names and check that it is the one that the policy is for.
+def open_lams(config: DiffusionLamConfig) -> list[LatentActionModel]:
+    """Load the LAM of each source and check that it is the one that the policy is for.
+
+    Returns:
+        As many as there are sources; a LAM of several sources is loaded once.
 
     Raises:
-        LamNotFoundError: no LAM or camera named, or no LAM there.
+        LamNotFoundError: a LAM or camera is not named, or no LAM is there.
         UserError: a damaged LAM, another token shape, or another LAM than trained with.
     """
-    find_lam(config)
-    path = single(config.lam_model_path)
-    assert path is not None
-    lam = load_lam(path, dtype=getattr(torch, config.lam_dtype))
-    check_lam(config, lam.fingerprint, lam)
-    return lam
+    loaded: dict[Path, LatentActionModel] = {}
+    lams = []
+    for source, folder in zip(config.token_sources, find_lams(config), strict=True):
+        if folder not in loaded:
+            loaded[folder] = load_lam(str(source.model_path), dtype=getattr(torch, config.lam_dtype))
+        lams.append(loaded[folder])
+    check_lams(config, [lam.fingerprint for lam in lams], lams)
+    return lams
 
 
-def find_lam(config: DiffusionLamConfig) -> Path:
-    """The folder of the LAM that `config` names.
+def find_lams(config: DiffusionLamConfig) -> list[Path]:
+    """The folder of each source's LAM, without symbolic links.
 
     Raises:
-        LamNotFoundError: no LAM or camera named, or no LAM there.
+        LamNotFoundError: a LAM or camera is not named, or no LAM is there; all problems at once.
     """
-    path = single(config.lam_model_path)
-    if path is None or single(config.lam_camera_key) is None:
+    sources = config.token_sources
+    if any(source.model_path is None or source.camera_key is None for source in sources):
         raise LamNotFoundError(
             "this diffusion_lam policy needs LAM tokens, and there are none in the batch "
             f"({config.lam_tokens_key!r}) and no LAM to compute them: pass --policy.lam_model_path=<LAM "
             "folder or Hub id> and --policy.lam_camera_key=<camera that it looks at>"
+            + (f", for each of the policy's {len(sources)} sources of tokens" if len(sources) > 1 else "")
         )
-    try:
-        return resolve_lam(path)
-    except LamError as error:
+    folders: list[Path] = []
+    errors: dict[str, LamError] = {}
+    for source in sources:
+        try:
+            folders.append(resolve_lam(str(source.model_path)).resolve())
+        except LamError as error:
+            errors[str(error)] = error
+    if errors:
         raise LamNotFoundError(
             "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
-            f"{error}"
-        ) from error
+            + " ".join(errors)
+        ) from next(iter(errors.values()))
+    return folders
 
 
-def check_lam(config: DiffusionLamConfig, fingerprint: str, shape: LatentActionModel | LamConfig) -> None:
-    """Check that this LAM, of that fingerprint and token shape, is the one that the policy is for.
+def check_lams(
+    config: DiffusionLamConfig,
+    fingerprints: Sequence[str],
+    shapes: Sequence[LatentActionModel | LamConfig],
+) -> None:
+    """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
 
     Raises:
-        UserError: another token shape, or another LAM than trained with; all problems at once.
+        UserError: another token shape, another LAM than trained with, or two sources that are the same; all
+            problems at once.
     """
-    told = {
-        "lam_num_learned_tokens": (config.lam_num_learned_tokens, shape.num_learned_tokens),
-        "lam_action_latent_dim": (config.lam_action_latent_dim, shape.action_latent_dim),
-    }
-    problems = [
-        f"--policy.{k} is {want}, the LAM has {have}"
-        for k, (want, have) in told.items()
-        if want not in (None, have)
-    ]
-    trained_with = single(config.lam_fingerprint)
-    if trained_with not in (None, fingerprint):
-        other = (
-            f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
-            f"{trained_with[:16]}…"  # type: ignore[index]
-        )
-        if config.lam_allow_mismatch:
-            logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean other things.", other)
-        else:
-            problems.append(
-                f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway"
+    sources = config.token_sources
+    problems, others = [], []
+    for source, fingerprint, shape in zip(sources, fingerprints, shapes, strict=True):
+        told = {
+            "lam_num_learned_tokens": (source.num_learned_tokens, shape.num_learned_tokens),
+            "lam_action_latent_dim": (source.action_latent_dim, shape.action_latent_dim),
+        }
+        own = [
+            f"--policy.{k} is {want}, the LAM has {have}"
+            for k, (want, have) in told.items()
+            if want not in (None, have)
+        ]
+        if source.fingerprint not in (None, fingerprint):
+            other = (
+                f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
+                f"{str(source.fingerprint)[:16]}…"
             )
-    raise_problems(f"LAM {single(config.lam_model_path)} does not fit the policy", problems)
+            if config.lam_allow_mismatch:
+                others.append(other)
+            else:
+                own.append(
+                    f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway"
+                )
+        name = str(source.model_path)
+        problems.append((name if len(sources) == 1 else f"{name} for {source.camera_key}", own))
+    views = [(source.camera_key, print_) for source, print_ in zip(sources, fingerprints, strict=True)]
+    same = [
+        f"sources {one} and {other} are the same: --policy.lam_camera_key={views[one - 1][0]}, and "
+        f"--policy.lam_model_path names the same LAM (fingerprint {views[one - 1][1][:16]}…) for both; leave "
+        "one of them out"
+        for one, other in twins(views)
+    ]
+    raise_unfit("LAM", problems, common=same)
+    for other in others:
+        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean other things.", other)
 
 
-class LiveLam:
-    """The policy's LAM: loaded when first needed, following its frames to their device.
+class LiveTokens:
+    """A policy's tokens from frames, of all its sources side by side.
 
-    Not an `nn.Module`, so it is in no optimizer, checkpoint, DDP bucket or parameter count.
+    The LAMs are loaded when they are first needed. Not an `nn.Module`, so they are in no optimizer,
+    checkpoint, DDP bucket or parameter count.
     """
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._config = config
-        self._lam: LatentActionModel | None = None
+        self._lams: list[LiveLam] | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether the LAM has been loaded."""
-        return self._lam is not None
+        """Whether the LAMs have been loaded."""
+        return self._lams is not None
 
     @property
-    def lam(self) -> LatentActionModel:
-        if self._lam is None:
-            self._lam = open_lam(self._config)
-        return self._lam
+    def lams(self) -> "list[LiveLam]":
+        """One for each source."""
+        if self._lams is None:
+            models = open_lams(self._config)
+            self._lams = [
+                LiveLam(self._config, source, model)
+                for source, model in zip(self._config.token_sources, models, strict=True)
+            ]
+        return self._lams
+
+    @property
+    def models(self) -> LatentActionModel | tuple[LatentActionModel, ...]:
+        """The LAM, or those of several sources."""
+        models = tuple(live.lam for live in self.lams)
+        return models[0] if len(models) == 1 else models
+
+    def window(
+        self, frames: dict[str, Tensor], deltas: list[int], is_pad: Tensor, index: Tensor | None
+    ) -> Tensor:
+        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` of a training batch.
+
+        Args:
+            frames: Camera → frames; these and the rest as in `LiveLam.window`.
+        """
+        return self._joined(lambda live: live.window(frames[live.camera_key], deltas, is_pad, index))
+
+    def newest(self, history: "dict[str, FrameHistory]") -> Tensor:
+        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` at this tick, camera → frames."""
+        return self._joined(lambda live: history[live.camera_key].tokens(live))
+
+    def _joined(self, tokens: "Callable[[LiveLam], Tensor]") -> Tensor:
+        return torch.cat([tokens(live) for live in self.lams], dim=-1)
+
+
+class LiveLam:
+    """One source: a LAM that looks at one camera, following its frames to their device.
+
+    Attributes:
+        camera_key: The camera, as the policy names it.
+        lam: The LAM; other sources may share it.
+    """
+
+    def __init__(self, config: DiffusionLamConfig, source: LamSource, lam: LatentActionModel) -> None:
+        self.camera_key = str(source.camera_key)
+        self.lam = lam
+        self._config = config
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in one frame's token of this source, n * a."""
+        return self.lam.num_learned_tokens * self.lam.action_latent_dim
 
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Tokens float32 `(P, n·a)` of uint8 frame pairs `(P, 3, H, W)`, without gradients."""
-        lam = self.lam
-        if lam.device != prev.device:
-            lam.to(prev.device)
-        tokens = lam.encode_pairs(prev, cur)
+        if self.lam.device != prev.device:
+            self.lam.to(prev.device)
+        tokens = self.lam.encode_pairs(prev, cur)
         return tokens.quantized if self._config.lam_use_vq_tokens else tokens.continuous
 
     def window(self, frames: Tensor, deltas: list[int], is_pad: Tensor, index: Tensor | None) -> Tensor:
@@ -133,7 +213,7 @@ class LiveLam:
         cur = frames[:, [at[delta] for delta in steps]].flatten(0, 1)  # (B * steps, 3, H, W)
         prev = frames[:, [at[delta - stride] for delta in steps]].flatten(0, 1)
         exists = ~is_pad[:, [at[delta - stride] for delta in steps]].flatten()
-        tokens = torch.zeros(len(cur), self._config.lam_token_dim, device=frames.device)
+        tokens = torch.zeros(len(cur), self.token_dim, device=frames.device)
         if exists.any():
             pair_index = None
             if index is not None:
@@ -160,12 +240,11 @@ class LiveLam:
 
 
 class FrameHistory:
-    """Real frames since the last reset, just long enough for the tokens of one conditioning window."""
+    """A camera's real frames since the last reset, just long enough for the tokens of one window."""
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._stride = config.lam_frame_stride or 1
         self._steps = len(config.lam_token_deltas)
-        self._token_dim = config.lam_token_dim
         self._frames: deque[Tensor] = deque(maxlen=self._steps + self._stride)
 
     def append(self, frames: Tensor) -> None:
@@ -175,7 +254,7 @@ class FrameHistory:
     def tokens(self, live: LiveLam) -> Tensor:
         """Conditioning tokens `(B, lam_conditioning_steps, n·a)` at this tick; zero before the first pair."""
         newest = self._frames[-1]
-        tokens = torch.zeros(len(newest), self._steps, self._token_dim, device=newest.device)
+        tokens = torch.zeros(len(newest), self._steps, live.token_dim, device=newest.device)
         known = min(self._steps, len(self._frames) - self._stride)
         if known > 0:
             frames = list(self._frames)

@@ -3,7 +3,8 @@
 from pathlib import PurePath
 from typing import Any
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.sources import LamSource
 
 TAG = "lam-tokens"
 _LOCAL = ("/", ".", "~", "\\")  # no Hub id begins so
@@ -11,7 +12,7 @@ _PACKAGE = "lerobot_policy_diffusion_lam"
 
 
 def add_lam_section(card: Any, config: DiffusionLamConfig, fps: float | None) -> None:
-    """Add the section to a `huggingface_hub.ModelCard`, and the token store to the datasets that it names.
+    """Add the section to a `huggingface_hub.ModelCard`, and the token stores to the datasets that it names.
 
     Args:
         config: Of a policy with LAM conditioning.
@@ -19,42 +20,51 @@ def add_lam_section(card: Any, config: DiffusionLamConfig, fps: float | None) ->
     """
     card.text = f"{card.text.rstrip()}\n\n{lam_section(config, fps)}"
     card.data.tags = [*(card.data.tags or []), TAG]
-    store = _hub_store(config.lam_source)
-    if store is not None:
+    stores = [store for source in config.token_sources if (store := _hub_store(source.origin))]
+    if stores:
         named = card.data.datasets or []
-        card.data.datasets = [*([named] if isinstance(named, str) else named), store.partition("@")[0]]
+        named = [named] if isinstance(named, str) else named
+        card.data.datasets = list(dict.fromkeys([*named, *(store.partition("@")[0] for store in stores)]))
 
 
 def lam_section(config: DiffusionLamConfig, fps: float | None) -> str:
     """Markdown of the section, which ends with a line break."""
-    stride = config.lam_frame_stride
-    seconds = f" = {stride / fps:.4g} s at {fps:g} fps" if stride is not None and fps else ""
-    n, a = config.lam_num_learned_tokens, config.lam_action_latent_dim
-    shape = f", {n} × {a} numbers" if n is not None and a is not None else ""
-    kind = "VQ (codebook rows)" if config.lam_use_vq_tokens else "continuous (before quantisation)"
-    steps = len(config.lam_token_deltas)
-    facts = {
-        "LAM": _place(single(config.lam_model_path)),
-        "LAM fingerprint": _code(single(config.lam_fingerprint)),
-        "camera": _code(single(config.lam_camera_key)),
-        "frame stride": "not recorded" if stride is None else f"{_several(stride, 'frame')}{seconds}",
-        "tokens": f"{kind}{shape}, encoded in {config.lam_dtype}",
-        "conditioning": f"{config.lam_temporal_aggregation}: {_several(steps, 'token')}",
-        "trained on tokens from": _source(config.lam_source),
-    }
-    table = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
-    model = single(config.lam_model_path) or ""
-    lam = "<LAM>" if not model or model.startswith(_LOCAL) else model
+    sources = config.token_sources
+    told = [_facts(config, source, fps) for source in sources]
+    table = "\n".join(f"| {name} | {' | '.join(facts[name] for facts in told)} |" for name in told[0])
+    titles = "".join(f" source {number} |" for number in range(1, len(told) + 1)) if len(told) > 1 else " |"
+    rule = " --- |" * len(told)
+    lams = [_reachable(source.model_path) for source in sources]
+    lam = lams[0] if len(set(lams)) == 1 else f"'[{','.join(lams)}]'"
     policy = config.repo_id or "<this policy>"
     return (
         "## Latent action model (LAM)\n\n"
         "This policy also sees what moved, as tokens of a latent action model. At deployment it computes "
         "them live from the frames it sees, and so needs that LAM: another one is refused by its "
         "fingerprint.\n\n"
-        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"| |{titles}\n| --- |{rule}\n{table}\n\n"
         f"```bash\npip install {_PACKAGE}\n"
         f"lerobot-eval --policy.path={policy} --policy.lam_model_path={lam} --env.type=<environment>\n```\n"
     )
+
+
+def _facts(config: DiffusionLamConfig, source: LamSource, fps: float | None) -> dict[str, str]:
+    """What there is to know of one source of tokens, as cells of a table."""
+    stride = config.lam_frame_stride
+    seconds = f" = {stride / fps:.4g} s at {fps:g} fps" if stride is not None and fps else ""
+    n, a = source.num_learned_tokens, source.action_latent_dim
+    shape = f", {n} × {a} numbers" if n is not None and a is not None else ""
+    kind = "VQ (codebook rows)" if config.lam_use_vq_tokens else "continuous (before quantisation)"
+    steps = len(config.lam_token_deltas)
+    return {
+        "LAM": _place(source.model_path),
+        "LAM fingerprint": _code(source.fingerprint),
+        "camera": _code(source.camera_key),
+        "frame stride": "not recorded" if stride is None else f"{_several(stride, 'frame')}{seconds}",
+        "tokens": f"{kind}{shape}, encoded in {config.lam_dtype}",
+        "conditioning": f"{config.lam_temporal_aggregation}: {_several(steps, 'token')}",
+        "trained on tokens from": _source(source.origin),
+    }
 
 
 def _hub_store(source: str | None) -> str | None:
@@ -85,6 +95,11 @@ def _place(path: str | None) -> str:
     if path is None or not path.startswith(_LOCAL):
         return _code(path)
     return f"{_code(PurePath(path).name)} (a folder where it was trained)"
+
+
+def _reachable(path: str | None) -> str:
+    """A LAM as others can name it."""
+    return "<LAM>" if not path or path.startswith(_LOCAL) else path
 
 
 def _several(count: int, noun: str) -> str:

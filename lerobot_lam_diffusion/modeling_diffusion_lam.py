@@ -4,6 +4,8 @@
     native column, LamTokenDataset ─────┼► tokens (B, T, n·a) ─► lam_projection ─► every residual block's
     raw frames ─► LAM (live_tokens.py) ─┘                                          conditioning, added
 
+Of several sources (cameras, LAMs) the tokens stand side by side: n·a is then the sum over them.
+
 The stock U-Net is built as it is, and each residual block's conditioning layer gets a second linear, zero at
 the start: `linear(cond) + linear_lam(lam)`. So a fresh policy gives the stock loss bit for bit, the random
 number stream is untouched, and a stock checkpoint fits in unchanged. (One wider matrix with zero columns
@@ -26,15 +28,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.model_card import add_lam_section
 from lerobot_lam_diffusion.problems import LamNotFoundError, UserError
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.joined import JoinedStores
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
-    from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveLam
+    from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveTokens
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
     """`DiffusionPolicy` that also sees motion, as LAM tokens.
 
     Args:
-        config: Policy configuration. In training, what the token store or the LAM says about itself is
+        config: Policy configuration. In training, what the token stores or the LAMs say about themselves is
             written into it.
         dataset_meta: Metadata of the training dataset, as LeRobot's `make_policy` passes it. The token
-            store is checked against it here, before the first step.
+            stores are checked against it here, before the first step.
 
     Raises:
         UserError: no or contradictory sources of tokens (see `token_source`).
@@ -69,8 +72,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
                 f"{config.pretrained_path} are two starts; leave one out"
             )
-        self.token_store: TokenStore | None = None
-        self._live_lam: LiveLam | None = None
+        self.token_store: TokenStore | JoinedStores | None = None
+        self._live_tokens: LiveTokens | None = None
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
             self.token_store = settle_precomputed_source(config, dataset_meta)
         elif config.use_lam_conditioning:
@@ -80,32 +83,32 @@ class DiffusionLamPolicy(DiffusionPolicy):
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
             logger.info("Started from the stock policy %s.", config.init_from_stock)
             config.init_from_stock = None
-        if self._live_lam is not None and self._live_lam.is_open:
-            self.diffusion.lam_model = self._live_lam.lam
+        if self._live_tokens is not None and self._live_tokens.is_open:
+            self.diffusion.lam_model = self._live_tokens.models
         self.reset()
 
     def _settle_live_source(self, dataset_meta: Any) -> None:
-        """Open the LAM now, so that a wrong one fails early; a trained policy may be given its tokens."""
+        """Open the LAMs now, so that a wrong one fails early; a trained policy may be given its tokens."""
         try:
-            lam = self.live_lam.lam
+            lams = [live.lam for live in self.live_tokens.lams]
         except LamNotFoundError:
             if dataset_meta is not None or self.config.lam_source is None:
                 raise
         else:
-            settle_live_source(self.config, dataset_meta, lam)
+            settle_live_source(self.config, dataset_meta, lams)
 
     @property
-    def live_lam(self) -> "LiveLam":
-        """The LAM that computes tokens from frames; it is loaded when they are first needed."""
-        if self._live_lam is None:
-            from lerobot_lam_diffusion.live_tokens import LiveLam
+    def live_tokens(self) -> "LiveTokens":
+        """Tokens from frames; their LAMs are loaded when they are first needed."""
+        if self._live_tokens is None:
+            from lerobot_lam_diffusion.live_tokens import LiveTokens
 
-            self._live_lam = LiveLam(self.config)
-        return self._live_lam
+            self._live_tokens = LiveTokens(self.config)
+        return self._live_tokens
 
     def reset(self) -> None:
         super().reset()
-        self._history: FrameHistory | None = None
+        self._history: dict[str, FrameHistory] | None = None  # of each camera that a LAM looks at
         self._can_compute: bool | None = None  # whether there is a LAM; found out when it matters
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
@@ -171,7 +174,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
             )
         return tokens[:, -steps:]
 
-    def _opened_store(self) -> TokenStore:
+    def _opened_store(self) -> TokenStore | JoinedStores:
         if self.token_store is None:
             raise UserError(
                 f"the batch has no LAM tokens under {self.config.lam_tokens_key!r} and this policy has no "
@@ -184,13 +187,14 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Tokens of a dataset batch on the fly."""
         deltas = self.config.observation_delta_indices
         frames = self._raw_frames(batch)
-        if frames.ndim != 5 or frames.shape[1] != len(deltas):
-            raise UserError(
-                f"frames of {single(self.config.lam_camera_key)!r} have shape {tuple(frames.shape)}, "
-                f"expected (B, {len(deltas)}, 3, H, W): one frame for each of the policy's "
-                f"observation_delta_indices {deltas}"
-            )
-        return self.live_lam.window(frames, deltas, _padding(batch, frames), batch.get("index"))
+        for camera, seen in frames.items():
+            if seen.ndim != 5 or seen.shape[1] != len(deltas):
+                raise UserError(
+                    f"frames of {camera!r} have shape {tuple(seen.shape)}, expected (B, {len(deltas)}, 3, H, "
+                    f"W): one frame for each of the policy's observation_delta_indices {deltas}"
+                )
+        is_pad = _padding(batch, next(iter(frames.values())))
+        return self.live_tokens.window(frames, deltas, is_pad, batch.get("index"))
 
     def _with_current_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch of one tick, with tokens if a chunk of actions is about to be predicted."""
@@ -201,12 +205,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if self._history is None:
             from lerobot_lam_diffusion.live_tokens import FrameHistory
 
-            self.diffusion.lam_model = self.live_lam.lam  # before the first action, or a clear error
-            self._history = FrameHistory(self.config)
-        self._history.append(self._raw_frames(batch))
+            self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
+            self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}
+        for camera, frames in self._raw_frames(batch).items():
+            self._history[camera].append(frames)
         if self._queues[ACTION]:
             return batch
-        tokens = self._history.tokens(self.live_lam)
+        tokens = self.live_tokens.newest(self._history)
         queue = self._queues[OBS_LAM_TOKENS]
         queue.clear()
         queue.extend(tokens[:, :-1].unbind(1))
@@ -232,17 +237,17 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Whether there is a LAM at all; asked once between two resets. One that does not fit is an error."""
         if self._can_compute is None:
             try:
-                self._can_compute = self.live_lam.lam is not None
+                self._can_compute = bool(self.live_tokens.lams)
             except LamNotFoundError as error:
                 logger.warning("Acting without LAM tokens, as lam_missing=zero says: %s", error)
                 self._can_compute = False
         return self._can_compute
 
-    def _raw_frames(self, batch: dict[str, Any]) -> Tensor:
-        """uint8 frames `(..., 3, H, W)` of the LAM's camera, as the pre-processor passed them on."""
+    def _raw_frames(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on."""
         from lerobot_lam_diffusion.lam.preprocess import as_uint8
 
-        camera = single(self.config.lam_camera_key)
+        cameras = list(dict.fromkeys(str(source.camera_key) for source in self.config.token_sources))
         frames = batch.get(OBS_LAM_IMAGES)
         if frames is None:
             raise UserError(
@@ -251,13 +256,19 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 "checkpoint)"
             )
         if isinstance(frames, Tensor):
-            return as_uint8(frames)
-        if camera not in frames:
+            if len(cameras) > 1:
+                raise UserError(
+                    f"the raw frames under {OBS_LAM_IMAGES!r} are of one camera, the LAMs look at {cameras}: "
+                    "pass a dict from camera to frames"
+                )
+            frames = {cameras[0]: frames}
+        unknown = [camera for camera in cameras if camera not in frames]
+        if unknown:
             raise UserError(
-                f"the LAM's camera {camera!r} is not among the cameras {sorted(frames)}; name one of them by "
-                "--policy.lam_camera_key"
+                f"the LAM's camera {', '.join(map(repr, unknown))} is not among the cameras "
+                f"{sorted(frames)}; name one of them by --policy.lam_camera_key"
             )
-        return as_uint8(frames[camera])
+        return {camera: as_uint8(frames[camera]) for camera in cameras}
 
     def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without the older frames that only the LAM needs: the last `n_obs_steps` of every observation."""
@@ -305,7 +316,8 @@ class DiffusionLamModel(DiffusionModel):
     """`DiffusionModel` whose conditioning takes LAM tokens, or exactly that model without them.
 
     Attributes:
-        lam_model: The LAM, where tokens are computed live; None otherwise. Not an `nn.Module`.
+        lam_model: The LAM, where tokens are computed live (a tuple, where the policy has several sources of
+            tokens); None otherwise. Not an `nn.Module`.
         lam_projection: Linear `n·a -> n·a` without bias, the identity at the start: a missing token, zero,
             stays zero and adds nothing.
     """
@@ -327,9 +339,16 @@ class DiffusionLamModel(DiffusionModel):
         global_cond = super()._prepare_global_conditioning(batch)
         if not self.config.use_lam_conditioning:
             return global_cond
-        tokens = batch[OBS_LAM_TOKENS] / (self.config.lam_token_scale or 1.0)  # (B, steps, n·a)
+        tokens = self._scaled(batch[OBS_LAM_TOKENS])  # (B, steps, n·a)
         lam = self.lam_projection(tokens).flatten(start_dim=1)
         return torch.cat([global_cond, lam], dim=-1)
+
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        """Each source's part of tokens `(…, n·a)` divided by that source's scale."""
+        sources = self.config.token_sources
+        parts = tokens.split([source.token_dim for source in sources], dim=-1)
+        scaled = [part / (source.token_scale or 1.0) for source, part in zip(sources, parts, strict=True)]
+        return torch.cat(scaled, dim=-1)
 
 
 class LamCondEncoder(nn.Sequential):

@@ -1,76 +1,83 @@
 """Where a policy's tokens come from, settled before its first training step.
 
 The policy's `__init__` gets the dataset's metadata from LeRobot's `make_policy` in training. Here the token
-store is opened and checked against that dataset, and what it says about its LAM enters the config, so that
-the checkpoint knows how it was fed. At deployment there is no dataset, and nothing is opened.
+stores are opened and checked against that dataset, and what they say about their LAMs enters the config, so
+that the checkpoint knows how it was fed. At deployment there is no dataset, and nothing is opened.
 """
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig, single
-from lerobot_lam_diffusion.constants import AUTO
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.problems import UserError, raise_problems, raise_unfit
+from lerobot_lam_diffusion.sources import LamSource
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
+from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 logger = logging.getLogger(__name__)
 
 
-def settle_precomputed_source(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore | None:
-    """Open the store that `config` names, check it, and copy its provenance into `config`.
+def settle_precomputed_source(
+    config: DiffusionLamConfig, dataset_meta: Any
+) -> TokenStore | JoinedStores | None:
+    """Open the stores that `config` names, check them, and copy their provenance into `config`.
 
     Args:
         config: Of a policy in precomputed mode; fields that are unset are filled in.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
 
     Returns:
-        The store, or None if the tokens come with the batch (native column, `LamTokenDataset`) or the policy
-        is not being trained from a dataset.
+        The store, several as one, or None if the tokens come with the batch (native column,
+        `LamTokenDataset`) or the policy is not being trained from a dataset.
 
     Raises:
-        ValueError: no source, two sources, or a source that contradicts the config.
-        TokenStoreError: the store is missing, damaged or of another dataset.
+        ValueError: no source, two kinds of source, or sources that contradict the config or one another.
+        TokenStoreError: a store is missing, damaged or of another dataset.
     """
-    path = single(config.lam_tokens_path)
+    sources = config.token_sources
+    paths = [source.tokens_path for source in sources]
     trained_before = config.lam_source is not None
-    if dataset_meta is None and (path is None or trained_before):
+    if dataset_meta is None and (None in paths or trained_before):
         return None
 
     column = dataset_meta.features.get(config.lam_tokens_key) if dataset_meta is not None else None
-    if path is None:
+    if None in paths:
         _settle_column(config, column, dataset_meta)
         return None
     if column is not None:
         raise UserError(
-            f"two sources of LAM tokens: --policy.lam_tokens_path={path} and the column "
+            f"two sources of LAM tokens: --policy.lam_tokens_path={_listed(paths)} and the column "
             f"{config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r}. Leave lam_tokens_path unset to "
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
         )
-    if path == AUTO:
-        return _settle_auto(config, dataset_meta)
-    store = TokenStore.open(path, dataset_meta)
-    _settle_store(config, store, dataset_meta)
-    return store
+    if sources[0].is_auto:
+        from lerobot_lam_diffusion.auto_tokens import cached_stores  # a named store needs no LAM
+
+        stores = cached_stores(config, dataset_meta)
+    else:
+        stores = open_stores([str(path) for path in paths], dataset_meta)
+    _settle_stores(config, stores, dataset_meta)
+    return join_stores(stores)
 
 
-def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) -> None:
-    """Copy what the LAM says about itself into the config of a policy that computes tokens on the fly.
+def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[Any]) -> None:
+    """Copy what the LAMs say about themselves into the config of a policy that computes tokens on the fly.
 
     Args:
-        lam: The opened LAM (`live_tokens.open_lam` has checked that it fits the config).
+        lams: The opened LAM of each source (`live_tokens.open_lams` has checked that they fit the config).
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
 
     Raises:
-        UserError: the dataset brings tokens of its own as well, or the policy has no such camera.
+        UserError: the dataset brings tokens of its own as well, or there is no such camera.
     """
-    problems = []
-    camera = single(config.lam_camera_key)
-    if config.image_features and camera not in config.image_features:
-        problems.append(_unknown_camera(config))
+    sources = config.token_sources
+    problems = _unknown_cameras(config, sources, dataset_meta)
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
         problems.append(
             f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
@@ -78,37 +85,39 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lam: Any) 
             "--policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
-    config.lam_num_learned_tokens = lam.num_learned_tokens
-    config.lam_action_latent_dim = lam.action_latent_dim
     config.lam_frame_stride = config.lam_frame_stride or 1
-    _settle_scale(config, codebook_scale(lam.codebook.cpu()))
-    if dataset_meta is not None:
-        _settle_fingerprint(config, lam.fingerprint)
-        config.lam_source = f"live:{single(config.lam_model_path)}"
-        logger.info("LAM tokens: on the fly, by %s from %s.", single(config.lam_model_path), camera)
+    settled = []
+    for source, lam in zip(sources, lams, strict=True):
+        known = replace(
+            source,
+            num_learned_tokens=lam.num_learned_tokens,
+            action_latent_dim=lam.action_latent_dim,
+            token_scale=_scale(source, codebook_scale(lam.codebook.cpu())),
+        )
+        if dataset_meta is not None:
+            known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")
+            logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
+        settled.append(known)
+    _write(config, settled)
 
 
-def _settle_scale(config: DiffusionLamConfig, scale: float) -> None:
-    """Fix what tokens are divided by, once: a checkpoint that was trained without a scale keeps to 1."""
-    if config.lam_token_scale is None:
-        config.lam_token_scale = scale if config.lam_source is None else 1.0
-
-
-def _settle_fingerprint(config: DiffusionLamConfig, fingerprint: str) -> None:
-    """It is this LAM that the policy is trained with from now on; a mismatch that was allowed is settled."""
-    if config.lam_fingerprint not in (None, fingerprint):
+def _write(config: DiffusionLamConfig, settled: list[LamSource]) -> None:
+    """The policy is trained with these LAMs from now on; a mismatch that was allowed is settled."""
+    trained_with = [source.fingerprint for source in config.token_sources]
+    if any(a not in (None, b.fingerprint) for a, b in zip(trained_with, settled, strict=True)):
         config.lam_allow_mismatch = False
-    config.lam_fingerprint = fingerprint
+    config.set_token_sources(settled)
 
 
-def _unknown_camera(config: DiffusionLamConfig) -> str:
-    return (
-        f"--policy.lam_camera_key={single(config.lam_camera_key)} is not among the policy's cameras "
-        f"{list(config.image_features)}"
-    )
+def _scale(source: LamSource, scale: float) -> float:
+    """What tokens are divided by, fixed once: a checkpoint that was trained without a scale keeps to 1."""
+    if source.token_scale is not None:
+        return source.token_scale
+    return scale if source.origin is None else 1.0
 
 
 def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta: Any) -> None:
+    sources = config.token_sources
     if column is None:
         raise UserError(
             f"no LAM tokens to train on: dataset {dataset_meta.repo_id!r} has no column "
@@ -116,9 +125,17 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"lerobot-lam-precompute --dataset.repo_id={dataset_meta.repo_id} --lam.path=<LAM> "
             "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>"
         )
+    if len(sources) > 1:
+        raise UserError(
+            f"column {config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r} holds the tokens of one "
+            f"camera and LAM, the policy has {len(sources)} sources of tokens. Give each field lam_… one "
+            "entry to train on the column, or name a token store for each by --policy.lam_tokens_path and "
+            "another --policy.lam_tokens_key"
+        )
+    (source,) = sources
     known = read_column(dataset_meta, config.lam_tokens_key)
     if known is not None:
-        _settle_known_column(config, known, dataset_meta)
+        _settle_known_column(config, source, known, dataset_meta)
         return
     shape = tuple(column["shape"])
     if shape != (config.lam_token_dim,):
@@ -127,86 +144,103 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
         )
-    _settle_scale(config, 1.0)  # a column of the user's own does not tell its LAM's codebook
-    config.lam_source = f"column:{config.lam_tokens_key}"
+    # A column of the user's own does not tell its LAM's codebook.
+    settled = replace(source, token_scale=_scale(source, 1.0), origin=f"column:{config.lam_tokens_key}")
+    config.set_token_sources([settled])
     logger.info("LAM tokens: the dataset's column %s.", config.lam_tokens_key)
-    _warn_of_missing_lam(config)
+    _warn_of_missing_lams(config, dataset_meta)
 
 
-def _settle_known_column(config: DiffusionLamConfig, column: TokenColumn, dataset_meta: Any) -> None:
+def _settle_known_column(
+    config: DiffusionLamConfig, source: LamSource, column: TokenColumn, dataset_meta: Any
+) -> None:
     """As a store: the column says what its tokens are (see `tokens/column.py`)."""
-    problems = _contradictions(config, column, dataset_meta)
+    problems = _contradictions(config, source, column, dataset_meta)
     what = f"column {column.key!r} of dataset {dataset_meta.repo_id!r}"
     raise_problems(f"{what} does not fit the policy", problems)
     config.lam_frame_stride = column.frame_stride
-    _adopt_provenance(config, column.provenance, dataset_meta)
-    config.lam_source = f"column:{column.key}"
+    _adopt_dtype(config, column.provenance)
+    settled = _adopted(config, source, column.provenance, dataset_meta)
+    _write(config, [replace(settled, origin=f"column:{column.key}")])
     logger.info("LAM tokens: %s, the dataset's column %s (%s).", column.kind, column.key, column.state)
-    _warn_of_missing_lam(config)
+    _warn_of_missing_lams(config, dataset_meta)
 
 
-def _settle_auto(config: DiffusionLamConfig, dataset_meta: Any) -> TokenStore:
-    from lerobot_lam_diffusion.auto_tokens import cached_store  # a store that a path names needs no LAM
+def _settle_stores(config: DiffusionLamConfig, stores: Sequence[TokenStore], dataset_meta: Any) -> None:
+    sources = config.token_sources
+    problems = [
+        (store.name, _contradictions(config, source, store, dataset_meta))
+        for source, store in zip(sources, stores, strict=True)
+    ]
+    raise_unfit("token store", problems, common=differences(stores))
+    config.lam_frame_stride = stores[0].frame_stride
+    settled = []
+    for source, store in zip(sources, stores, strict=True):
+        if store.provenance is None:
+            known = replace(source, token_scale=_scale(source, 1.0))
+        else:
+            _adopt_dtype(config, store.provenance)
+            known = _adopted(config, source, store.provenance, dataset_meta)
+        if source.is_auto:  # its LAM was found there; where the store's builder had it may be gone
+            known = replace(known, model_path=source.model_path)
+        elif store.hub_id is not None:
+            known = replace(known, tokens_path=store.hub_id)  # a resumed run goes on with this commit
+        settled.append(replace(known, origin=f"store:{store.name}"))
+        logger.info("LAM tokens: %s, from %s (%s).", store.kind, store.name, store.coverage)
+    _write(config, settled)
+    _warn_of_missing_lams(config, dataset_meta)
 
-    store = cached_store(config, dataset_meta)
-    lam_path = config.lam_model_path
-    _settle_store(config, store, dataset_meta)
-    config.lam_model_path = lam_path  # it was found there; where the store's builder had it may be gone
-    return store
 
-
-def _settle_store(config: DiffusionLamConfig, store: TokenStore, dataset_meta: Any) -> None:
-    problems = _contradictions(config, store, dataset_meta)
-    raise_problems(f"token store {store.name} does not fit the policy", problems)
-    config.lam_frame_stride = store.frame_stride
-    if store.provenance is None:
-        _settle_scale(config, 1.0)
-    else:
-        _adopt_provenance(config, store.provenance, dataset_meta)
-    config.lam_source = f"store:{store.name}"
-    if store.hub_id is not None:
-        config.lam_tokens_path = store.hub_id  # a resumed run goes on with this commit
-    logger.info("LAM tokens: %s, from %s (%s).", store.kind, store.name, store.coverage)
-    _warn_of_missing_lam(config)
-
-
-def _adopt_provenance(config: DiffusionLamConfig, provenance: Provenance, dataset_meta: Any) -> None:
-    lam = provenance.lam
-    config.lam_num_learned_tokens = lam.num_learned_tokens
-    config.lam_action_latent_dim = lam.action_latent_dim
-    _settle_scale(config, lam.token_scale)
-    if config.lam_model_path is None or (config.lam_source and config.lam_fingerprint != lam.fingerprint):
-        config.lam_model_path = lam.path
-    _settle_fingerprint(config, lam.fingerprint)
+def _adopt_dtype(config: DiffusionLamConfig, provenance: Provenance) -> None:
     if config.lam_dtype != provenance.dtype:
         logger.info("lam_dtype is %s, as the tokens were made.", provenance.dtype)
     config.lam_dtype = provenance.dtype
-    if config.lam_camera_key is None:
-        config.lam_camera_key = _camera_of_policy(config, provenance.camera_key, dataset_meta)
 
 
-def _warn_of_missing_lam(config: DiffusionLamConfig) -> None:
-    """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
-    path, camera = single(config.lam_model_path), single(config.lam_camera_key)
-    if path is None:
-        reason = "the LAM of these tokens is not known"
-    elif path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():  # no Hub id begins so
-        reason = f"the LAM of these tokens is not at {path}"
-    elif camera is None:
-        reason = "it is not known which of the policy's cameras the LAM looks at"
-    elif config.image_features and camera not in config.image_features:
-        reason = _unknown_camera(config)
-    else:
-        return
-    logger.warning(
-        "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
-        "--policy.lam_model_path and --policy.lam_camera_key.",
-        reason[0].upper() + reason[1:],
+def _adopted(
+    config: DiffusionLamConfig, source: LamSource, provenance: Provenance, dataset_meta: Any
+) -> LamSource:
+    """The source with what its tokens say of themselves."""
+    lam = provenance.lam
+    another = source.origin is not None and source.fingerprint != lam.fingerprint
+    return replace(
+        source,
+        model_path=lam.path if source.model_path is None or another else source.model_path,
+        camera_key=source.camera_key or _camera_of_policy(config, provenance.camera_key, dataset_meta),
+        num_learned_tokens=lam.num_learned_tokens,
+        action_latent_dim=lam.action_latent_dim,
+        fingerprint=lam.fingerprint,
+        token_scale=_scale(source, lam.token_scale),
     )
 
 
+def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None:
+    """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
+    reasons: dict[str, None] = {}  # each once
+    for source in config.token_sources:
+        missing = _missing_lam(source)
+        reasons |= dict.fromkeys([missing] if missing else _unknown_cameras(config, [source], dataset_meta))
+    for reason in reasons:
+        logger.warning(
+            "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
+            "--policy.lam_model_path and --policy.lam_camera_key.",
+            reason[0].upper() + reason[1:],
+        )
+
+
+def _missing_lam(source: LamSource) -> str | None:
+    path = source.model_path
+    if path is None:
+        return "the LAM of these tokens is not known"
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():  # no Hub id begins so
+        return f"the LAM of these tokens is not at {path}"
+    if source.camera_key is None:
+        return "it is not known which of the policy's cameras the LAM looks at"
+    return None
+
+
 def _contradictions(
-    config: DiffusionLamConfig, store: TokenStore | TokenColumn, dataset_meta: Any
+    config: DiffusionLamConfig, source: LamSource, store: TokenStore | TokenColumn, dataset_meta: Any
 ) -> list[str]:
     """Fields that are set and differ from what the store (or column) holds."""
     noun = "store" if isinstance(store, TokenStore) else "column"
@@ -214,20 +248,20 @@ def _contradictions(
     if store.provenance is not None:
         lam = store.provenance.lam
         told += [
-            ("lam_num_learned_tokens", config.lam_num_learned_tokens, lam.num_learned_tokens),
-            ("lam_action_latent_dim", config.lam_action_latent_dim, lam.action_latent_dim),
+            ("lam_num_learned_tokens", source.num_learned_tokens, lam.num_learned_tokens),
+            ("lam_action_latent_dim", source.action_latent_dim, lam.action_latent_dim),
         ]
-        camera = single(config.lam_camera_key)
+        camera = source.camera_key
         if dataset_meta is not None and camera in dataset_meta.camera_keys:
             told.append(("lam_camera_key", camera, store.provenance.camera_key))
-    elif store.token_dim != config.lam_token_dim:
-        told.append(("lam_num_learned_tokens * lam_action_latent_dim", config.lam_token_dim, store.token_dim))
+    elif store.token_dim != source.token_dim:
+        told.append(("lam_num_learned_tokens * lam_action_latent_dim", source.token_dim, store.token_dim))
     problems = [
         f"--policy.{name} is {want}, the {noun} has {have}"
         for name, want, have in told
         if want not in (None, have)
     ]
-    trained_with = single(config.lam_fingerprint)
+    trained_with = source.fingerprint
     made_by = store.provenance.lam.fingerprint if store.provenance else trained_with
     if trained_with not in (None, made_by) and not config.lam_allow_mismatch:
         problems.append(
@@ -244,9 +278,43 @@ def _contradictions(
 
 
 def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str, dataset_meta: Any) -> str | None:
-    """The store's camera under the policy's name for it; None where a `rename_map` may have hidden it."""
-    cameras = list(config.image_features)
-    if dataset_camera in cameras:
+    """The store's camera under the policy's name for it; None where a `rename_map` has hidden it."""
+    if dataset_camera in _cameras_in_sight(config, dataset_meta):
         return dataset_camera
+    cameras = list(config.image_features)
     only_one = len(cameras) == 1 and dataset_meta is not None and len(dataset_meta.camera_keys) == 1
     return cameras[0] if only_one else None
+
+
+def _unknown_cameras(
+    config: DiffusionLamConfig, sources: Sequence[LamSource], dataset_meta: Any
+) -> list[str]:
+    """Problems with LAMs' cameras that will not be among the policy's frames.
+
+    Which cameras a robot or environment has shows when the first frames come.
+    """
+    cameras = _cameras_in_sight(config, dataset_meta)
+    if not cameras or (dataset_meta is None and config.lam_source is not None):
+        return []
+    unknown = dict.fromkeys(source.camera_key for source in sources if source.camera_key not in cameras)
+    return [
+        f"--policy.lam_camera_key={camera} is not among the policy's cameras {cameras}" for camera in unknown
+    ]
+
+
+def _cameras_in_sight(config: DiffusionLamConfig, dataset_meta: Any) -> list[str]:
+    """The policy's cameras, and others of the dataset: a LAM may look at one that is no input of the policy.
+
+    Where the policy has other names than the dataset there is a `rename_map`, which the policy is not shown:
+    then only its own cameras are certain.
+    """
+    cameras = list(config.image_features)
+    if dataset_meta is None or not set(cameras) <= set(dataset_meta.camera_keys):
+        return cameras
+    hidden = {*cameras, *dataset_meta.depth_keys}
+    return cameras + [key for key in dataset_meta.camera_keys if key not in hidden]
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Of a flag: the value, or a list in brackets."""
+    return str(values[0]) if len(values) == 1 else f"[{','.join(map(str, values))}]"

@@ -41,7 +41,7 @@ SMALL_LAM = LamConfig(
 def record_dataset(
     root: Path,
     lengths: Sequence[int] = EPISODE_LENGTHS,
-    cameras: Sequence[str] = (TOP,),
+    cameras: Sequence[str] | dict[str, int] = (TOP,),
     use_videos: bool = True,
     extra: dict[str, dict] | None = None,
     seed: int = 0,
@@ -50,14 +50,19 @@ def record_dataset(
     """A LeRobot dataset of squares that wander over noise, encoded as LeRobot encodes video.
 
     Args:
+        cameras: Their names, or name → side of its square picture.
         extra: More features, name → `{"dtype": …, "shape": …, "names": …}`; filled with zeros.
         file_size_mb: Video files as large as that, instead of one for all.
     """
     extra = extra or {}
     kind = "video" if use_videos else "image"
-    image = {"dtype": kind, "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    sides = cameras if isinstance(cameras, dict) else dict.fromkeys(cameras, SIZE)
+    images = {
+        camera: {"dtype": kind, "shape": (side, side, 3), "names": ["height", "width", "channels"]}
+        for camera, side in sides.items()
+    }
     vector = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-    features = {"observation.state": vector, "action": vector, **dict.fromkeys(cameras, image), **extra}
+    features = {"observation.state": vector, "action": vector, **images, **extra}
     dataset = LeRobotDataset.create(
         "local/squares", FPS, features, root=root, use_videos=use_videos, video_backend="pyav"
     )
@@ -73,7 +78,10 @@ def record_dataset(
             frame = background.copy()
             x, y = position.astype(int)
             frame[y : y + 12, x : x + 12] = (250, 180, 40)
-            pixels = {camera: np.roll(frame, 3 * k, axis=0) for k, camera in enumerate(cameras)}
+            pixels = {
+                camera: _resized(np.roll(frame, 3 * k, axis=0), side)
+                for k, (camera, side) in enumerate(sides.items())
+            }
             zeros = {name: np.zeros(spec["shape"], spec["dtype"]) for name, spec in extra.items()}
             vectors = {"observation.state": position.astype("float32"), "action": target.astype("float32")}
             dataset.add_frame({**pixels, **vectors, **zeros, "task": "wander"})
@@ -81,6 +89,12 @@ def record_dataset(
         dataset.save_episode()
     dataset.finalize()
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
+
+
+def _resized(frame: np.ndarray, side: int) -> np.ndarray:
+    """The nearest pixels of a square picture `(H, H, 3)`, `(side, side, 3)`."""
+    at = np.arange(side) * len(frame) // side
+    return frame[at][:, at]
 
 
 def write_lam(folder: Path, frames: torch.Tensor, seed: int = 0, **changes: object) -> Path:

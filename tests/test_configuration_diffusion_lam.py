@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import draccus
 import pytest
@@ -58,6 +59,71 @@ def test_the_command_line_takes_one_store_or_a_list(paths):
     assert config.lam_tokens_path == ("store" if paths == "store" else ["store"])
 
 
+LISTS = {
+    "lam_tokens_path": ["a", "user/b@main"],
+    "lam_camera_key": ["observation.images.top", None],
+    "lam_model_path": [None, "pusht-compact"],
+    "lam_num_learned_tokens": [2, 4],
+    "lam_action_latent_dim": [32, None],
+    "lam_token_scale": [0.5, 1.0],
+}
+
+
+def test_lists_from_the_command_line_and_from_a_checkpoint(tmp_path):
+    args = [f"--{name}={str(value).replace('None', 'null')}" for name, value in LISTS.items()]
+    config = draccus.parse(
+        DiffusionLamConfig, args=[*args, "--device=cpu", "--use_precomputed_lam_tokens=true"]
+    )
+    config._save_pretrained(tmp_path)
+    for told in (config, PreTrainedConfig.from_pretrained(tmp_path)):
+        assert {name: getattr(told, name) for name in LISTS} == LISTS
+        assert told.lam_token_dim == 2 * 32 + 4 * 32
+        first, second = told.token_sources
+        assert (first.tokens_path, second.tokens_path) == ("a", "user/b@main")
+        assert (first.token_dim, second.token_dim) == (64, 128)
+        assert second.camera_key is None
+    sources = told.token_sources
+    told.set_token_sources([replace(source, token_scale=2.0, origin="x") for source in sources])
+    assert (told.lam_token_scale, told.lam_source) == ([2.0, 2.0], ["x", "x"])
+    assert told.lam_fingerprint is None
+
+
+def test_lists_over_a_checkpoint_need_no_quotation_marks(tmp_path):
+    """LeRobot reads the flags beside `--policy.path` as JSON."""
+    DiffusionLamConfig(**PRECOMPUTED)._save_pretrained(tmp_path)
+    overrides = [
+        "--lam_tokens_path=[./a, user/b@main]",
+        '--lam_camera_key=["c", null]',
+        "--lam_model_path=[x]",
+    ]
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=overrides)
+    assert config.lam_tokens_path == ["./a", "user/b@main"]
+    assert config.lam_camera_key == ["c", None]
+    assert config.lam_model_path == ["x"]
+
+
+def test_plain_values_stay_plain(tmp_path):
+    """In the config of one source, and where one value counts for all sources."""
+    scalars = {"lam_num_learned_tokens": 4, "lam_action_latent_dim": 8, "lam_token_scale": 0.5}
+    args = [f"--{name}={value}" for name, value in scalars.items()]
+    config = draccus.parse(
+        DiffusionLamConfig, args=[*args, "--device=cpu", "--use_precomputed_lam_tokens=true"]
+    )
+    config.set_token_sources(config.token_sources)
+    config._save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in scalars} == scalars
+    assert saved["lam_tokens_path"] is None
+    assert [type(getattr(config, name)) for name in scalars] == [int, int, float]
+    one = DiffusionLamConfig(**LIVE | {"lam_camera_key": ["c"], "lam_num_learned_tokens": [3]})
+    assert one.lam_token_dim == 96
+    assert [source.camera_key for source in one.token_sources] == ["c"]
+    shared = DiffusionLamConfig(**LIVE | {"lam_camera_key": ["c", "d"]})
+    shared.set_token_sources(shared.token_sources)
+    assert shared.lam_model_path == "pusht-compact"
+    assert shared.lam_token_dim == 128
+
+
 @pytest.mark.parametrize(
     ("fields", "messages"),
     [
@@ -73,7 +139,35 @@ def test_the_command_line_takes_one_store_or_a_list(paths):
             PRECOMPUTED | {"lam_conditioning_steps": 4, "lam_temporal_aggregation": "concat"},
             ["lam_conditioning_steps=4", "1..n_obs_steps=2"],
         ),
-        (PRECOMPUTED | {"lam_tokens_path": ["a", "b"]}, ["lam_tokens_path has 2 entries"]),
+        (
+            PRECOMPUTED | {"lam_tokens_path": ["a", "b"], "lam_camera_key": ["c", "d", "e"]},
+            ["lam_tokens_path has 2, lam_camera_key has 3", "one plain value that counts for all of them"],
+        ),
+        (
+            PRECOMPUTED | {"lam_tokens_path": ["a", "a"], "lam_model_path": [], "lam_fingerprint": []},
+            ["2 problems", "lam_model_path is an empty list", "lam_fingerprint is an empty list"],
+        ),
+        (
+            PRECOMPUTED | {"lam_tokens_path": ["a", "b", "a"], "lam_action_latent_dim": [8, 0, 8]},
+            [
+                "sources 1 and 3 have the same token store, lam_tokens_path=a",
+                "lam_action_latent_dim=[8, 0, 8]",
+            ],
+        ),
+        (
+            PRECOMPUTED | {"lam_tokens_path": "a", "lam_camera_key": ["c", "d"]},
+            ["sources 1 and 2 have the same token store, lam_tokens_path=a"],
+        ),
+        (PRECOMPUTED | {"lam_tokens_path": ["a", None]}, ["lam_tokens_path has an empty entry"]),
+        (
+            PRECOMPUTED | {"lam_tokens_path": ["auto", "b"]},
+            ["mixes 'auto' and token stores", "needs --policy.lam_model_path"],
+        ),
+        (
+            LIVE | {"lam_camera_key": ["c", "d", "c"]},
+            ["sources 1 and 3 are the same: lam_camera_key=c, lam_model_path=pusht-compact"],
+        ),
+        (LIVE | {"lam_camera_key": ["c", None]}, ["need the LAM's camera"]),
         (
             {"device": "cpu", "n_obs_steps": 1, "lam_dtype": "int8"},
             ["4 problems", "1. lam_dtype", "lam_model_path", "lam_camera_key", "n_obs_steps"],

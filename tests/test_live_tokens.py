@@ -214,10 +214,9 @@ def test_pairs_that_occur_twice_are_encoded_once(dataset, lam_folder, monkeypatc
     config = live_config(lam_folder, lam_temporal_aggregation="concat", n_obs_steps=3)
     policy, preprocess = build(config, dataset)
     encoded = []
-    encode = policy.live_lam.encode
-    monkeypatch.setattr(
-        policy.live_lam, "encode", lambda prev, cur: encoded.append(len(prev)) or encode(prev, cur)
-    )
+    (live,) = policy.live_tokens.lams
+    encode = live.encode
+    monkeypatch.setattr(live, "encode", lambda prev, cur: encoded.append(len(prev)) or encode(prev, cur))
     batch = preprocess(training_batch(config, dataset, [20, 21, 22]))
     policy.forward(batch)
     assert encoded == [4]  # pairs at 19, 20, 21, 22; not the six of three windows of two

@@ -216,12 +216,18 @@ def test_the_camera_is_not_guessed(tmp_path, make_store, caplog):
     both = record_dataset(tmp_path / "both", lengths=(6, 5), cameras=(TOP, WRIST))
     store = make_store(both, camera_key=TOP)
     vector = PolicyFeature(FeatureType.STATE, (2,))
-    seen = {"observation.state": vector, WRIST: PolicyFeature(FeatureType.VISUAL, (3, 48, 48))}
+    picture = PolicyFeature(FeatureType.VISUAL, (3, 48, 48))
+    seen = {"observation.state": vector, "observation.images.front": picture}
     config = lam_config(lam_tokens_path=str(store.path), input_features=seen)
-    torch.manual_seed(0)
-    make_policy(config, ds_meta=both.meta, rename_map={"observation.images.front": WRIST})
+    make_policy(config, ds_meta=both.meta, rename_map={WRIST: "observation.images.front"})
     assert config.lam_camera_key is None
     assert "not known which of the policy's cameras" in caplog.text
+    caplog.clear()
+    seen = {"observation.state": vector, WRIST: picture}
+    config = lam_config(lam_tokens_path=str(store.path), input_features=seen)
+    make_policy(config, ds_meta=both.meta)
+    assert config.lam_camera_key == TOP  # which is no input of the policy; nothing is renamed
+    assert "Training goes on" not in caplog.text
 
 
 def test_a_store_of_another_lam_is_refused_or_adopted_as_a_whole(

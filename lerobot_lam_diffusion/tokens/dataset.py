@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.joined import join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 
@@ -19,6 +19,7 @@ class LamTokenDataset(Dataset):
     Args:
         dataset: A `LeRobotDataset`.
         path: Token store made of that dataset (or the opened store); checked here, before any item is read.
+            A list of them: their tokens stand side by side.
         deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
             frame's own token.
         key: Item key of the tokens.
@@ -26,13 +27,13 @@ class LamTokenDataset(Dataset):
     An item's tokens are float32 `(len(deltas), token_dim)`.
 
     Raises:
-        TokenStoreError: no store there, damaged, or of another dataset.
+        TokenStoreError: no store there, damaged, or of another dataset; or stores that cannot be joined.
     """
 
     def __init__(
         self,
         dataset: Any,
-        path: str | Path | TokenStore,
+        path: str | Path | TokenStore | Sequence[str | Path | TokenStore],
         deltas: Sequence[int] = (0,),
         key: str = OBS_LAM_TOKENS,
     ) -> None:
@@ -42,11 +43,8 @@ class LamTokenDataset(Dataset):
                 "lerobot-edit-dataset before joining a token store"
             )
         self.dataset = dataset
-        if isinstance(path, TokenStore):
-            check_binding(path, dataset.meta)
-            self.store = path
-        else:
-            self.store = TokenStore.open(path, dataset.meta)
+        paths = [path] if isinstance(path, str | Path | TokenStore) else path
+        self.store = join_stores(open_stores(paths, dataset.meta))
         self.deltas = tuple(deltas)
         self.key = key
 

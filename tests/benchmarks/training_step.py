@@ -119,7 +119,7 @@ class Variant:
     def encode(self, batch: dict) -> None:
         """The LAM alone, on the pairs of this batch."""
         frames = as_uint8(batch[OBS_LAM_IMAGES][IMAGE_KEY])
-        self.policy.live_lam.encode(frames[:, -2], frames[:, -1])
+        self.policy.live_tokens.lams[0].encode(frames[:, -2], frames[:, -1])
         self._wait()
 
     def _wait(self) -> None:

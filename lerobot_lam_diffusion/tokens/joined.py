@@ -1,0 +1,99 @@
+"""Several stores of one dataset, of other cameras or LAMs, whose tokens stand side by side."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.tokens.store import TokenStore
+
+
+@dataclass(frozen=True)
+class JoinedStores:
+    """Stores whose tokens stand side by side, in this order; one store gives its own tokens."""
+
+    stores: tuple[TokenStore, ...]
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in one frame's token, of all stores."""
+        return sum(store.token_dim for store in self.stores)
+
+    def window(self, index: Tensor, deltas: Sequence[int]) -> Tensor:
+        """Tokens of the frames `index + deltas`, float32 `(B, T, token_dim)`; see `TokenStore.window`."""
+        return torch.cat([store.window(index, deltas) for store in self.stores], dim=-1)
+
+
+def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> list[TokenStore]:
+    """Open and check each store (or check one that is open already).
+
+    Raises:
+        UserError: some cannot be used with this dataset; all of them are told at once.
+    """
+    stores: list[TokenStore] = []
+    errors: list[UserError] = []
+    for path in paths:
+        try:
+            if isinstance(path, TokenStore):
+                check_binding(path, dataset_meta)
+                stores.append(path)
+            else:
+                stores.append(TokenStore.open(path, dataset_meta))
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), TokenStoreError)
+    return stores
+
+
+def join_stores(stores: Sequence[TokenStore]) -> TokenStore | JoinedStores:
+    """The one store, or several as one.
+
+    Raises:
+        TokenStoreError: there is none, or `differences` is not empty.
+    """
+    if not stores:
+        raise TokenStoreError("no token store is named, expected at least one: name a store")
+    raise_problems("these token stores cannot be joined", differences(stores), TokenStoreError)
+    return stores[0] if len(stores) == 1 else JoinedStores(tuple(stores))
+
+
+def differences(stores: Sequence[TokenStore]) -> list[str]:
+    """Why the tokens of these stores cannot stand side by side; empty if they can."""
+    problems = []
+    for a, b in itertools.combinations(stores, 2):
+        if a.path.resolve() == b.path.resolve():
+            problems.append(f"{b.name} is named twice: leave it out once, or name the other camera's store")
+        elif None not in (a.provenance, b.provenance) and _view(a) == _view(b):
+            camera, fingerprint = _view(a)
+            problems.append(
+                f"{a.name} and {b.name} hold the same tokens: both are of camera {camera} and the LAM with "
+                f"fingerprint {fingerprint[:16]}…. Leave one of them out"
+            )
+    told: dict[str, list[Any]] = {
+        "frame strides (--frame_stride)": [store.frame_stride for store in stores],
+        "kinds of tokens (--use_vq_tokens)": [store.kind for store in stores],
+        "arithmetics (--dtype)": [store.provenance and store.provenance.dtype for store in stores],
+    }
+    for what, values in told.items():
+        if len({value for value in values if value is not None}) > 1:
+            listed = ", ".join(f"{store.name} has {have}" for store, have in zip(stores, values, strict=True))
+            problems.append(
+                f"they have different {what}: {listed}. Extract with lerobot-lam-precompute what is to be "
+                "like the other"
+            )
+    return problems
+
+
+def _view(store: TokenStore) -> tuple[str, str]:
+    """Which LAM looked at which camera."""
+    assert store.provenance is not None
+    return store.provenance.camera_key, store.provenance.lam.fingerprint
