@@ -1,0 +1,212 @@
+"""Every command in the README and the docs is one that would be accepted; the main story runs as written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from lerobot.scripts import lerobot_eval
+from lerobot.utils.constants import HF_LEROBOT_HOME
+
+from lerobot_lam_diffusion.scripts import demo, precompute_lam_tokens, tokens
+from tests.docs.commands import (
+    ELIDED,
+    PAGES,
+    ROOT,
+    blocks,
+    commands_in,
+    config_comment,
+    known_flags,
+    mentioned_flags,
+    parse,
+    stand_in_checkpoint,
+)
+from tests.test_lerobot_train import train
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OTHERS_FLAGS = {
+    "--policy.path", "--env", "--force-reinstall", "--no-deps", "--cpu", "--cpus-per-task", "--gres",
+    "--array",
+}  # fmt: skip
+"""Those that no parser declares: LeRobot's paths; flags of pip, accelerate and SLURM."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return stand_in_checkpoint(tmp_path_factory.mktemp("checkpoint") / "pretrained_model")
+
+
+@pytest.fixture
+def at_the_root(monkeypatch):
+    """Paths of the docs are those of the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+# --- parsed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_accepted(page, checkpoint, at_the_root, capsys):
+    refused = []
+    for place, commands in blocks(page):
+        for words in commands:
+            try:
+                parse(words, checkpoint)
+            except (Exception, SystemExit) as error:
+                told = [str(error), *capsys.readouterr().err.splitlines()[-1:]]
+                refused.append(f"{place}: {' '.join(words)}\n    {' '.join(told)}")
+    assert not refused, "\n".join(refused)
+
+
+def test_what_is_wrong_is_refused(checkpoint, at_the_root):
+    wrong = """
+lerobot-lam-precompute … --batchsize=3
+lerobot-lam-precompute --lam.path=pusht-compact --output_dir=x
+lerobot-lam-tokens inspect ./data/x
+lerobot-train … --policy.lam_token_path=x
+lerobot-train --policy.type=diffusion_lam --dataset.repo_id=a/b --policy.use_precomputed_lam_tokens=true
+lerobot-eval --policy.path=x --policy.lam_frobnicate=1 --env.type=pusht
+torchrun --nproc_per_gpu=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
+python tests/benchmarks/token_store.py --frame=3
+python tests/benchmarks/no_such.py
+make demos
+frobnicate
+"""
+    for words in commands_in(wrong):
+        with pytest.raises((Exception, SystemExit)):
+            parse(words, checkpoint)
+
+
+def test_every_flag_that_the_text_mentions_exists():
+    known = known_flags() | OTHERS_FLAGS
+    found = {page.name: mentioned_flags(page) for page in PAGES}
+    assert len(set().union(*found.values())) > 30
+    unknown = {f"{name}: {flag}" for name, flags in found.items() for flag in flags - known}
+    assert not unknown, f"no command has these flags: {sorted(unknown)}"
+
+
+# --- configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_begins_with_its_command_and_is_accepted(path, checkpoint, at_the_root):
+    commands = config_comment(path)
+    flag = f"--config_path=configs/{path.name}"
+    assert any(flag in words for words in commands), (
+        f"{path.name} begins with the command that uses it: {flag}"
+    )
+    for words in commands:
+        assert parse(words, checkpoint) is not None
+
+
+# --- executed
+
+OFFLINE = {"microsoft/villa-x": "pusht-compact"}
+"""What stands for a LAM of the Hub. For `lerobot/pusht` stands what the demo's expert has recorded."""
+
+SHORT = {
+    "lerobot-lam-precompute": ["--device=cpu"],
+    "lerobot-lam-tokens": [],
+    "lerobot-lam-demo": [],
+    "lerobot-train": [
+        "--steps=2", "--save_freq=2", "--batch_size=4", "--num_workers=0", "--policy.device=cpu",
+        "--policy.pretrained_backbone_weights=null", "--policy.down_dims=[16,32]", "--policy.n_groups=4",
+        "--policy.horizon=8", "--policy.n_action_steps=4", "--policy.drop_n_last_frames=3",
+    ],
+    "lerobot-eval": [
+        "--policy.device=cpu", "--policy.num_inference_steps=2", "--env.episode_length=12",
+        "--eval.n_episodes=1", "--eval.batch_size=1", "--eval.use_async_envs=false",
+    ],
+}  # fmt: skip
+"""Flags that are added so that a run takes seconds."""
+
+NOT_HERE = ("merge", "push", "pull")
+"""Commands of lerobot-lam-tokens that need partial stores or the Hub; tests/scripts runs them."""
+
+
+@pytest.fixture
+def execute(monkeypatch, pusht, tmp_path):
+    """Runs a command of the docs in this process and in an empty folder."""
+    stand_in = HF_LEROBOT_HOME / "lerobot" / "pusht"
+    stand_in.parent.mkdir(parents=True, exist_ok=True)
+    if not stand_in.exists():
+        stand_in.symlink_to(pusht.root)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["lerobot-eval", *words])
+        lerobot_eval.main()
+
+    run = {
+        "lerobot-lam-precompute": precompute_lam_tokens.main,
+        "lerobot-lam-tokens": tokens.main,
+        "lerobot-lam-demo": demo.main,
+        "lerobot-train": lambda words: train(monkeypatch, *words),
+        "lerobot-eval": evaluate,
+    }
+
+    def execute(words: list[str], *more: str) -> None:
+        name, *rest = words
+        for ours, offline in OFFLINE.items():
+            rest = [word.replace(ours, offline) for word in rest]
+        done.append(words)
+        run[name]([*rest, *SHORT[name], *more])
+
+    done: list[list[str]] = []
+    return execute, done
+
+
+def block_with(page: str, command: str) -> list[list[str]]:
+    """The commands of the first block of a page that has this command."""
+    found = (commands for _, commands in blocks(ROOT / page))
+    return next(commands for commands in found if any(words[0] == command for words in commands))
+
+
+@pytest.mark.slow
+def test_the_readmes_story_and_the_guides_commands_on_its_store(execute, capsys, tmp_path):
+    pytest.importorskip("gym_pusht")
+    story = block_with("README.md", "lerobot-lam-precompute")
+    assert [words[0] for words in story] == ["lerobot-lam-precompute", "lerobot-train", "lerobot-eval"]
+    run, done = execute
+    for words in story:
+        run(words)
+    told = capsys.readouterr().out
+    assert "Train on it:\n  lerobot-train --policy.type=diffusion_lam --dataset.repo_id=lerobot/pusht" in told
+    assert (tmp_path / "outputs" / "pusht_lam" / "checkpoints" / "last").exists()
+
+    tokens.main(["export", "./data/pusht_lam", "--format=pt", "--output=pusht_lam.pt"])  # the guide has one
+    for _, commands in blocks(ROOT / "docs" / "PRECOMPUTED_LAM_TOKENS.md"):
+        for words in commands:
+            if words[0] == "lerobot-lam-tokens" and words[1] not in NOT_HERE:
+                run(words)
+    assert len(done) >= 8
+    told = capsys.readouterr().out
+    assert "sampled tokens agree with the LAM" in told
+    assert (tmp_path / "pusht_lam.parquet").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["demo", "pusht", "pusht_on_the_fly"])
+def test_configs_run_offline(stem, execute, tmp_path):
+    """As they are, but for the LAM of the Hub and the flags of `SHORT`."""
+    pytest.importorskip("gym_pusht")
+    story = [
+        words
+        for name in (f"precompute_{stem}", f"train_{stem}")
+        if (ROOT / "configs" / f"{name}.yaml").exists()
+        for words in config_comment(ROOT / "configs" / f"{name}.yaml")
+    ]
+    run, _ = execute
+    for words in story:
+        text = (ROOT / words[-1].partition("=")[2]).read_text("utf-8") if "configs/" in words[-1] else ""
+        flag = "--lam.path" if words[0] == "lerobot-lam-precompute" else "--policy.lam_model_path"
+        named = [f"{flag}={offline}" for ours, offline in OFFLINE.items() if ours in text]
+        run(words, *named, *(["--num_episodes=2"] if words[0] == "lerobot-lam-demo" else []))
+    assert list(tmp_path.glob("outputs/*/checkpoints/last/pretrained_model/model.safetensors"))
+
+
+def test_elided_commands_are_whole(checkpoint, at_the_root):
+    """What `…` stands for is accepted by itself, but for the source of tokens."""
+    for name, flags in ELIDED.items():
+        more = ["--policy.use_precomputed_lam_tokens=true"] if name == "lerobot-train" else []
+        assert parse([name, *flags.split(), *more], checkpoint) is not None
