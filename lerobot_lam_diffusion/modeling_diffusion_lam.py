@@ -32,6 +32,7 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.model_card import add_lam_section
 from lerobot_lam_diffusion.problems import LamNotFoundError, UserError
+from lerobot_lam_diffusion.streaming import StreamingGuard
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
@@ -72,6 +73,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
                 f"{config.pretrained_path} are two starts; leave one out"
             )
+        self._streaming = StreamingGuard(config, dataset_meta)
         self.token_store: TokenStore | JoinedStores | None = None
         self._live_tokens: LiveTokens | None = None
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
@@ -121,6 +123,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 least `lam_conditioning_steps` (the last ones count); `index` `(B,)` to find them in the
                 store; raw frames from the pre-processor, to compute them on the fly.
         """
+        self._streaming.check(batch)
         return super().forward(self._with_window_tokens(batch))
 
     @torch.no_grad()
@@ -384,10 +387,18 @@ def drop_tokens(tokens: Tensor, probability: float) -> Tensor:
 
 
 def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
-    """Which frames `(B, T)` are LeRobot's copies; its flags are alike for all observations."""
-    for key, value in batch.items():
-        if key.startswith(OBS_PREFIX) and key.endswith("_is_pad") and value.shape == frames.shape[:2]:
-            return value.to(frames.device)
+    """Which frames `(B, T)` are LeRobot's copies: those of which all its flags say so.
+
+    They are alike for all observations, but that its streaming flags a few frames of a video by a rounding
+    error, and delivers them all the same.
+    """
+    flags = [
+        value.to(frames.device)
+        for key, value in batch.items()
+        if key.startswith(OBS_PREFIX) and key.endswith("_is_pad") and value.shape == frames.shape[:2]
+    ]
+    if flags:
+        return torch.stack(flags).all(0)
     raise UserError(
         "the batch does not tell which frames are padding (no 'observation.*_is_pad'), so that tokens at "
         "episode starts cannot be told from motion: build the dataset with delta_timestamps"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError
@@ -37,6 +37,11 @@ class LamTokenDataset(Dataset):
         deltas: Sequence[int] = (0,),
         key: str = OBS_LAM_TOKENS,
     ) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise UserError(
+                "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy by "
+                "LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
+            )
         if key in dataset.meta.features:
             raise UserError(
                 f"the dataset has a column {key!r} already: train on that column, or drop it with "
