@@ -8,8 +8,10 @@ from lerobot.scripts import lerobot_eval
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.scripts import demo, precompute_lam_tokens, tokens
+from tests.conftest import record_dataset
 from tests.docs.commands import (
     ELIDED,
+    MODULE,
     PAGES,
     ROOT,
     blocks,
@@ -22,6 +24,7 @@ from tests.docs.commands import (
 )
 from tests.test_lerobot_train import train
 
+PRECOMPUTE = "precompute_lam_tokens"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OTHERS_FLAGS = {
     "--policy.path", "--env", "--force-reinstall", "--no-deps", "--cpu", "--cpus-per-task", "--gres",
@@ -101,10 +104,18 @@ def test_a_config_begins_with_its_command_and_is_accepted(path, checkpoint, at_t
 # --- executed
 
 OFFLINE = {"microsoft/villa-x": "pusht-compact"}
-"""What stands for a LAM of the Hub. For `lerobot/pusht` stands what the demo's expert has recorded."""
+"""What stands for a LAM of the Hub."""
+
+CAMERAS = {
+    "lerobot/aloha_static_coffee": ["observation.images.cam_high", "observation.images.cam_low"],
+    "user/so101_pick": ["observation.images.front"],
+    "user/data": ["observation.images.top"],
+}
+"""Datasets of the Hub for which small ones with these cameras stand; for lerobot/pusht two demonstrations of
+the demo's expert do."""
 
 SHORT = {
-    "lerobot-lam-precompute": ["--device=cpu"],
+    "lerobot-lam-precompute": ["--device=cpu", "--compile=false"],
     "lerobot-lam-tokens": [],
     "lerobot-lam-demo": [],
     "lerobot-train": [
@@ -119,17 +130,21 @@ SHORT = {
 }  # fmt: skip
 """Flags that are added so that a run takes seconds."""
 
-NOT_HERE = ("merge", "push", "pull")
-"""Commands of lerobot-lam-tokens that need partial stores or the Hub; tests/scripts runs them."""
+NOT_HERE = ("merge", "push", "pull", "…")
+"""Commands that need partial stores or the Hub (tests/scripts runs them), and those that
+are not written out."""
 
 
 @pytest.fixture
 def execute(monkeypatch, pusht, tmp_path):
     """Runs a command of the docs in this process and in an empty folder."""
-    stand_in = HF_LEROBOT_HOME / "lerobot" / "pusht"
-    stand_in.parent.mkdir(parents=True, exist_ok=True)
-    if not stand_in.exists():
-        stand_in.symlink_to(pusht.root)
+    for repo_id in ("lerobot/pusht", *CAMERAS):
+        stand_in = HF_LEROBOT_HOME / repo_id
+        stand_in.parent.mkdir(parents=True, exist_ok=True)
+        if repo_id in CAMERAS and not stand_in.exists():
+            record_dataset(stand_in, cameras=CAMERAS[repo_id])
+        elif not stand_in.exists():
+            stand_in.symlink_to(pusht.root)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
 
@@ -146,7 +161,9 @@ def execute(monkeypatch, pusht, tmp_path):
     }
 
     def execute(words: list[str], *more: str) -> None:
-        name, *rest = words
+        words = ["lerobot-lam-precompute" if word == MODULE + PRECOMPUTE else word for word in words]
+        begin = next(number for number, word in enumerate(words) if word in run)  # after torchrun, accelerate
+        name, *rest = words[begin:]
         for ours, offline in OFFLINE.items():
             rest = [word.replace(ours, offline) for word in rest]
         done.append(words)
@@ -177,29 +194,33 @@ def test_the_readmes_story_and_the_guides_commands_on_its_store(execute, capsys,
     tokens.main(["export", "./data/pusht_lam", "--format=pt", "--output=pusht_lam.pt"])  # the guide has one
     for _, commands in blocks(ROOT / "docs" / "PRECOMPUTED_LAM_TOKENS.md"):
         for words in commands:
-            if words[0] == "lerobot-lam-tokens" and words[1] not in NOT_HERE:
+            if words[0].startswith("lerobot-") and words[1] not in NOT_HERE:
                 run(words)
-    assert len(done) >= 8
+    assert len(done) >= 12
     told = capsys.readouterr().out
     assert "sampled tokens agree with the LAM" in told
     assert (tmp_path / "pusht_lam.parquet").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["demo", "pusht", "pusht_on_the_fly"])
+@pytest.mark.parametrize(
+    "stem", sorted({path.stem.partition("_")[2] for path in CONFIGS} - {"", "pusht_compact"})
+)
 def test_configs_run_offline(stem, execute, tmp_path):
     """As they are, but for the LAM of the Hub and the flags of `SHORT`."""
     pytest.importorskip("gym_pusht")
     story = [
         words
-        for name in (f"precompute_{stem}", f"train_{stem}")
-        if (ROOT / "configs" / f"{name}.yaml").exists()
-        for words in config_comment(ROOT / "configs" / f"{name}.yaml")
+        for name in ("precompute", "train")
+        for path in CONFIGS
+        if path.stem == f"{name}_{stem}"
+        for words in config_comment(path)
     ]
     run, _ = execute
     for words in story:
-        text = (ROOT / words[-1].partition("=")[2]).read_text("utf-8") if "configs/" in words[-1] else ""
-        flag = "--lam.path" if words[0] == "lerobot-lam-precompute" else "--policy.lam_model_path"
+        configs = [ROOT / word.partition("=")[2] for word in words if word.startswith("--config_path=")]
+        text = "".join(path.read_text("utf-8") for path in configs)
+        flag = "--policy.lam_model_path" if "lerobot-train" in words else "--lam.path"
         named = [f"{flag}={offline}" for ours, offline in OFFLINE.items() if ours in text]
         run(words, *named, *(["--num_episodes=2"] if words[0] == "lerobot-lam-demo" else []))
     assert list(tmp_path.glob("outputs/*/checkpoints/last/pretrained_model/model.safetensors"))
