@@ -293,6 +293,9 @@ def export(config: ExportConfig) -> None:
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
     if config.format == "pt":
         print(next_step(verify_with_its_lam(store, config.output)))
+    elif store.provenance is not None:
+        training = train_on(store, config.store, store.provenance.dataset.repo_id)
+        print(next_step(training, "That file is for other programs; train on the store"))
 
 
 def push(config: PushConfig) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "lerobot_lam_diffusion"
@@ -12,6 +13,7 @@ REASONS = {"reason", "_refused", "_not_delivered"}
 """Functions of hub.py that word an error of the Hub."""
 
 
+@cache
 def messages() -> dict[str, str]:
     """Message → where it is raised."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}

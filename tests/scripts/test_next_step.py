@@ -1,0 +1,70 @@
+"""Each command ends by printing the next one, and that one would be accepted."""
+
+import re
+
+import pytest
+
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
+from lerobot_lam_diffusion.scripts.tokens import main
+from tests.docs.commands import commands_in, parse
+
+
+def next_of(told: str) -> list[str]:
+    """The command after the last heading; it is the end of what was told."""
+    ends = re.search(r"\n\n[A-Z][^\n]*:\n((?:  .*\n)+)\Z", told)
+    assert ends is not None, told
+    (words,) = commands_in(ends[1])
+    return words
+
+
+@pytest.fixture
+def flags(dataset):
+    return [f"--dataset.repo_id={dataset.repo_id}", f"--dataset.root={dataset.root}"]
+
+
+CHAIN = {
+    "info": ([], "lerobot-lam-tokens verify"),
+    "verify": ([], "lerobot-lam-tokens verify"),
+    "export": (["--format=pt", "--output=x.pt"], "lerobot-lam-tokens verify"),
+    "export ": (["--format=npy", "--output=x.npy"], "lerobot-train --policy.type=diffusion_lam"),
+}
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_stores_commands(name, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    more, begin = CHAIN[name]
+    main([name.strip(), str(store.path), *more])
+    words = next_of(capsys.readouterr().out)
+    assert " ".join(words).startswith(begin)
+    assert parse(words, tmp_path) is not None
+
+
+def test_verify_with_the_dataset_leads_to_training(continuous_store, flags, lam_folder, tmp_path, capsys):
+    for more in ([], [f"--lam.path={lam_folder}", "--num_samples=4", "--device=cpu"]):
+        main(["verify", str(continuous_store.path), *flags, *more])
+        words = next_of(capsys.readouterr().out)
+        assert words[0] == "lerobot-train"
+        assert set(flags) < set(words)
+        assert "--policy.lam_use_vq_tokens=false" in words
+    assert parse(words, tmp_path).policy.lam_tokens_path == str(continuous_store.path)
+
+
+def test_a_column_leads_to_training_and_so_does_its_check(store, flags, tmp_path, capsys):
+    root = tmp_path / "column"
+    main(["add-column", str(store.path), *flags, f"--output_dir={root}"])
+    after_writing = next_of(capsys.readouterr().out)
+    main(["verify", str(root)])
+    after_checking = next_of(capsys.readouterr().out)
+    assert f"--dataset.root={root}" in after_writing
+    assert f"--dataset.root={root}" in after_checking
+    assert parse(after_writing, tmp_path).policy.use_precomputed_lam_tokens
+
+
+def test_a_partial_store_trains_on_its_episodes(dataset, make_store, tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    some = LeRobotDataset(dataset.repo_id, root=dataset.root, episodes=[1, 3], return_uint8=True)
+    command = train_on(make_store(some), "a b/store", "user/data")
+    assert "--dataset.episodes=[1,3]" in command
+    assert "'--policy.lam_tokens_path=a b/store'" in next_step(command)
