@@ -39,7 +39,8 @@ def test_wheel_in_a_fresh_venv_runs_stock_lerobot_train(dataset, store, tmp_path
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith("lerobot_policy_diffusion_lam-")
     contents = zipfile.ZipFile(wheel).namelist()
-    assert "lerobot_policy_diffusion_lam.py" in contents
+    assert {"lerobot_policy_diffusion_lam.py", "lerobot_lam_commands.py"} <= set(contents)
+    assert "lerobot_lam_diffusion/scripts/help_texts/lerobot-lam-tokens-verify.txt" in contents
     assert "lerobot_lam_diffusion/assets/pusht-compact/model.safetensors" in contents
     assert not [name for name in contents if name.startswith(("tests/", "configs/", "docs/"))]
 
