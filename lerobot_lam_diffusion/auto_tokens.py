@@ -21,6 +21,7 @@ from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
@@ -45,7 +46,7 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
             "the policy with LeRobot's make_policy(config, ds_meta=dataset.meta), or name a token store"
         )
     sources = config.token_sources
-    cameras = [_dataset_camera(config, str(source.camera_key), dataset_meta) for source in sources]
+    cameras = [dataset_camera(config, str(source.camera_key), dataset_meta) for source in sources]
     folders = find_lams(config)
     fingerprints = [fingerprint_of(folder) for folder in folders]
     check_lams(config, fingerprints, [read_config(folder) for folder in folders])
@@ -142,21 +143,3 @@ def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
             f"{dataset_meta.repo_id!r} cannot be opened at {dataset_meta.root} nor fetched from the Hub "
             f"({reason}); complete it, or name a token store instead of auto"
         ) from error
-
-
-def _dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str:
-    """The dataset's own name of a camera of `lam_camera_key`, which is the policy's name.
-
-    A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
-    """
-    cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
-    if camera in cameras:
-        return camera
-    if len(cameras) == 1 and list(config.image_features) == [camera]:
-        return cameras[0]
-    raise UserError(
-        f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
-        f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, "
-        "--policy.lam_tokens_path=auto cannot know which one it was: make the store with "
-        "lerobot-lam-precompute --camera_key=<the dataset's own name> and pass its path"
-    )

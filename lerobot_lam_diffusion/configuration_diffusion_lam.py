@@ -65,6 +65,9 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_token_scale: RMS of the codebook's entries; a source's tokens are divided by its own. Written by
             training.
         lam_source: Where training took its tokens from. Written by training.
+        lam_live_cache: On the fly in training: keep each token that the LAM computes, so that a frame pair is
+            encoded once; later epochs and runs read it, for the very pixels that it was made of. "auto": in
+            LeRobot's home, or a folder.
         lam_allow_mismatch: Compute live tokens with another LAM than trained with; warns.
         lam_token_dropout: Probability p in training of dropping a sample's whole window of tokens, and
             otherwise of each token of it; 0.5 is villa-X's masking. A policy trained with it survives
@@ -95,6 +98,7 @@ class DiffusionLamConfig(DiffusionConfig):
     lam_fingerprint: list[str | None] | str | None = None
     lam_token_scale: list[float | None] | float | None = None
     lam_source: list[str | None] | str | None = None
+    lam_live_cache: str | None = None
     lam_allow_mismatch: bool = False
     lam_token_dropout: float = 0.0
     lam_missing: str = "error"

@@ -8,25 +8,67 @@ stands between the dataset and the policy (augmentation, another decoder, an edi
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.lam import LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
 from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens.pair_cache import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 logger = logging.getLogger(__name__)
 
 ANY_DECODER = "any"  # pixels are compared themselves
+
+
+def open_live_caches(
+    config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[LatentActionModel]
+) -> "list[LiveCache]":
+    """Open or make the cache of each source's tokens of a training dataset.
+
+    What decides a token's value names a cache's folder, so that runs that differ in it never meet.
+
+    Args:
+        config: With `lam_live_cache`, "auto" or a folder.
+        dataset_meta: `LeRobotDatasetMetadata`.
+        lams: The LAM of each source.
+
+    Raises:
+        UserError: a camera is not known in the dataset, or a cache is damaged.
+        OSError: one cannot be made.
+    """
+    cameras = [
+        dataset_camera(config, str(source.camera_key), dataset_meta) for source in config.token_sources
+    ]
+    root = live_cache_folder() if config.lam_live_cache == AUTO else Path(str(config.lam_live_cache))
+    caches = []
+    for source, camera, lam in zip(config.token_sources, cameras, lams, strict=True):
+        provenance = provenance_of(
+            dataset_meta,
+            lam,
+            camera_key=camera,
+            lam_path=str(source.model_path),
+            frame_stride=config.lam_frame_stride or 1,
+            use_vq_tokens=config.lam_use_vq_tokens,
+        )
+        provenance = replace(provenance, device=torch.device(str(config.device)).type)
+        folder = root.expanduser() / CacheKey.of(provenance, decoder=ANY_DECODER).name
+        pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
+        caches.append(LiveCache(pairs))
+        told = "encoded once and kept" if pairs.is_writable else "taken, where it is known,"
+        logger.info("LAM tokens: each frame pair of %s is %s in %s.", camera, told, folder)
+    return caches
 
 
 class LiveCache:
@@ -36,64 +78,6 @@ class LiveCache:
         self._pairs = pairs
         self._keeps = pairs.is_writable
         self._told_of_other_pixels = False
-
-    @classmethod
-    def open(
-        cls,
-        root: str,
-        dataset_meta: Any,
-        lam: LatentActionModel,
-        *,
-        camera_key: str,
-        lam_path: str,
-        frame_stride: int,
-        use_vq_tokens: bool,
-        device: str,
-    ) -> "LiveCache":
-        """Open or make the cache of a dataset's tokens below `root`.
-
-        Args:
-            root: A folder, or "auto" for `live_cache_folder()`. What decides a token's value names a folder
-                in it, so that runs that differ in it never meet.
-            dataset_meta: `LeRobotDatasetMetadata`.
-            camera_key: The dataset's name of the camera.
-            lam_path: How the user named the LAM.
-            device: Kind of device on which the LAM will run.
-
-        Raises:
-            TokenStoreError: what is there is damaged.
-            OSError: it cannot be made.
-        """
-        provenance = provenance_of(
-            dataset_meta,
-            lam,
-            camera_key=camera_key,
-            lam_path=lam_path,
-            frame_stride=frame_stride,
-            use_vq_tokens=use_vq_tokens,
-        )
-        provenance = replace(provenance, device=device)
-        origin = provenance.dataset
-        key = CacheKey(
-            dataset_digest=origin.digest,
-            total_frames=origin.total_frames,
-            fps=float(origin.fps),
-            lam_fingerprint=provenance.lam.fingerprint,
-            camera_key=camera_key,
-            frame_stride=frame_stride,
-            token_kind=provenance.token_kind,
-            dtype=provenance.dtype,
-            decoder=ANY_DECODER,
-            device=device,
-        )
-        folder = (live_cache_folder() if root == AUTO else Path(root).expanduser()) / key.name
-        pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
-        logger.info("LAM tokens: each frame pair is encoded once and kept in %s.", folder)
-        if not pairs.is_writable:
-            logger.warning(
-                "%s may only be read: pairs that are not in it are encoded again each time.", folder
-            )
-        return cls(pairs)
 
     def tokens(
         self, prev: Tensor, cur: Tensor, frames: Tensor, encode: Callable[[Tensor, Tensor], LamTokens]

@@ -10,14 +10,19 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import LamConfig, LamError, LatentActionModel, load_lam, resolve_lam
+from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.problems import LamNotFoundError, raise_unfit
 from lerobot_lam_diffusion.sources import LamSource, twins
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.live_cache import LiveCache
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +151,19 @@ class LiveTokens:
             ]
         return self._lams
 
+    def keep(self, dataset_meta: Any) -> None:
+        """Keep the tokens of this dataset's frames where `lam_live_cache` says, and take kept ones there.
+
+        Raises:
+            UserError: the cache is damaged, or a camera is not one of the dataset's.
+            OSError: the cache cannot be made.
+        """
+        from lerobot_lam_diffusion.live_cache import open_live_caches  # nothing else here needs datasets
+
+        models = [live.lam for live in self.lams]
+        for live, cache in zip(self.lams, open_live_caches(self._config, dataset_meta, models), strict=True):
+            live.cache = cache
+
     @property
     def models(self) -> LatentActionModel | tuple[LatentActionModel, ...]:
         """The LAM, or those of several sources."""
@@ -176,11 +194,13 @@ class LiveLam:
     Attributes:
         camera_key: The camera, as the policy names it.
         lam: The LAM; other sources may share it.
+        cache: Keeps the tokens of a training dataset's frames, if asked for.
     """
 
     def __init__(self, config: DiffusionLamConfig, source: LamSource, lam: LatentActionModel) -> None:
         self.camera_key = str(source.camera_key)
         self.lam = lam
+        self.cache: LiveCache | None = None
         self._config = config
 
     @property
@@ -190,10 +210,13 @@ class LiveLam:
 
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Tokens float32 `(P, n·a)` of uint8 frame pairs `(P, 3, H, W)`, without gradients."""
+        tokens = self._ask(prev, cur)
+        return tokens.quantized if self._config.lam_use_vq_tokens else tokens.continuous
+
+    def _ask(self, prev: Tensor, cur: Tensor) -> LamTokens:
         if self.lam.device != prev.device:
             self.lam.to(prev.device)
-        tokens = self.lam.encode_pairs(prev, cur)
-        return tokens.quantized if self._config.lam_use_vq_tokens else tokens.continuous
+        return self.lam.encode_pairs(prev, cur)
 
     def window(self, frames: Tensor, deltas: list[int], is_pad: Tensor, index: Tensor | None) -> Tensor:
         """Conditioning tokens of a training batch.
@@ -236,7 +259,12 @@ class LiveLam:
         position = torch.empty_like(order).index_copy_(
             0, distinct, torch.arange(len(distinct), device=order.device)
         )
-        return self.encode(prev[distinct], cur[distinct])[position[source]]
+        return self._kept_or_encoded(prev[distinct], cur[distinct], pair_index[distinct])[position[source]]
+
+    def _kept_or_encoded(self, prev: Tensor, cur: Tensor, pair_index: Tensor) -> Tensor:
+        if self.cache is None:
+            return self.encode(prev, cur)
+        return self.cache.tokens(prev, cur, pair_index, self._ask)
 
 
 class FrameHistory:

@@ -98,6 +98,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 raise
         else:
             settle_live_source(self.config, dataset_meta, lams)
+            if self.config.lam_live_cache is not None and dataset_meta is not None:
+                self.live_tokens.keep(dataset_meta)
 
     @property
     def live_tokens(self) -> "LiveTokens":

@@ -286,6 +286,27 @@ def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str, dataset_m
     return cameras[0] if only_one else None
 
 
+def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str:
+    """The dataset's own name of a camera of `lam_camera_key`, which is the policy's name.
+
+    A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
+
+    Raises:
+        UserError: it is not known which camera of the dataset that is.
+    """
+    cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
+    if camera in cameras:
+        return camera
+    if len(cameras) == 1 and list(config.image_features) == [camera]:
+        return cameras[0]
+    raise UserError(
+        f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
+        f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, it cannot be known "
+        "which one it was, as --policy.lam_tokens_path=auto and --policy.lam_live_cache have to: make the "
+        "store with lerobot-lam-precompute --camera_key=<the dataset's own name> and pass its path"
+    )
+
+
 def _unknown_cameras(
     config: DiffusionLamConfig, sources: Sequence[LamSource], dataset_meta: Any
 ) -> list[str]:

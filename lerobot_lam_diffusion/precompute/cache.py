@@ -76,6 +76,22 @@ class CacheKey:
     decoder: str
     device: str
 
+    @classmethod
+    def of(cls, provenance: Provenance, decoder: str) -> "CacheKey":
+        """Of the tokens that `provenance` describes, whose pixels come by `decoder`."""
+        return cls(
+            dataset_digest=provenance.dataset.digest,
+            total_frames=provenance.dataset.total_frames,
+            fps=float(provenance.dataset.fps),
+            lam_fingerprint=provenance.lam.fingerprint,
+            camera_key=provenance.camera_key,
+            frame_stride=provenance.frame_stride,
+            token_kind=provenance.token_kind,
+            dtype=provenance.dtype,
+            decoder=decoder,
+            device=provenance.device,
+        )
+
     @property
     def name(self) -> str:
         """For people at its start, unique at its end: `top-vq-stride1-0123456789abcdef`."""

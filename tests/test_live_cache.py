@@ -1,0 +1,251 @@
+"""`lam_live_cache`: tokens on the fly are computed once, kept, and never taken for those of other pixels."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lerobot_lam_diffusion import OBS_LAM_IMAGES
+from lerobot_lam_diffusion.lam.pixels import pixel_digests
+from lerobot_lam_diffusion.precompute.cache import live_cache_folder
+from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
+from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
+from tests.conftest import TOP, write_lam
+from tests.policies import build, lam_config, training_batch
+from tests.test_lerobot_train import SMALL_FLAGS, on_the_fly, same, train, weights
+
+ALL = list(range(60))
+
+
+@pytest.fixture
+def live(dataset, lam_folder, tmp_path):
+    """Builds a policy that keeps its tokens; and the LAM's calls, as numbers of pairs."""
+
+    def live(**fields):
+        config = lam_config(
+            **{
+                "use_precomputed_lam_tokens": False,
+                "lam_model_path": str(lam_folder),
+                "lam_camera_key": TOP,
+                "lam_live_cache": str(tmp_path / "kept"),
+                **fields,
+            }
+        )
+        policy, preprocess = build(config, dataset)
+        asked = []
+        (one,) = policy.live_tokens.lams
+        encode_pairs = one.lam.encode_pairs
+        one.lam.encode_pairs = lambda prev, cur: asked.append(len(prev)) or encode_pairs(prev, cur)
+        return policy, lambda rows: preprocess(training_batch(config, dataset, rows)), asked
+
+    return live
+
+
+def loss(policy, batch):
+    torch.manual_seed(0)
+    return policy.forward(dict(batch))[0].item()
+
+
+@pytest.fixture
+def filled(live, tmp_path):
+    """A cache of all pairs."""
+    policy, batch, _ = live()
+    policy.forward(batch(ALL))
+    (folder,) = (tmp_path / "kept").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("use_vq", [True, False], ids=["vq", "continuous"])
+def test_each_pair_is_encoded_once_and_the_losses_are_the_same(live, use_vq):
+    fields = {"lam_use_vq_tokens": use_vq, "lam_temporal_aggregation": "concat", "n_obs_steps": 3}
+    plain, batch, _ = live(lam_live_cache=None, **fields)
+    kept, _, asked = live(**fields)
+    batches = [batch([30, 31, 32]), batch([31, 32, 33])]
+    expected = [loss(plain, one) for one in batches]
+    assert expected[0] != expected[1]
+    for _ in range(3):  # epochs
+        assert [loss(kept, one) for one in batches] == expected
+    assert asked == [4, 1]  # pairs at 29 to 32, and the one at 33
+
+    another_run, _, asked = live(**fields)
+    assert [loss(another_run, one) for one in batches] == expected
+    assert asked == []
+
+
+def test_other_pixels_are_never_given_a_kept_token(live, caplog):
+    policy, batch, asked = live()
+    plain, _, _ = live(lam_live_cache=None)
+    plain_batch = batch([20, 30])
+    augmented = dict(plain_batch)
+    augmented[OBS_LAM_IMAGES] = {TOP: plain_batch[OBS_LAM_IMAGES][TOP] * 0.5}
+    with caplog.at_level(logging.WARNING):
+        for one in (plain_batch, augmented, plain_batch, augmented):
+            assert loss(policy, one) == loss(plain, one)
+    assert asked == [2, 2, 2, 2]
+    told = [record for record in caplog.records if "are encoded again" in record.message]
+    assert len(told) == 1
+    assert "image_transforms" in told[0].message
+
+
+def test_what_decides_a_token_names_its_own_cache(live, frames, tmp_path):
+    other_lam = write_lam(tmp_path / "other", frames, seed=1)
+    for fields in (
+        {},
+        {"lam_frame_stride": 2},
+        {"lam_use_vq_tokens": False},
+        {"lam_model_path": str(other_lam)},
+    ):
+        policy, batch, asked = live(**fields)
+        policy.forward(batch([20]))
+        assert asked == [1], fields
+    assert len(os.listdir(tmp_path / "kept")) == 4
+
+
+def test_missing_tokens_are_not_asked_for(live):
+    policy, batch, asked = live()
+    policy.forward(batch([0, 14, 23]))  # first frames of episodes
+    assert asked == []
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_training(live, monkeypatch, caplog):
+    policy, batch, asked = live()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PairCache, "write", full)
+    expected = loss(live(lam_live_cache=None)[0], batch([20]))
+    assert [loss(policy, batch([20])) for _ in range(2)] == [expected, expected]
+    assert asked == [1, 1]
+    assert sum("no longer kept" in record.message for record in caplog.records) == 1
+
+
+def test_with_precomputed_tokens_it_means_nothing(dataset, store, tmp_path):
+    """A checkpoint that was trained with it may change its source of tokens."""
+    config = lam_config(lam_tokens_path=str(store.path), lam_live_cache=str(tmp_path / "kept"))
+    policy, preprocess = build(config, dataset)
+    policy.forward(preprocess(training_batch(config, dataset, [20])))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_verify_accepts_what_it_wrote(filled, dataset, lam_folder, capsys):
+    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
+    tokens_command(["verify", str(filled), *data, f"--lam.path={lam_folder}", "--device=cpu"])
+    told = capsys.readouterr().out
+    assert "ok  55 of 55 pairs are kept" in told
+    assert "ok  55 of 55 sampled tokens agree with the LAM" in told
+    tokens_command(["info", str(filled)])
+    assert "55 of 55 are kept" in capsys.readouterr().out
+
+
+def test_verify_refuses_other_tokens_and_tells_half_records(filled, dataset, lam_folder, lam, capsys):
+    cache = PairCache.open(filled)
+    frames, values, _ = next(cache.scan())
+    prev, cur = (torch.stack([dataset[int(i)][TOP] for i in index]) for index in (frames - 1, frames))
+    cache.write(frames[:1], pixel_digests(prev, cur)[:1], (values[:1] + 1) % 16)  # a plausible forgery
+    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
+    with pytest.raises(SystemExit, match="54 of 55 sampled tokens agree"):
+        tokens_command(["verify", str(filled), *data, f"--lam.path={lam_folder}", "--device=cpu"])
+    content = bytearray((filled / PAIRS_FILE).read_bytes())
+    content[-1] ^= 1
+    (filled / PAIRS_FILE).write_bytes(content)
+    capsys.readouterr()
+    tokens_command(["verify", str(filled), *data])
+    told = capsys.readouterr().out
+    assert "ok  54 of 55 pairs are kept" in told
+    assert "1 records were left half written" in told
+
+
+def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, tmp_path, capsys):
+    tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'store'}"])
+    assert "it covers all 5 episodes" in capsys.readouterr().out
+    assert (tmp_path / "store" / TENSORS_FILE).read_bytes() == (store.path / TENSORS_FILE).read_bytes()
+
+
+def test_the_cache_command_lists_and_removes_it(live, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
+    policy, batch, _ = live(lam_live_cache="auto")
+    policy.forward(batch(ALL))
+    (folder,) = live_cache_folder().iterdir()
+    tokens_command(["cache", "list"])
+    assert "55 of 55 are kept" in capsys.readouterr().out
+    tokens_command(["verify", folder.name])
+    tokens_command(["cache", "prune", "--older_than_days=1"])
+    assert folder.exists()
+    tokens_command(["cache", "prune", "--all=true"])
+    assert "a training has it open" in capsys.readouterr().out
+    del policy
+    tokens_command(["cache", "prune", "--all=true"])
+    assert not folder.exists()
+    assert "removed live cache" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lerobot_train_is_killed_and_goes_on(dataset, lam_folder, tmp_path):
+    """The stock command, killed while it writes; what it kept until then is right."""
+    kept = tmp_path / "kept"
+    command = [
+        sys.executable,
+        "-m",
+        "lerobot.scripts.lerobot_train",
+        *SMALL_FLAGS,
+        *on_the_fly(lam_folder),
+        f"--dataset.root={dataset.root}",
+        f"--policy.lam_live_cache={kept}",
+        "--steps=100000",
+    ]
+    process = subprocess.Popen([*command, f"--output_dir={tmp_path / 'killed'}"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not _num_kept(kept):
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (folder,) = (path for path in kept.iterdir() if not path.name.startswith("."))
+    assert 0 < _num_kept(kept) <= 55
+    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
+    tokens_command(["verify", str(folder), *data, f"--lam.path={lam_folder}", "--device=cpu"])
+
+
+def _num_kept(kept) -> int:
+    folders = list(kept.glob("[!.]*"))
+    return sum(len(frames) for frames, _, _ in PairCache.open(folders[0]).scan()) if folders else 0
+
+
+@pytest.mark.slow
+def test_every_route_of_a_map_style_dataset_trains_bit_for_bit_alike(
+    monkeypatch, dataset, store, lam_folder, tmp_path
+):
+    from lerobot_lam_diffusion.tokens.add_column import add_column
+
+    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
+    column = add_column(store, dataset.meta, tmp_path / "data_with_column")
+    root, kept = f"--dataset.root={dataset.root}", f"--policy.lam_live_cache={tmp_path / 'kept'}"
+    lam = on_the_fly(lam_folder)
+    routes = {
+        "store": [root, f"--policy.lam_tokens_path={store.path}"],
+        "column": [f"--dataset.root={column.root}"],
+        "auto": [root, *lam[1:], "--policy.lam_tokens_path=auto"],
+        "on_the_fly": [root, *lam],
+        "live_cache": [root, *lam, kept],
+        "live_cache_again": [root, *lam, kept],
+    }
+    for route, flags in routes.items():
+        train(monkeypatch, *SMALL_FLAGS, *flags, "--steps=4", f"--output_dir={tmp_path / route}")
+    trained = {route: weights(tmp_path / route) for route in routes}
+    different = [route for route in routes if not same(trained["store"], trained[route])]
+    assert different == []
+    stock = [*SMALL_FLAGS, root, "--policy.use_lam_conditioning=false", "--steps=4"]
+    train(monkeypatch, *stock, f"--output_dir={tmp_path / 'stock'}")
+    without = weights(tmp_path / "stock")
+    shared = without.keys() & trained["store"].keys()
+    assert not all(torch.equal(without[name], trained["store"][name]) for name in shared)  # tokens do matter
+    assert TokenStore.open(store.path).num_tokens == 55
