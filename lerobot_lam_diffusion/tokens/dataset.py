@@ -39,8 +39,8 @@ class LamTokenDataset(Dataset):
     ) -> None:
         if isinstance(dataset, IterableDataset):
             raise UserError(
-                "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy by "
-                "LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
+                "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy "
+                "by LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
             )
         if key in dataset.meta.features:
             raise UserError(
