@@ -102,22 +102,26 @@ def train(monkeypatch, *flags):
 
 @needs_torchcodec
 @pytest.mark.slow
-def test_lerobot_train_streams_all_three_alike(
+def test_lerobot_train_streams_all_alike(
     monkeypatch, dataset, with_column, torchcodec_store, lam_folder, tmp_path
 ):
     data = [*STREAMED, f"--dataset.root={dataset.root}"]
     precomputed = "--policy.use_precomputed_lam_tokens=true"
+    live = [*data, f"--policy.lam_model_path={lam_folder}", f"--policy.lam_camera_key={TOP}"]
+    kept = [*live, f"--policy.lam_live_cache={tmp_path / 'pairs'}"]
     routes = {
         "sidecar": [*data, precomputed, f"--policy.lam_tokens_path={torchcodec_store.path}"],
         "column": [*STREAMED, f"--dataset.root={with_column.root}", precomputed],
-        "live": [*data, f"--policy.lam_model_path={lam_folder}", f"--policy.lam_camera_key={TOP}"],
+        "live": live,
+        "live_cache": kept,
+        "live_cache_again": kept,
     }
     weights = {}
     for name, flags in routes.items():
         train(monkeypatch, *flags, f"--output_dir={tmp_path / name}")
         checkpoint = tmp_path / name / "checkpoints" / "last" / "pretrained_model"
         weights[name] = load_file(checkpoint / "model.safetensors")
-    for name in ("column", "live"):
+    for name in set(routes) - {"sidecar"}:
         assert all(torch.equal(value, weights[name][key]) for key, value in weights["sidecar"].items())
     saved = tmp_path / "sidecar" / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
     train(monkeypatch, f"--config_path={saved}", "--resume=true", "--steps=4")
