@@ -74,6 +74,7 @@ class EpisodeFrames:
         self._first_rows = _first_rows(dataset)
         self._decoders = VideoDecoderCache(max_size=1)  # LeRobot's own is shared by threads: not safe
         self._open: SequentialVideo | None = None
+        self._pictures: Any = None
         height, width = dataset.meta.features[camera_key]["shape"][:2]
         self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (3 * height * width)))
 
@@ -119,8 +120,9 @@ class EpisodeFrames:
             raise
 
     def _images(self, rows: range) -> Tensor:
-        pictures = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
-        pixels = [np.asarray(picture) for picture in pictures[rows.start : rows.stop][self._camera_key]]
+        if self._pictures is None:  # a view costs more than the frames of a short episode
+            self._pictures = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
+        pixels = [np.asarray(picture) for picture in self._pictures[rows.start : rows.stop][self._camera_key]]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
     def _file(self, episode: int) -> Path:

@@ -1,11 +1,12 @@
 """Bind a store to the dataset that it was made of.
 
 Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. The digest
-covers every episode's boundaries and the statistics of its actions, states and pictures, and reads only
-`meta/episodes`, so that it is cheap at every start of a training.
+covers every episode's boundaries, the statistics of its actions, states and pictures, and how the video is
+encoded, and reads only `meta/episodes`, so that it is cheap at every start of a training.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,32 @@ def dataset_digest(meta: Any, camera_key: str) -> str:
 
     Args:
         meta: `LeRobotDatasetMetadata`.
-        camera_key: The LAM's camera; its statistics count too.
+        camera_key: The LAM's camera; its statistics and its video's encoding count too.
 
     Raises:
         UserError: the dataset has no `meta/episodes` files (LeRobot's v3 layout).
     """
+    return _digests(meta, camera_key, video_info(meta, camera_key))[0]
+
+
+def has_digest(meta: Any, camera_key: str, digest: str, video: Any = None) -> bool:
+    """Whether `digest` is of this dataset's frames.
+
+    Those of stores that were made before the video's encoding counted are known too.
+
+    Args:
+        video: How the camera's video is encoded; None: as the dataset says.
+    """
+    return digest in _digests(meta, camera_key, video_info(meta, camera_key) if video is None else video)
+
+
+def video_info(meta: Any, camera_key: str) -> Any:
+    """How a camera's video is encoded, which `reencode_dataset` keeps up to date; None for images."""
+    return meta.features.get(camera_key, {}).get("info")
+
+
+def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
+    """With and without the encoding of the video."""
     files = sorted((Path(meta.root) / "meta" / "episodes").rglob("*.parquet"))
     if not files:
         raise UserError(
@@ -51,7 +73,11 @@ def dataset_digest(meta: Any, camera_key: str) -> str:
         values = _flat(table[name].combine_chunks())
         digest.update(f"{name}:{len(values)}:".encode())
         digest.update(values.astype("<f8").tobytes())
-    return digest.hexdigest()
+    frames = digest.hexdigest()
+    encoding = {k: v for k, v in video.items() if k.startswith("video.")} if isinstance(video, dict) else {}
+    if encoding:
+        digest.update(f"encoding:{json.dumps(encoding, sort_keys=True, default=str)}".encode())
+    return digest.hexdigest(), frames
 
 
 def _flat(column: pa.Array) -> np.ndarray:
@@ -83,10 +109,10 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
     camera = store.provenance.camera_key
     if camera not in meta.camera_keys:
         problems.append(f"its camera {camera!r} is not among the dataset's cameras {list(meta.camera_keys)}")
-    elif not problems and origin.digest != dataset_digest(meta, camera):
+    elif not problems and not has_digest(meta, camera, origin.digest):
         problems.append(
-            "the dataset's episodes differ from those that the tokens were made of (edited, re-recorded or "
-            "another dataset with as many frames)"
+            "the dataset's episodes differ from those that the tokens were made of (edited, re-recorded, "
+            "video encoded again, or another dataset with as many frames)"
         )
     raise_problems(
         f"token store {store.name} (made of {origin.repo_id!r}) does not belong to dataset "

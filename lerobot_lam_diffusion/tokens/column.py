@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.reading import UnreadableError, read_json
-from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, video_info
 from lerobot_lam_diffusion.tokens.provenance import (
     DOCUMENT_BYTES,
     FORMAT,
@@ -125,12 +125,7 @@ def read_origins(root: str | Path) -> dict[str, Any]:
 
 def origin_document(provenance: Provenance, meta: Any) -> dict[str, Any]:
     """What to keep in `ORIGINS_FILE` of the store that a column of the dataset `meta` is made of."""
-    return {"store": json.loads(provenance.to_json()), "video": _video(meta, provenance.camera_key)}
-
-
-def _video(meta: Any, camera: str) -> Any:
-    """How a camera's video is encoded, which `reencode_dataset` keeps up to date."""
-    return meta.features.get(camera, {}).get("info")
+    return {"store": json.loads(provenance.to_json()), "video": video_info(meta, provenance.camera_key)}
 
 
 def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
@@ -145,9 +140,10 @@ def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
         origin = Provenance.from_document(document.get("store"), str(Path(meta.root) / ORIGINS_FILE))
     except ProvenanceError as error:
         return dataclasses.replace(column, derived=str(error))
-    if origin.dataset.digest != column.provenance.dataset.digest:
+    video = document.get("video")
+    if not has_digest(meta, origin.camera_key, origin.dataset.digest, video):
         reason = f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r}"
-    elif document.get("video") != _video(meta, origin.camera_key):
+    elif video != video_info(meta, origin.camera_key):
         reason = f"the video of {origin.camera_key} was encoded again"
     elif column_info(origin) != column_info(column.provenance):
         reason = f"{ORIGINS_FILE} contradicts the column's info"

@@ -1,12 +1,14 @@
 """A store is used with the dataset that it was made of, and with no other."""
 
+import json
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lerobot.datasets.dataset_tools import add_features, delete_episodes
+from lerobot.configs.video import RGBEncoderConfig
+from lerobot.datasets.dataset_tools import add_features, delete_episodes, reencode_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
 from lerobot_lam_diffusion.problems import UserError
@@ -61,6 +63,30 @@ def test_dataset_of_as_many_frames_with_other_content(store, tmp_path):
     other = record_dataset(tmp_path / "other", seed=1)
     assert other.meta.total_frames == store.num_frames
     assert "episodes differ from those that the tokens were made of" in refusal(store, other.meta)
+
+
+def test_dataset_whose_video_was_encoded_again_in_place(store, copied_root):
+    """Its frames are other pixels now, although no number about them has changed."""
+    reencode_dataset(
+        LeRobotDataset("local/squares", root=copied_root), rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=30)
+    )
+    told = refusal(store, LeRobotDatasetMetadata("local/squares", root=copied_root))
+    assert "video encoded again" in told
+
+
+def test_a_store_from_before_the_videos_encoding_counted(store, dataset, copied_root, tmp_path):
+    """Its digest has no part for it: it is still known, and as blind to that as it was."""
+    old = shutil.copytree(store.path, tmp_path / "old")
+    document = json.loads((old / "lam_tokens.json").read_text())
+    info = copied_root / "meta" / "info.json"
+    features = json.loads(info.read_text())
+    del features["features"][TOP]["info"]
+    info.write_text(json.dumps(features))
+    bare = LeRobotDatasetMetadata("local/squares", root=copied_root)
+    assert dataset_digest(bare, TOP) != document["dataset"]["digest"]
+    document["dataset"]["digest"] = dataset_digest(bare, TOP)
+    (old / "lam_tokens.json").write_text(json.dumps(document))
+    TokenStore.open(old, dataset.meta)
 
 
 def test_episodes_of_other_lengths_with_the_same_sum(store, tmp_path):
