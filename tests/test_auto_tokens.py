@@ -74,6 +74,7 @@ def saved_config(run: Path) -> dict:
     return json.loads((run / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_trains_as_on_a_store_bit_for_bit_deploys_and_fine_tunes(
     monkeypatch, dataset, make_store, lam, auto, builds, losses, home, tmp_path
 ):

@@ -123,6 +123,7 @@ def test_a_bad_store_stops_before_training(monkeypatch, flags, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_column_trains_as_its_store_bit_for_bit(monkeypatch, flags, dataset, store, tmp_path):
     made = add_column(store, dataset.meta, tmp_path / "column")
     train(monkeypatch, *flags, "--steps=3", f"--output_dir={tmp_path / 'by_store'}")

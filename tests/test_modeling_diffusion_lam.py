@@ -209,6 +209,7 @@ def test_index_without_a_store_names_what_to_do():
         policy.forward({"index": torch.tensor([0])})
 
 
+@pytest.mark.slow
 def test_no_lam_code_is_imported_for_precomputed_tokens(store, dataset):
     """Training on precomputed tokens neither loads nor imports a LAM."""
     script = f"""
