@@ -1,9 +1,13 @@
 """What a command line opens before it works: metadata first, so that bad input is told at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import CompatibilityError
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.device_utils import auto_select_torch_device
 
@@ -29,31 +33,48 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
     """The dataset's metadata.
 
     Raises:
-        UserError: it is not there, or `--dataset.episodes` names episodes that it does not have.
+        UserError: it is not there, older than LeRobot's v3, or `--dataset.episodes` names episodes that it
+            does not have.
     """
-    try:
-        meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor fetched "
-            f"from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
-        ) from error
+    with _refusing_old_formats(config):
+        try:
+            meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor "
+                f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+            ) from error
     _refuse_unknown_episodes(config.episodes, meta)
     return meta
 
 
 def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDataset:
     """The dataset, or those episodes of it, frames as uint8; `open_metadata` tells first what is wrong."""
-    return LeRobotDataset(
-        config.repo_id,
-        root=config.root,
-        episodes=config.episodes,
-        revision=config.revision,
-        video_backend=config.video_backend,
-        tolerance_s=tolerance_s,
-        return_uint8=True,
-    )
+    with _refusing_old_formats(config):
+        return LeRobotDataset(
+            config.repo_id,
+            root=config.root,
+            episodes=config.episodes,
+            revision=config.revision,
+            video_backend=config.video_backend,
+            tolerance_s=tolerance_s,
+            return_uint8=True,
+        )
+
+
+@contextmanager
+def _refusing_old_formats(config: DatasetConfig) -> Iterator[None]:
+    """LeRobot's error about a format that it does not read any more, as one of ours with its own hint."""
+    try:
+        yield
+    except (CompatibilityError, NotImplementedError) as error:
+        here = f" --root={config.root} --push-to-hub=false" if config.root is not None else ""
+        raise UserError(
+            f"dataset {config.repo_id!r} is in an older format than LeRobot's v3.0; convert it by python -m "
+            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id}{here} (it has to be in "
+            "v2.1 for that)"
+        ) from error
 
 
 def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
