@@ -181,6 +181,17 @@ class DiffusionLamConfig(DiffusionConfig):
             )
         if self.lam_dtype not in LAM_DTYPES:
             problems.append(f"lam_dtype={self.lam_dtype!r} must be one of {list(LAM_DTYPES)}")
+        if self.lam_live_cache is not None and self.lam_live_cache.lower() in (
+            "",
+            "true",
+            "false",
+            "yes",
+            "no",
+        ):
+            problems.append(
+                f"lam_live_cache={self.lam_live_cache!r} must be 'auto' or a folder; to keep nothing "
+                "leave it out"
+            )
         if not 0 <= self.lam_token_dropout <= 1:
             problems.append(f"lam_token_dropout={self.lam_token_dropout} must be in 0..1")
         if self.lam_missing not in MISSING:

@@ -23,6 +23,7 @@ from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
 from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens.pair_cache import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -45,8 +46,7 @@ def open_live_caches(
         lams: The LAM of each source.
 
     Raises:
-        UserError: a camera is not known in the dataset, or a cache is damaged.
-        OSError: one cannot be made.
+        UserError: a camera is not known in the dataset, or a cache is damaged or cannot be made.
     """
     cameras = [
         dataset_camera(config, str(source.camera_key), dataset_meta) for source in config.token_sources
@@ -64,7 +64,13 @@ def open_live_caches(
         )
         provenance = replace(provenance, device=torch.device(str(config.device)).type)
         folder = root.expanduser() / CacheKey.of(provenance, decoder=ANY_DECODER).name
-        pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
+        try:
+            pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
+        except OSError as error:
+            raise UserError(
+                f"--policy.lam_live_cache={config.lam_live_cache} cannot be used: {folder} cannot be made or "
+                f"opened ({error}). Name another folder, or leave the flag out"
+            ) from error
         caches.append(LiveCache(pairs))
         told = "encoded once and kept" if pairs.is_writable else "taken, where it is known,"
         logger.info("LAM tokens: each frame pair of %s is %s in %s.", camera, told, folder)
@@ -76,9 +82,17 @@ class LiveCache:
 
     def __init__(self, pairs: PairCache) -> None:
         self._pairs = pairs
+        self._is_used = True
         self._keeps = pairs.is_writable
         self._told_of_other_pixels = False
 
+    def miss(self, why: str) -> None:
+        """Tell, once, that tokens are neither taken from here nor kept."""
+        if self._is_used:
+            self._is_used = False
+            logger.warning("Tokens are computed each time, without %s: %s.", self._pairs.path, why)
+
+    @torch.compiler.disable  # files are no part of a graph
     def tokens(
         self, prev: Tensor, cur: Tensor, frames: Tensor, encode: Callable[[Tensor, Tensor], LamTokens]
     ) -> Tensor:
@@ -89,16 +103,24 @@ class LiveCache:
             frames: Absolute indices of the later frames, int64 `(P,)`.
             encode: Asks the LAM.
         """
-        pixels = pixel_digests(prev, cur).cpu()
-        frames = frames.cpu()
-        found = self._pairs.read(frames, pixels)
+        pairs = self._pairs
+        device = pairs.provenance.device
+        if prev.device.type != device:
+            self.miss(f"the LAM runs on {prev.device.type}, and --policy.device says {device}")
+        if self._is_used:
+            pixels, frames = pixel_digests(prev, cur).cpu(), frames.cpu()
+            try:
+                found = pairs.read(frames, pixels)
+            except OSError as error:  # training needs no cache
+                self.miss(str(error))
+        if not self._is_used:
+            return self._of_kind(encode(prev, cur), decoded=True)
         values = found.values
         missing = (~found.known).nonzero().flatten()
         if len(missing):
             rows = missing.to(prev.device)
-            computed = encode(prev[rows], cur[rows])
-            of_kind = computed.indices if self._pairs.provenance.token_kind == VQ else computed.continuous
-            values[missing] = of_kind.cpu().to(values.dtype)
+            computed = self._of_kind(encode(prev[rows], cur[rows]))
+            values[missing] = computed.cpu().to(values.dtype)
             self._keep(frames[missing], pixels[missing], values[missing])
         if found.other_pixels.any() and not self._told_of_other_pixels:
             self._told_of_other_pixels = True
@@ -109,7 +131,13 @@ class LiveCache:
                 "decoder.",
                 int(frames[found.other_pixels][0]),
             )
-        return self._pairs.decode(values).to(prev.device)
+        return pairs.decode(values).to(prev.device)
+
+    def _of_kind(self, tokens: LamTokens, decoded: bool = False) -> Tensor:
+        """What is kept of tokens; `decoded`: the tokens themselves."""
+        if self._pairs.provenance.token_kind != VQ:
+            return tokens.continuous
+        return tokens.quantized if decoded else tokens.indices
 
     def _keep(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
         if not self._keeps:

@@ -247,6 +247,8 @@ class LiveLam:
     def _encode_distinct(self, prev: Tensor, cur: Tensor, pair_index: Tensor | None) -> Tensor:
         """Encode each pair once. Pairs of one index may still differ: augmentation changes pixels."""
         if pair_index is None:
+            if self.cache is not None:
+                self.cache.miss("the batch has no 'index', which tells the frames")
             return self.encode(prev, cur)
         order = torch.arange(len(pair_index), device=pair_index.device)
         _, group = torch.unique(pair_index, return_inverse=True)

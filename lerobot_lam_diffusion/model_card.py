@@ -34,8 +34,12 @@ def lam_section(config: DiffusionLamConfig, fps: float | None) -> str:
     table = "\n".join(f"| {name} | {' | '.join(facts[name] for facts in told)} |" for name in told[0])
     titles = "".join(f" source {number} |" for number in range(1, len(told) + 1)) if len(told) > 1 else " |"
     rule = " --- |" * len(told)
-    lams = [_reachable(source.model_path) for source in sources]
-    lam = lams[0] if len(set(lams)) == 1 else f"'[{','.join(lams)}]'"
+    lams = list(dict.fromkeys(source.model_path for source in sources))
+    if len(lams) == 1:
+        lam = _reachable(lams[0])
+    else:
+        named = [_reachable(source.model_path, f" {number}") for number, source in enumerate(sources, 1)]
+        lam = f"'[{','.join(named)}]'"
     policy = config.repo_id or "<this policy>"
     return (
         "## Latent action model (LAM)\n\n"
@@ -97,9 +101,9 @@ def _place(path: str | None) -> str:
     return f"{_code(PurePath(path).name)} (a folder where it was trained)"
 
 
-def _reachable(path: str | None) -> str:
+def _reachable(path: str | None, which: str = "") -> str:
     """A LAM as others can name it."""
-    return "<LAM>" if not path or path.startswith(_LOCAL) else path
+    return f"<LAM{which}>" if not path or path.startswith(_LOCAL) else path
 
 
 def _several(count: int, noun: str) -> str:

@@ -143,8 +143,9 @@ def source_problems(sources: list[LamSource], precomputed: bool) -> list[str]:
             b.model_path,
         ):
             problems.append(
-                f"{where} are the same: lam_camera_key={a.camera_key}, lam_model_path={a.model_path}; leave "
-                "one of them out, or name another camera or LAM"
+                f"{where} are the same: lam_camera_key={a.camera_key}, lam_model_path={a.model_path} (a "
+                "plain value, also one that a checkpoint brings, counts for all sources); leave one of them "
+                "out, or name another camera or LAM"
             )
     return problems
 

@@ -65,15 +65,16 @@ class StreamingGuard:
         """
         if self._is_settled or not is_streamed(batch):
             return
-        self._settle(self._problems)
+        taken = " (its batch has a float64 `timestamp`, as streamed ones have; else hand it on as float32)"
+        self._settle(self._problems, taken)
         logger.warning(
             "The dataset is streamed: LeRobot's StreamingLeRobotDataset delivers all its episodes, whatever "
             "`episodes` says."
         )
 
-    def _settle(self, problems: list[str]) -> None:
+    def _settle(self, problems: list[str], taken: str = "") -> None:
         raise_problems(
-            f"dataset {self._repo_id!r} cannot be streamed for this training", problems, StreamingError
+            f"dataset {self._repo_id!r} cannot be streamed for this training{taken}", problems, StreamingError
         )
         self._is_settled = True
 
@@ -104,11 +105,14 @@ def training_flags(arguments: Sequence[str]) -> dict[str, Any]:
 def _file_flags(path: str | None) -> dict[str, Any]:
     """The same of a config file on this machine, YAML or JSON; of one on the Hub the first batch tells."""
     file = Path(path or "")
-    if file.is_dir():
-        file /= TRAIN_CONFIG_NAME
-    if path is None or not file.is_file():
+    try:
+        if file.is_dir():
+            file /= TRAIN_CONFIG_NAME
+        if path is None or not file.is_file():
+            return {}
+        document = _value(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # another program's --config_path
         return {}
-    document = _value(file.read_text(encoding="utf-8"))
     found = {}
     for name in (*FLAGS, AUGMENTATION):
         value = document

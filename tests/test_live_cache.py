@@ -1,5 +1,6 @@
 """`lam_live_cache`: tokens on the fly are computed once, kept, and never taken for those of other pixels."""
 
+import gc
 import logging
 import os
 import signal
@@ -13,9 +14,10 @@ import torch
 from lerobot_lam_diffusion import OBS_LAM_IMAGES
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
+from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
-from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
 from tests.conftest import TOP, write_lam
 from tests.policies import build, lam_config, training_batch
@@ -163,10 +165,105 @@ def test_verify_refuses_other_tokens_and_tells_half_records(filled, dataset, lam
     assert "1 records were left half written" in told
 
 
-def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, tmp_path, capsys):
-    tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'store'}"])
+def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, dataset, tmp_path, capsys):
+    data = [
+        "--dataset.repo_id=local/squares",
+        f"--dataset.root={dataset.root}",
+        "--dataset.video_backend=pyav",
+    ]
+    tokens_command(["merge", str(filled), *data, f"--output_dir={tmp_path / 'store'}"])
     assert "it covers all 5 episodes" in capsys.readouterr().out
-    assert (tmp_path / "store" / TENSORS_FILE).read_bytes() == (store.path / TENSORS_FILE).read_bytes()
+    for name in (TENSORS_FILE, PROVENANCE_FILE):
+        assert (tmp_path / "store" / name).read_bytes() == (store.path / name).read_bytes()
+    with pytest.raises(
+        SystemExit, match=r"--dataset.repo_id unset: a live cache becomes a store with its dataset"
+    ):
+        tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
+
+
+def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, tmp_path):
+    policy, batch, _ = live()
+    policy.forward(batch(ALL[:40]))  # episodes 0, 1 and 2
+    one = batch([30])  # in episode 2
+    policy.forward({**one, OBS_LAM_IMAGES: {TOP: 1 - one[OBS_LAM_IMAGES][TOP]}})
+    (folder,) = (tmp_path / "kept").iterdir()
+    made = store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "store", show_progress=False)
+    assert (made.incomplete, made.other_pixels) == (2, 1)
+    assert made.store.missing_episodes == [2, 3, 4]
+    index = torch.arange(23)
+    assert torch.equal(made.store.window(index, [-1, 0]), store.window(index, [-1, 0]))
+
+    policy, batch, _ = live(lam_frame_stride=2)
+    one = batch(ALL)
+    policy.forward({**one, OBS_LAM_IMAGES: {TOP: 1 - one[OBS_LAM_IMAGES][TOP]}})
+    (folder,) = (path for path in (tmp_path / "kept").iterdir() if "stride2" in path.name)
+    with pytest.raises(TokenStoreError, match="of 5, 0 lack pairs and 5 have tokens of other pixels"):
+        store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "none", show_progress=False)
+
+
+def test_a_policy_may_be_copied_while_it_trains(live):
+    """As averaging of weights does; the copy's end must not close the original's file."""
+    policy, batch, asked = live()
+    expected = loss(policy, batch([20, 30]))
+    averaged = torch.optim.swa_utils.AveragedModel(policy)
+    assert loss(averaged.module, batch([20, 30])) == expected
+    del averaged
+    gc.collect()
+    assert loss(policy, batch([20, 30])) == expected
+    assert loss(policy, batch([21])) == loss(live(lam_live_cache=None)[0], batch([21]))
+    assert asked == [2, 1]
+
+
+def test_what_the_cache_cannot_do_costs_no_training(live, monkeypatch, caplog):
+    """A disk that fails; frames that nothing tells."""
+    plain, batch, _ = live(lam_live_cache=None)
+    policy, _, _ = live()
+
+    def failing(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(PairCache, "read", failing)
+    assert [loss(policy, batch([20])) for _ in range(2)] == [loss(plain, batch([20]))] * 2
+    monkeypatch.undo()
+    nameless = {name: value for name, value in batch([20]).items() if name != "index"}
+    policy, _, _ = live()
+    assert [loss(policy, nameless) for _ in range(2)] == [loss(plain, batch([20]))] * 2
+    told = [record.message for record in caplog.records if "Tokens are computed each time" in record.message]
+    assert len(told) == 2
+    assert "Input/output error" in told[0]
+    assert "no 'index'" in told[1]
+
+
+def test_a_folder_that_cannot_be_made_names_the_flag(live, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"--policy.lam_live_cache=\S*/file/x cannot be used: .*Name another folder"
+    ):
+        live(lam_live_cache=str(tmp_path / "file" / "x"))
+
+
+@pytest.mark.parametrize("value", ["false", "True", ""])
+def test_it_is_no_switch(live, value):
+    with pytest.raises(ValueError, match="must be 'auto' or a folder"):
+        live(lam_live_cache=value)
+
+
+def test_digests_tell_pixels():
+    """One changed pixel, two in the places that a plain sum would confuse, two sizes of the same bytes."""
+    generator = torch.manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8, generator=generator)
+    prev, cur = frames[:1].repeat(2000, 1, 1, 1), frames[1:].repeat(2000, 1, 1, 1)
+    (whole,) = pixel_digests(frames[:1], frames[1:]).tolist()
+    assert (pixel_digests(prev, cur) == whole).all()
+    assert pixel_digests(frames[1:], frames[:1]).item() != whole
+    assert pixel_digests(frames[:1].view(1, 3, 24, 16), frames[1:].view(1, 3, 24, 16)).item() != whole
+    for where in (slice(7, None, 8), slice(0, None, 8)):  # the high, the low byte of a word
+        changed = cur.clone()
+        for row in range(2000):
+            places = torch.randperm(3 * 16 * 3, generator=generator)[: 1 + row % 3]
+            bytes_ = changed[row].view(-1)[where]
+            bytes_[places] ^= 128
+        assert not (pixel_digests(prev, changed) == whole).any()
 
 
 def test_the_cache_command_lists_and_removes_it(live, tmp_path, monkeypatch, capsys):

@@ -72,7 +72,7 @@ def test_the_command_names_a_lam_that_others_can_reach():
         lam_config(lam_model_path="microsoft/villa-x", repo_id="user/policy"), None
     )
     several = lam_config(lam_model_path=["microsoft/villa-x", "/home/me/lam"])
-    assert "--policy.lam_model_path='[microsoft/villa-x,<LAM>]' " in lam_section(several, None)
+    assert "--policy.lam_model_path='[microsoft/villa-x,<LAM 2>]' " in lam_section(several, None)
     section = lam_section(lam_config(lam_model_path="/home/me/lam", lam_frame_stride=3), 30)
     assert "--policy.lam_model_path=<LAM> " in section
     assert "/home" not in section

@@ -119,7 +119,7 @@ def test_training_fills_in_what_the_checkpoint_must_know(both, stores, lams, tmp
         "| LAM | `top` (a folder where it was trained) | `wrist` (a folder where it was trained) |",
         "2 × 32 numbers, encoded in float32 | VQ (codebook rows), 3 × 16 numbers",
         "| trained on tokens from | the token store `store`",
-        "--policy.lam_model_path=<LAM> ",
+        "--policy.lam_model_path='[<LAM 1>,<LAM 2>]' ",
     ):
         assert row in card, card
 

@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_STIR = 0x5851F42D4C957F2D  # odd: no word is lost
+
 
 def pixel_digests(prev: Tensor, cur: Tensor) -> Tensor:
     """A number for each frame pair that tells its pixels, int64 `(P,)`, the same on every device.
 
-    A sum of 64-bit words with fixed odd factors, modulo 2^64: one changed word always changes it, several
-    with a chance of 1 - 2^-64.
+    A sum of 64-bit words, each stirred and multiplied by an odd factor of its own, modulo 2^64. One changed
+    word always changes it; several do but by an accident of some 2^-64. It is no protection against
+    somebody who looks for such an accident.
 
     Args:
         prev, cur: uint8 `(P, 3, H, W)`.
@@ -28,9 +31,10 @@ def pixel_digests(prev: Tensor, cur: Tensor) -> Tensor:
 
 
 def _words(frames: Tensor) -> Tensor:
-    """The bytes of each frame, zeros added, as int64."""
+    """The bytes of each frame, zeros added, as int64; stirred, so that high bytes reach low ones."""
     flat = frames.flatten(1)
-    return F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+    words = F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64) * _STIR
+    return words ^ ((words >> 32) & 0xFFFFFFFF)
 
 
 @functools.lru_cache(maxsize=8)

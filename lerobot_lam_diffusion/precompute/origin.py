@@ -1,6 +1,7 @@
 """What the tokens of a dataset are, before there are any: the provenance that an extraction begins with."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,6 @@ def provenance_of(
     """
     kind = VQ if use_vq_tokens else CONTINUOUS
     packages = [PACKAGE, "lerobot", "torch", "safetensors"]
-    packages += [_PACKAGE_OF[decoder]] if decoder in _PACKAGE_OF else []
     return Provenance(
         dataset=DatasetOrigin(
             repo_id=meta.repo_id,
@@ -71,11 +71,20 @@ def provenance_of(
         stride_seconds=frame_stride / meta.fps,
         token_kind=kind,
         dtype=str(lam.dtype).removeprefix("torch."),
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions=_versions(packages) | decoder_version(decoder),
         storage_dtype=storage_dtype_of(kind, storage_dtype, lam.num_codes),
         device=lam.device.type,
         decoder=decoder,
     )
+
+
+def decoder_version(decoder: str) -> dict[str, str]:
+    """The package behind a decoder and its version; empty for an unknown one."""
+    return _versions([_PACKAGE_OF[decoder]] if decoder in _PACKAGE_OF else [])
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def episode_bounds(meta: Any) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,8 @@ def recompute_kept(
     """
     _refuse_other_lam(cache.tables, lam)
     kept = torch.cat([frames for frames, _, _ in cache.scan()])
+    if not len(kept):
+        raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
     chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
     index = kept[sorted(chosen)]
     prev, cur = (

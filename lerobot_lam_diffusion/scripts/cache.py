@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_caches,
 )
 from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens.pair_cache import PairCache, last_used, remove_pair_cache
+from lerobot_lam_diffusion.tokens.pair_cache import PairCache, bytes_on_disk, last_used, remove_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 
 DAY = 86400.0
@@ -78,8 +78,9 @@ def prune_cache(config: CachePruneConfig) -> None:
         elif builder := entry.builder():
             print(f"kept    {entry.name} ({told}): {builder} is at it")
     print(f"{removed} token stores removed, {freed:,} bytes")
-    for path in live_caches():
-        _prune_live(path, limit)
+    pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
+    if pruned:
+        print(f"{len(pruned)} live caches removed, {sum(pruned):,} bytes")
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:
@@ -118,18 +119,21 @@ def live_rows(path: Path) -> dict[str, str]:
     return {
         **_told(cache.provenance),
         "pairs": f"{known:,} of {cache.num_pairs:,} are kept",
-        "size": f"{cache.num_bytes:,} bytes",
+        "size": f"{bytes_on_disk(path):,} bytes",
         "last used": used,
     }
 
 
-def _prune_live(path: Path, limit: float | None) -> None:
+def _prune_live(path: Path, limit: float | None) -> int:
+    """Bytes that were freed."""
     if limit is not None and last_used(path) >= limit:
-        return
-    if remove_pair_cache(path):
-        print(f"removed live cache {path.name}")
-    else:
+        return 0
+    num_bytes = bytes_on_disk(path)
+    if not remove_pair_cache(path):
         print(f"kept    live cache {path.name}: a training has it open")
+        return 0
+    print(f"removed live cache {path.name}, {num_bytes:,} bytes")
+    return num_bytes
 
 
 def _dataset_of(entry: CacheEntry) -> str:

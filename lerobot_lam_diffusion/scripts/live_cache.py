@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
+from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.cache import live_rows
@@ -16,7 +17,7 @@ from lerobot_lam_diffusion.tokens.pair_cache import TABLES, PairCache, is_pair_c
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.scripts.tokens import VerifyConfig
+    from lerobot_lam_diffusion.scripts.tokens import MergeConfig, VerifyConfig
 
 
 def means_live_cache(name: str | None) -> Path | None:
@@ -70,10 +71,24 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
 
 
-def merge_live_cache(folder: Path, output_dir: Path | None) -> TokenStore:
-    """Its complete episodes as a token store."""
-    if output_dir is None:
+def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
+    """Its complete episodes as a token store, of those tokens that are of the dataset's own pixels."""
+    missing = [f"--{name}" for name in ("output_dir", "dataset.repo_id") if _is_unset(config, name)]
+    if missing:
         raise UserError(
-            "--output_dir is unset: name where the store of the cache's complete episodes will stand"
+            f"{' and '.join(missing)} unset: a live cache becomes a store with its dataset, whose pixels are "
+            "compared, and --output_dir, where the store will stand"
         )
-    return PairCache.open(folder).to_store(output_dir)
+    assert config.output_dir is not None
+    assert config.dataset is not None
+    made = store_of_live_cache(PairCache.open(folder), open_dataset(config.dataset), config.output_dir)
+    if made.incomplete or made.other_pixels:
+        print(
+            f"left out: {made.incomplete} episodes that lack pairs, {made.other_pixels} with tokens of other "
+            "pixels (augmentation, another decoder)"
+        )
+    return made.store
+
+
+def _is_unset(config: "MergeConfig", name: str) -> bool:
+    return getattr(config, name.partition(".")[0]) is None

@@ -4,7 +4,7 @@
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
-    lerobot-lam-tokens merge ./live_cache --output_dir=./data/pusht_lam   # its complete episodes
+    lerobot-lam-tokens merge ./live_cache --dataset.repo_id=lerobot/pusht --output_dir=./data/pusht_lam
     lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
     lerobot-lam-tokens add-column ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output_dir=./pusht_col
     lerobot-lam-tokens verify ./pusht_col   # a dataset that has a column of tokens
@@ -114,9 +114,11 @@ class MergeConfig:
         stores: Their folders, or repositories on the Hub; or the extraction's --output_dir, or the live
             cache, alone.
         output_dir: Where the new store will stand; not for an extraction.
+        dataset: With a live cache: the dataset that it was filled from, whose pixels are compared.
     """
 
     output_dir: Path | None = None
+    dataset: DatasetConfig | None = None
     stores: list[str] = field(default_factory=list)
 
 
@@ -203,10 +205,6 @@ def info(config: InfoConfig) -> None:
 
 
 def verify(config: VerifyConfig) -> None:
-    live_cache = means_live_cache(config.store)
-    if live_cache is not None:
-        verify_live_cache(live_cache, config)
-        return
     if config.store is None or means_dataset(config.store):
         verify_dataset(config)
         return
@@ -214,6 +212,10 @@ def verify(config: VerifyConfig) -> None:
         raise UserError(
             "--lam.path needs --dataset.repo_id as well: the LAM's tokens are those of its frames"
         )
+    live_cache = means_live_cache(config.store)
+    if live_cache is not None:
+        verify_live_cache(live_cache, config)
+        return
     store = _read_again(config)
     if config.dataset is None:
         if store.provenance is not None:
@@ -273,7 +275,7 @@ def merge(config: MergeConfig) -> None:
     paths = config.stores
     live_cache = means_live_cache(paths[0]) if len(paths) == 1 else None
     if live_cache is not None:
-        store = merge_live_cache(live_cache, config.output_dir)
+        store = merge_live_cache(live_cache, config)
     elif config.output_dir is None:
         if len(paths) != 1:
             raise UserError(

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens.joined import join_stores, open_stores
+from lerobot_lam_diffusion.tokens.joined import JoinedStores, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 
@@ -33,7 +33,7 @@ class LamTokenDataset(Dataset):
     def __init__(
         self,
         dataset: Any,
-        path: str | Path | TokenStore | Sequence[str | Path | TokenStore],
+        path: str | Path | TokenStore | JoinedStores | Sequence[str | Path | TokenStore],
         deltas: Sequence[int] = (0,),
         key: str = OBS_LAM_TOKENS,
     ) -> None:
@@ -48,6 +48,7 @@ class LamTokenDataset(Dataset):
                 "lerobot-edit-dataset before joining a token store"
             )
         self.dataset = dataset
+        path = path.stores if isinstance(path, JoinedStores) else path
         paths = [path] if isinstance(path, str | Path | TokenStore) else path
         self.store = join_stores(open_stores(paths, dataset.meta))
         self.deltas = tuple(deltas)

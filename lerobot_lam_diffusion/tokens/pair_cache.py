@@ -14,13 +14,14 @@ and counts as not there; so the file needs no lock, and may be left at any momen
 """
 
 import contextlib
-import fcntl
+import errno
 import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,14 +80,11 @@ class PairCache:
                 f"Remove the folder {path}; training makes it anew"
             )
         self._writable = os.access(path / PAIRS_FILE, os.W_OK)
-        flags = os.O_RDWR if self._writable else os.O_RDONLY
-        self._file = os.open(path / PAIRS_FILE, flags | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # in use: `remove` keeps off
+        self._file = (path / PAIRS_FILE).open("r+b" if self._writable else "rb", buffering=0)
+        _lock(self._file, exclusive=False)  # in use: `remove_pair_cache` keeps off
 
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # not opened; or the interpreter is at its end
-            os.close(self._file)
+    def __reduce__(self) -> tuple:
+        return (PairCache.open, (self.path,))  # a copy has a file of its own
 
     @classmethod
     def make(
@@ -149,12 +147,6 @@ class PairCache:
         return self._writable
 
     @property
-    def num_bytes(self) -> int:
-        """On disk, without holes."""
-        files = [self.path / PAIRS_FILE, *(self.path / TABLES).iterdir()]
-        return sum(file.stat().st_blocks * 512 for file in files)
-
-    @property
     def num_pairs(self) -> int:
         """Frames of the dataset that have a token at all."""
         lengths = self.tables.episode_to - self.tables.episode_from
@@ -171,7 +163,9 @@ class PairCache:
         rows = bytearray(len(frames) * size)
         present = np.zeros(len(frames), dtype=bool)
         for number, frame in enumerate(frames.tolist()):
-            row = os.pread(self._file, size, frame * size)
+            if not 0 <= frame < self.tables.num_frames:
+                continue  # of another dataset
+            row = os.pread(self._file.fileno(), size, frame * size)
             present[number] = len(row) == size and self._is_valid(frame, row)
             if present[number]:
                 rows[number * size : (number + 1) * size] = row
@@ -184,6 +178,8 @@ class PairCache:
     def write(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
         """Keep the values of the pairs that end in `frames`; arguments as of `read` and `Found`.
 
+        Frames that the dataset does not have are passed over.
+
         Raises:
             UserError: continuous values that are not finite.
             OSError: the disk is full.
@@ -194,6 +190,8 @@ class PairCache:
         records["pixels"] = pixels.numpy().astype("<u8")
         records["value"] = values.numpy()
         for frame, record in zip(frames.tolist(), records, strict=True):
+            if not 0 <= frame < self.tables.num_frames:
+                continue
             record["check"] = self._check(frame, record.tobytes())
             self._write_at(frame * self._record.itemsize, record.tobytes())
 
@@ -210,7 +208,7 @@ class PairCache:
         size = self._record.itemsize
         for start in range(0, self.tables.num_frames, BLOCK_ROWS):
             count = min(BLOCK_ROWS, self.tables.num_frames - start)
-            block = os.pread(self._file, count * size, start * size).ljust(count * size, b"\0")
+            block = os.pread(self._file.fileno(), count * size, start * size).ljust(count * size, b"\0")
             records = np.frombuffer(block, dtype=self._record)
             marked = (np.frombuffer(block, dtype=np.uint8).reshape(count, size) != 0).any(1).nonzero()[0]
             valid = [
@@ -228,53 +226,9 @@ class PairCache:
         codebook = self.tables.codebook
         return values if codebook is None else codebook[values.long()].flatten(1)
 
-    def to_store(self, folder: Path) -> TokenStore:
-        """Write the episodes whose pairs are all here as a token store.
-
-        Raises:
-            TokenStoreError: no episode is complete, or a value is impossible.
-            FileExistsError: see `writer.refuse_existing`.
-        """
-        tables = self.tables
-        known = torch.zeros(tables.num_frames, dtype=torch.bool)
-        for frames, _, _ in self.scan():
-            known[frames] = True
-        covered = torch.tensor(
-            [
-                bool(known[min(first + tables.frame_stride, end) : end].all())
-                for first, end in zip(tables.episode_from.tolist(), tables.episode_to.tolist(), strict=True)
-            ]
-        )
-        has_tokens = tables.episode_to - tables.episode_from > tables.frame_stride
-        if not (covered & has_tokens).any():
-            raise TokenStoreError(
-                f"{self.path} holds no complete episode yet ({int(known.sum())} of {tables.num_frames} "
-                "frames have a token); train on with --policy.lam_live_cache, or extract the tokens with "
-                "lerobot-lam-precompute"
-            )
-        codebook = torch.empty(0) if tables.codebook is None else tables.codebook
-        return write_store(
-            folder,
-            self.provenance,
-            self._rows(covered),
-            codebook,
-            tables.episode_from,
-            tables.episode_to,
-            covered,
-        )
-
-    def _rows(self, covered: Tensor) -> Iterator[Tensor]:
-        """Values of the covered episodes' frames, in order; zeros where a frame has no token."""
-        tables = self.tables
-        for block, (frames, values, _) in enumerate(self.scan()):
-            start = block * BLOCK_ROWS
-            count = min(BLOCK_ROWS, tables.num_frames - start)
-            rows = torch.zeros(count, values.shape[1], dtype=values.dtype)
-            rows[frames - start] = values
-            frame = torch.arange(start, start + count)
-            episode = torch.searchsorted(tables.episode_from, frame, right=True) - 1
-            rows[frame - tables.episode_from[episode] < tables.frame_stride] = 0
-            yield rows[covered[episode]]
+    def no_values(self, count: int) -> Tensor:
+        """Zeros in the place of `count` values."""
+        return self._values(np.zeros(count, dtype=self._record))
 
     def _refuse_impossible(self, frames: Tensor, values: Tensor) -> None:
         if self.provenance.token_kind == VQ:
@@ -298,9 +252,9 @@ class PairCache:
         return zlib.crc32(row[:-4], zlib.crc32(frame.to_bytes(8, "little"))) or 1
 
     def _write_at(self, offset: int, row: bytes) -> None:
-        written = os.pwrite(self._file, row, offset)
+        written = os.pwrite(self._file.fileno(), row, offset)
         if written < len(row):  # the disk filled up: half a record fails its check
-            os.pwrite(self._file, row[written:], offset + written)
+            os.pwrite(self._file.fileno(), row[written:], offset + written)
 
 
 def is_pair_cache(folder: Path) -> bool:
@@ -311,6 +265,12 @@ def is_pair_cache(folder: Path) -> bool:
         return False
 
 
+def bytes_on_disk(folder: Path) -> int:
+    """Without the holes of files."""
+    files = [folder / PAIRS_FILE, *(folder / TABLES).iterdir()]
+    return sum(file.stat().st_blocks * 512 for file in files)
+
+
 def last_used(folder: Path) -> float:
     """When a training last opened or wrote to the cache; seconds since the epoch."""
     return (folder / PAIRS_FILE).stat().st_mtime
@@ -318,17 +278,30 @@ def last_used(folder: Path) -> float:
 
 def remove_pair_cache(folder: Path) -> bool:
     """Remove a cache that no process has open; whether it was removed."""
-    with (folder / PAIRS_FILE).open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    path = folder / PAIRS_FILE
+    with path.open("r+b" if os.access(path, os.W_OK) else "rb", buffering=0) as file:
+        if not _lock(file, exclusive=True):
             return False
-        except OSError:  # a file system without locks: who has it open keeps what was removed
-            pass
         removed = folder.with_name(f".{folder.name}.partial-removed")  # never half a cache under its name
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+    return True
+
+
+def _lock(file: FileIO, *, exclusive: bool) -> bool:
+    """Lock an open file without waiting; False if another one, who has it open, is in the way.
+
+    Where a file system has no locks there is none: who has a removed file open keeps it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows does not remove what is open
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
     return True
 
 

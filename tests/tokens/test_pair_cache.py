@@ -1,7 +1,10 @@
 """Tokens kept pair by pair: what is read is what was written of those very pixels, or nothing."""
 
+import copy
+import gc
 import multiprocessing
 import os
+import pickle
 import subprocess
 from dataclasses import replace
 
@@ -10,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
-from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
+from lerobot_lam_diffusion.tokens import TokenStoreError
 from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
 
 VALUES = {"vq": (2, torch.int32), "continuous": (64, torch.float32)}
@@ -35,15 +37,6 @@ def some(frames, kind="vq"):
     frames = torch.tensor(frames)
     width, dtype = VALUES[kind]
     return frames, frames * 7919 - 3, (frames.unsqueeze(1) + torch.arange(width)).to(dtype) % 16
-
-
-def everything(store: TokenStore):
-    """All tokens of a store, as a training would have written them, in disorder."""
-    frames = store.frames_with_tokens()[torch.randperm(store.num_tokens, generator=torch.manual_seed(0))]
-    episode = torch.searchsorted(store.episode_from, frames, right=True) - 1
-    rows = store.episode_row[episode] + frames - store.episode_from[episode]
-    values = store.values[rows]
-    return frames, frames * 3, values.float() if values.is_floating_point() else values.int()
 
 
 @pytest.mark.parametrize("kind", ["vq", "continuous"])
@@ -109,30 +102,24 @@ def test_half_a_record_and_a_flipped_bit_are_nothing(make):
     assert not cache.read(frames + 1, pixels).known.any()
 
 
-@pytest.mark.parametrize("kind", ["vq", "continuous"])
-def test_complete_episodes_become_a_store(make, store, continuous_store, tmp_path, kind):
-    like = store if kind == "vq" else continuous_store
-    cache = make(kind)
-    cache.write(*everything(like))
-    whole = cache.to_store(tmp_path / "whole")
-    assert (whole.path / TENSORS_FILE).read_bytes() == (like.path / TENSORS_FILE).read_bytes()
-    assert whole.provenance.dataset == like.provenance.dataset
-
-    partial = make(kind, "partial")
-    frames, pixels, values = everything(like)
-    of_some = (frames >= 14) & (frames != 25)  # nothing of episode 0, one pair of episode 2 is not there
-    partial.write(frames[of_some], pixels[of_some], values[of_some])
-    part = partial.to_store(tmp_path / "part")
-    assert part.missing_episodes == [0, 2]
-    index = torch.cat([torch.arange(14, 23), torch.arange(40, 60)])
-    assert torch.equal(part.window(index, [-1, 0]), like.window(index, [-1, 0]))
-
-
-def test_no_complete_episode_is_no_store(make, tmp_path):
+def test_copies_have_files_of_their_own(make):
+    """Of a policy that is averaged (EMA), pickled or sent to another process."""
     cache = make()
-    cache.write(*some([3]))
-    with pytest.raises(TokenStoreError, match=r"no complete episode yet \(1 of 60 frames have a token\)"):
-        cache.to_store(tmp_path / "store")
+    frames, pixels, values = some([5, 9])
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        copied.write(frames, pixels, values)
+        del copied
+        gc.collect()
+        assert cache.read(frames, pixels).known.all()
+    cache.write(frames, pixels, values)
+
+
+def test_frames_of_another_dataset_are_passed_over(make):
+    cache = make()
+    frames, pixels, values = some([59, 60, 1000])
+    cache.write(frames, pixels, values)
+    assert cache.read(frames, pixels).known.tolist() == [True, False, False]
+    assert len(list(PairCache.open(cache.path).scan())) == 1
 
 
 def test_a_shortened_file_is_refused(make):

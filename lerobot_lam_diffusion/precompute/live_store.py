@@ -1,0 +1,107 @@
+"""A live cache → a token store: the episodes whose pairs are all kept, of the very pixels of the dataset."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lerobot_lam_diffusion.lam.pixels import pixel_digests
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
+from lerobot_lam_diffusion.precompute.origin import decoder_version
+from lerobot_lam_diffusion.precompute.pairs import episode_pairs
+from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lerobot_lam_diffusion.tokens.pair_cache import PairCache
+
+
+class LiveStore(NamedTuple):
+    """Attributes:
+    store: The new store.
+    incomplete: Episodes of which pairs are not kept.
+    other_pixels: Complete episodes of which a kept token was made of other pixels than the dataset's.
+    """
+
+    store: TokenStore
+    incomplete: int
+    other_pixels: int
+
+
+def store_of_live_cache(
+    cache: "PairCache", dataset: Any, folder: "Path", show_progress: bool = True
+) -> LiveStore:
+    """Write the complete episodes as a token store.
+
+    The frames of those episodes are decoded, not encoded: a kept token goes into the store only if the
+    dataset's pixels are those that it was made of (training may have augmented them). Tokens are held in
+    memory until they are written: 4·n bytes a frame, or 4·n·a if continuous.
+
+    Args:
+        dataset: `LeRobotDataset`, the one that was trained on.
+        folder: Where the store will stand.
+
+    Raises:
+        TokenStoreError: another dataset, or no complete episode.
+        DecodeError: an episode cannot be read.
+        FileExistsError: see `writer.refuse_existing`.
+    """
+    refuse_existing(folder)
+    tables, camera = cache.tables, cache.provenance.camera_key
+    check_binding(tables, dataset.meta)
+    known = torch.zeros(tables.num_frames, dtype=torch.bool)
+    for frames, _, _ in cache.scan():
+        known[frames] = True
+    reader = EpisodeFrames(dataset, camera)
+    blocks: dict[int, Tensor] = {}
+    other_pixels = incomplete = 0
+    opened = range(len(tables.episode_from)) if dataset.episodes is None else sorted(set(dataset.episodes))
+    for episode in tqdm(opened, unit="episode", desc="Kept tokens", disable=not show_progress):
+        first, end = int(tables.episode_from[episode]), int(tables.episode_to[episode])
+        if not known[min(first + tables.frame_stride, end) : end].all():
+            incomplete += 1
+            continue
+        values = _values_of(cache, reader, episode, first, end)
+        if values is None:
+            other_pixels += 1
+        else:
+            blocks[episode] = values
+    if not any(len(values) > tables.frame_stride for values in blocks.values()):
+        raise TokenStoreError(
+            f"{cache.path} holds no complete episode of this dataset's pixels yet: of {len(opened)}, "
+            f"{incomplete} lack pairs and {other_pixels} have tokens of other pixels (augmentation, or "
+            "another --dataset.video_backend than in training). Train on with --policy.lam_live_cache, or "
+            "extract the tokens with lerobot-lam-precompute"
+        )
+    covered = torch.zeros(len(tables.episode_from), dtype=torch.bool)
+    covered[list(blocks)] = True
+    decoder, told = decoder_of(dataset.meta, camera, dataset._video_backend), cache.provenance
+    store = write_store(
+        folder,
+        replace(told, decoder=decoder, versions=told.versions | decoder_version(decoder)),
+        blocks.values(),
+        torch.empty(0) if tables.codebook is None else tables.codebook,
+        tables.episode_from,
+        tables.episode_to,
+        covered,
+    )
+    return LiveStore(store, incomplete, other_pixels)
+
+
+def _values_of(
+    cache: "PairCache", reader: EpisodeFrames, episode: int, first: int, end: int
+) -> Tensor | None:
+    """An episode's kept values, zeros where it has no token; None if one was made of other pixels."""
+    values = cache.no_values(end - first)
+    for batch in episode_pairs(reader.chunks(episode), first, cache.tables.frame_stride):
+        found = cache.read(batch.rows, pixel_digests(batch.prev, batch.cur))
+        if not found.known.all():
+            return None
+        values[batch.rows - first] = found.values
+    return values
