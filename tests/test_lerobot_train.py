@@ -79,6 +79,7 @@ def test_trains_resumes_and_loads_again(monkeypatch, flags, tmp_path, store):
     assert any(value.any() for name, value in after.items() if name.endswith("cond_encoder.lam.weight"))
 
 
+@pytest.mark.slow
 def test_fine_tunes_on_the_store_that_the_command_line_names(
     monkeypatch, flags, tmp_path, dataset, make_store
 ):

@@ -328,6 +328,7 @@ def test_rename_map_renames_the_lams_camera_too(dataset, lam_folder, store):
     )
 
 
+@pytest.mark.slow
 def test_a_trained_policys_action_depends_on_the_live_motion(dataset, frames, lam, store, tmp_path):
     """Same last picture and state, another frame before it: another action, as it was taught."""
     now = 30

@@ -109,6 +109,7 @@ def two_different_tokens(store):
     return tokens[0], tokens[farthest]
 
 
+@pytest.mark.slow
 def test_other_tokens_other_actions_after_training_and_reloading(dataset, store, tmp_path):
     """One picture, two motions, two actions: what was learnt can only have come through the tokens."""
     config = lam_config(lam_tokens_path=str(store.path), prediction_type="sample")

@@ -4,10 +4,14 @@
         --lam-tokens-path ./data/pusht_lam --output-dir outputs/own_loop --num-epochs 50
 
 `lerobot-train --policy.type=diffusion_lam` does all of this and more; the loop shows the parts. Each epoch
-ends with a checkpoint that `lerobot-eval --policy.path=outputs/own_loop/last` loads.
+ends with a checkpoint that `lerobot-eval --policy.path=outputs/own_loop/last` loads. On a CPU:
+
+    … --dataset-repo-id local/pusht --dataset-root data/demo --lam-tokens-path data/demo_lam \
+        --num-epochs 1 --batch-size 8 --num-workers 0 --small --max-steps 20
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -31,6 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=4)
+    parser.add_argument("--max-steps", type=int, help="stop an epoch after so many steps")
+    parser.add_argument("--small", action="store_true", help="a network that a CPU can train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -45,6 +51,7 @@ def main() -> None:
         lam_tokens_path=args.lam_tokens_path,
         device=args.device,
         pretrained_backbone_weights=None,
+        down_dims=(64, 128) if args.small else (512, 1024, 2048),
         push_to_hub=False,
     )
     meta = LeRobotDatasetMetadata(args.dataset_repo_id, root=args.dataset_root)
@@ -73,7 +80,9 @@ def main() -> None:
     for epoch in range(args.num_epochs):
         policy.train()
         losses = []
-        for batch in tqdm(loader, desc=f"epoch {epoch + 1}/{args.num_epochs}"):
+        batches = itertools.islice(loader, args.max_steps)
+        total = min(len(loader), args.max_steps or len(loader))
+        for batch in tqdm(batches, desc=f"epoch {epoch + 1}/{args.num_epochs}", total=total):
             loss, _ = policy.forward(preprocessor(batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)

@@ -187,6 +187,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "source": _nothing_to_check,
     "git": _nothing_to_check,
     "cd": _nothing_to_check,
+    "export": _nothing_to_check,
 }
 MODULES = {
     "precompute_lam_tokens": "lerobot-lam-precompute",

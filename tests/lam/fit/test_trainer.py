@@ -72,6 +72,7 @@ def test_starts_as_a_copy_of_the_frame(squares):
     assert terms["pixels"] < 0.5 * spread
 
 
+@pytest.mark.slow
 def test_learns_the_motion(squares, tmp_path):
     """Some hundred steps suffice on a toy."""
     recipe = FitRecipe(steps=300, batch_size=32, warmup_steps=20, learning_rate=3e-3)
