@@ -20,7 +20,7 @@ from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
@@ -41,7 +41,7 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
         UserError: no dataset, no such camera or LAM, contradicting fields, or an episode cannot be read.
     """
     if dataset_meta is None:
-        raise UserError(
+        raise ExtractionError(
             "--policy.lam_tokens_path=auto builds the tokens of a training dataset, and there is none: build "
             "the policy with LeRobot's make_policy(config, ds_meta=dataset.meta), or name a token store"
         )
@@ -110,7 +110,7 @@ def _build(
                 video_backend=video_backend,
             )
     except DecodeError as error:
-        raise UserError(
+        raise ExtractionError(
             f"the store of --policy.lam_tokens_path=auto cannot be built: {error} (a flag of "
             "lerobot-lam-precompute, whose store you can name instead of auto)"
         ) from error
@@ -138,7 +138,7 @@ def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
         )
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
+        raise ExtractionError(
             "--policy.lam_tokens_path=auto needs all episodes of a dataset on this machine, and "
             f"{dataset_meta.repo_id!r} cannot be opened at {dataset_meta.root} nor fetched from the Hub "
             f"({reason}); complete it, or name a token store instead of auto"

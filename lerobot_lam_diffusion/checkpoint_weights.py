@@ -10,7 +10,7 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import TrainingError, raise_problems
 
 COMPILED = "_orig_mod."
 """`torch.compile` renames every parameter of the module that it wraps, in checkpoints too."""
@@ -57,7 +57,7 @@ def load_weights(
     ]
     if len(problems) > 12:
         problems = [*problems[:12], f"… and {len(problems) - 12} more"]
-    raise_problems(f"the weights in {where} do not fit this policy", problems)
+    raise_problems(f"the weights in {where} do not fit this policy", problems, TrainingError)
     module.load_state_dict({own[name][0]: tensor for name, tensor in given.items()}, strict=False)
 
 
@@ -76,11 +76,11 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
     try:
         stock = PreTrainedConfig.from_pretrained(checkpoint)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(
+        raise TrainingError(
             f"--policy.init_from_stock={checkpoint} is not a policy checkpoint: {error}"
         ) from error
     if type(stock) is not DiffusionConfig:
-        raise UserError(
+        raise TrainingError(
             f"--policy.init_from_stock={checkpoint} is a policy of type {stock.type!r}, expected "
             "'diffusion'; a diffusion_lam checkpoint is fine-tuned with --policy.path"
         )
@@ -90,13 +90,13 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
         for name in mine
         if mine[name] != theirs[name]
     ]
-    raise_problems(f"--policy.init_from_stock={checkpoint} is another architecture", problems)
+    raise_problems(f"--policy.init_from_stock={checkpoint} is another architecture", problems, TrainingError)
     folder = Path(checkpoint)
     file = folder / "model.safetensors"
     if not folder.is_dir():
         file = Path(hf_hub_download(checkpoint, "model.safetensors"))
     elif not file.is_file():
-        raise UserError(
+        raise TrainingError(
             f"--policy.init_from_stock={checkpoint} has no model.safetensors; name the folder "
             "pretrained_model of a stock diffusion checkpoint"
         )

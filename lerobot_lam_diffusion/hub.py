@@ -19,7 +19,7 @@ class HubError(UserError):
     Its message is a phrase, what was found and what to do, that goes on after the repository's name.
     """
 
-    docs = "docs/TROUBLESHOOTING.md#the-hub"
+    section = "the-hub"
 
 
 def fetch(repo_id: str, revision: str | None, files: Sequence[str], kind: str) -> Path:

@@ -31,7 +31,7 @@ from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_we
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.model_card import add_lam_section
-from lerobot_lam_diffusion.problems import LamNotFoundError, UserError
+from lerobot_lam_diffusion.problems import DatasetError, LamNotFoundError, TrainingError
 from lerobot_lam_diffusion.streaming import StreamingGuard
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -69,7 +69,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         super(DiffusionPolicy, self).__init__(config)
         config.validate_features()
         if config.init_from_stock is not None and config.pretrained_path:
-            raise UserError(
+            raise TrainingError(
                 f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
                 f"{config.pretrained_path} are two starts; leave one out"
             )
@@ -164,7 +164,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         elif "index" in batch:
             tokens = self._opened_store().window(batch["index"], deltas)
         else:
-            raise UserError(
+            raise TrainingError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
                 f"them by (it has {sorted(batch)})"
             )
@@ -172,7 +172,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
             tokens = tokens.unsqueeze(1)
         steps = len(deltas)
         if tokens.ndim != 3 or tokens.shape[1] < steps or tokens.shape[2] != self.config.lam_token_dim:
-            raise UserError(
+            raise TrainingError(
                 f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, at least {steps}, "
                 f"{self.config.lam_token_dim}) = (batch, lam_conditioning_steps, lam_num_learned_tokens * "
                 "lam_action_latent_dim)"
@@ -181,7 +181,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     def _opened_store(self) -> TokenStore | JoinedStores:
         if self.token_store is None:
-            raise UserError(
+            raise TrainingError(
                 f"the batch has no LAM tokens under {self.config.lam_tokens_key!r} and this policy has no "
                 "token store open: wrap the dataset in LamTokenDataset, or build the policy with LeRobot's "
                 "make_policy and --policy.lam_tokens_path"
@@ -194,7 +194,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         frames = self._raw_frames(batch)
         for camera, seen in frames.items():
             if seen.ndim != 5 or seen.shape[1] != len(deltas):
-                raise UserError(
+                raise TrainingError(
                     f"frames of {camera!r} have shape {tuple(seen.shape)}, expected (B, {len(deltas)}, 3, H, "
                     f"W): one frame for each of the policy's observation_delta_indices {deltas}"
                 )
@@ -228,7 +228,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if key in batch:
             tokens = batch[key]
             if tokens.ndim != 2 or tokens.shape[1] != token_dim:
-                raise UserError(
+                raise TrainingError(
                     f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, {token_dim}): the "
                     "token of this tick for each environment"
                 )
@@ -255,21 +255,21 @@ class DiffusionLamPolicy(DiffusionPolicy):
         cameras = list(dict.fromkeys(str(source.camera_key) for source in self.config.token_sources))
         frames = batch.get(OBS_LAM_IMAGES)
         if frames is None:
-            raise UserError(
+            raise TrainingError(
                 f"the batch has no raw frames under {OBS_LAM_IMAGES!r} for the LAM, only {sorted(batch)}: "
                 "use the pre-processor of this policy (make_pre_post_processors, or the one saved with its "
                 "checkpoint)"
             )
         if isinstance(frames, Tensor):
             if len(cameras) > 1:
-                raise UserError(
+                raise TrainingError(
                     f"the raw frames under {OBS_LAM_IMAGES!r} are of one camera, the LAMs look at {cameras}: "
                     "pass a dict from camera to frames"
                 )
             frames = {cameras[0]: frames}
         unknown = [camera for camera in cameras if camera not in frames]
         if unknown:
-            raise UserError(
+            raise DatasetError(
                 f"the LAM's camera {', '.join(map(repr, unknown))} is not among the cameras "
                 f"{sorted(frames)}; name one of them by --policy.lam_camera_key"
             )
@@ -309,7 +309,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     ) -> "DiffusionLamPolicy":
         weights = load_file(model_file)
         if not model.config.use_lam_conditioning and any("cond_encoder.lam." in name for name in weights):
-            raise UserError(
+            raise TrainingError(
                 f"{model_file} was trained with LAM conditioning, which --policy.use_lam_conditioning=false "
                 "leaves no place for; leave that flag out"
             )
@@ -401,7 +401,7 @@ def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
     ]
     if flags:
         return torch.stack(flags).all(0)
-    raise UserError(
+    raise TrainingError(
         "the batch does not tell which frames are padding (no 'observation.*_is_pad'), so that tokens at "
         "episode starts cannot be told from motion: build the dataset with delta_timestamps"
     )

@@ -31,7 +31,7 @@ AUGMENTATION = "dataset.image_transforms.enable"
 class StreamingError(UserError):
     """A streamed dataset that LeRobot would deliver otherwise than asked."""
 
-    docs = "docs/TROUBLESHOOTING.md#streaming"
+    section = "streaming"
 
 
 class StreamingGuard:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.problems import UserError, raise_problems, raise_unfit
+from lerobot_lam_diffusion.problems import (
+    ColumnError,
+    DatasetError,
+    TrainingError,
+    raise_problems,
+    raise_unfit,
+)
 from lerobot_lam_diffusion.sources import LamSource
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
@@ -51,7 +57,7 @@ def settle_precomputed_source(
         _settle_column(config, column, dataset_meta)
         return None
     if column is not None:
-        raise UserError(
+        raise ColumnError(
             f"two sources of LAM tokens: --policy.lam_tokens_path={_listed(paths)} and the column "
             f"{config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r}. Leave lam_tokens_path unset to "
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
@@ -119,14 +125,14 @@ def _scale(source: LamSource, scale: float) -> float:
 def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta: Any) -> None:
     sources = config.token_sources
     if column is None:
-        raise UserError(
+        raise TrainingError(
             f"no LAM tokens to train on: dataset {dataset_meta.repo_id!r} has no column "
             f"{config.lam_tokens_key!r} and --policy.lam_tokens_path is unset. Make a store with "
             f"lerobot-lam-precompute --dataset.repo_id={dataset_meta.repo_id} --lam.path=<LAM> "
             "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>"
         )
     if len(sources) > 1:
-        raise UserError(
+        raise ColumnError(
             f"column {config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r} holds the tokens of one "
             f"camera and LAM, the policy has {len(sources)} sources of tokens. Give each field lam_… one "
             "entry to train on the column, or name a token store for each by --policy.lam_tokens_path and "
@@ -139,7 +145,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
         return
     shape = tuple(column["shape"])
     if shape != (config.lam_token_dim,):
-        raise UserError(
+        raise ColumnError(
             f"column {config.lam_tokens_key!r} has shape {shape}, the policy expects "
             f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
@@ -157,7 +163,7 @@ def _settle_known_column(
     """As a store: the column says what its tokens are (see `tokens/column.py`)."""
     problems = _contradictions(config, source, column, dataset_meta)
     what = f"column {column.key!r} of dataset {dataset_meta.repo_id!r}"
-    raise_problems(f"{what} does not fit the policy", problems)
+    raise_problems(f"{what} does not fit the policy", problems, TrainingError)
     config.lam_frame_stride = column.frame_stride
     _adopt_dtype(config, column.provenance)
     settled = _adopted(config, source, column.provenance, dataset_meta)
@@ -299,7 +305,7 @@ def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -
         return camera
     if len(cameras) == 1 and list(config.image_features) == [camera]:
         return cameras[0]
-    raise UserError(
+    raise DatasetError(
         f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
         f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, it cannot be known "
         "which one it was, as --policy.lam_tokens_path=auto and --policy.lam_live_cache have to: make the "

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TextIO
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import DemoError
 from lerobot_lam_diffusion.scripts.next_step import shell_text
 
 _POLL_SECONDS = 0.25
@@ -36,10 +36,8 @@ class Progress(NamedTuple):
     note: str
 
 
-class CommandError(UserError):
+class CommandError(DemoError):
     """A command of the demo ended with an error."""
-
-    docs = "docs/TROUBLESHOOTING.md#the-demo"
 
 
 def run_logged(

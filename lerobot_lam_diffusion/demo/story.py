@@ -29,7 +29,7 @@ from lerobot_lam_diffusion.demo.running import (
     token_progress,
     training_progress,
 )
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import DemoError
 from lerobot_lam_diffusion.scripts.next_step import shell_text
 from lerobot_lam_diffusion.tokens import TokenStore
 
@@ -165,7 +165,7 @@ class _Story:
         self._run(command, log, training_progress)
         found = losses(log.read_text(errors="replace"))
         if not found:
-            raise UserError(
+            raise DemoError(
                 f"lerobot-train ended well but {log} holds no loss, expected one a step: its log lines "
                 "are not those of LeRobot 0.6. Install lerobot>=0.6.1,<0.7"
             )

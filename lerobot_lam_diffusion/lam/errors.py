@@ -9,7 +9,7 @@ class LamError(UserError):
     The message says what was found, what was expected and what to do; several problems come as one error.
     """
 
-    docs = "docs/TROUBLESHOOTING.md#the-lam"
+    section = "the-lam"
 
 
 def problems_to_error(what: str, problems: list[str], remedy: str) -> LamError:

@@ -46,7 +46,7 @@ TOLD_AGAIN_SECONDS = 300.0
 class CacheError(UserError):
     """The cache cannot be used, or what lies in it is damaged."""
 
-    docs = "docs/TROUBLESHOOTING.md#extraction"
+    section = "extraction"
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
 class StoreExistsError(UserError, FileExistsError):
     """A finished store of other inputs."""
 
-    docs = "docs/TROUBLESHOOTING.md#extraction"
+    section = "extraction"
 
 
 def _summary(store: TokenStore | None, **run: Any) -> Summary:

@@ -11,7 +11,7 @@ from lerobot.datasets.video_utils import VideoDecoderCache, decode_video_frames_
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.video import SequentialVideo
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import DatasetError, UserError
 
 CHUNK_FRAMES = 64
 CHUNK_BYTES = 32 << 20
@@ -21,7 +21,7 @@ CHUNK_BYTES = 32 << 20
 class DecodeError(UserError):
     """An episode whose frames cannot be read."""
 
-    docs = "docs/TROUBLESHOOTING.md#datasets-and-cameras"
+    section = "datasets-and-cameras"
 
 
 def choose_camera(meta: Any, camera_key: str | None) -> str:
@@ -36,7 +36,7 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
     """
     cameras = [key for key in meta.camera_keys if key not in meta.depth_keys]
     if not cameras:
-        raise UserError(
+        raise DatasetError(
             f"dataset {meta.repo_id!r} has no RGB camera for the LAM to look at; use another dataset"
         )
     if camera_key is None and len(cameras) == 1:
@@ -45,7 +45,7 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
         return camera_key
     found = "is a depth camera" if camera_key in meta.depth_keys else "is unknown"
     what = f"--camera_key={camera_key} {found}" if camera_key else "--camera_key is unset"
-    raise UserError(
+    raise DatasetError(
         f"{what}: dataset {meta.repo_id!r} has the RGB cameras {cameras}; pass one of them as --camera_key"
     )
 

@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.origin import decoder_version
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
 from lerobot_lam_diffusion.tokens.binding import check_binding
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
 
@@ -73,7 +73,7 @@ def store_of_live_cache(
         else:
             blocks[episode] = values
     if not any(len(values) > tables.frame_stride for values in blocks.values()):
-        raise TokenStoreError(
+        raise LiveCacheError(
             f"{cache.path} holds no complete episode of this dataset's pixels yet: of {len(opened)}, "
             f"{incomplete} lack pairs and {other_pixels} have tokens of other pixels (augmentation, or "
             "another --dataset.video_backend than in training). Train on with --policy.lam_live_cache, or "

@@ -34,7 +34,7 @@ NOT_IDENTITY = {
 class PlanError(UserError):
     """Unfinished work that is damaged, or that this run cannot go on with."""
 
-    docs = "docs/TROUBLESHOOTING.md#extraction"
+    section = "extraction"
 
 
 @dataclass(frozen=True)

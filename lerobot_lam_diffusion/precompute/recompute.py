@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
-from lerobot_lam_diffusion.tokens.pair_cache import PairCache
+from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 
@@ -81,7 +80,7 @@ def recompute_kept(
     _refuse_other_lam(cache.tables, lam)
     kept = torch.cat([frames for frames, _, _ in cache.scan()])
     if not len(kept):
-        raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
+        raise LiveCacheError(f"{cache.path} holds no tokens to compare yet: train on with it first")
     chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
     index = kept[sorted(chosen)]
     prev, cur = (
@@ -146,13 +145,13 @@ def _camera(store: TokenStore, dataset: Any, camera_key: str | None) -> str:
     if store.provenance is not None:
         camera = store.provenance.camera_key
         if camera_key not in (None, camera):
-            raise UserError(f"{store.path} was made of {camera}; leave out --camera_key={camera_key}")
+            raise TokenStoreError(f"{store.path} was made of {camera}; leave out --camera_key={camera_key}")
         return camera
     if camera_key is None and len(cameras) == 1:
         return cameras[0]
     if camera_key is None or camera_key not in cameras:
         found = "does not tell its camera" if camera_key is None else f"cannot be of {camera_key!r}"
-        raise UserError(f"{store.path} {found}; pass --camera_key as one of {cameras}")
+        raise TokenStoreError(f"{store.path} {found}; pass --camera_key as one of {cameras}")
     return camera_key
 
 

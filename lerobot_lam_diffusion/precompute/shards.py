@@ -34,7 +34,7 @@ LARGEST_MANIFEST = 64 << 20  # bytes
 class ShardError(UserError):
     """A shard that is not what its manifest says."""
 
-    docs = "docs/TROUBLESHOOTING.md#extraction"
+    section = "extraction"
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def run_command(
         command(draccus.parse(config_class, args=arguments))
     except (UserError, OSError, draccus.ParsingError) as error:
         cause = _told_by(error)
-        more = getattr(cause, "__notes__", [f"See {UserError.docs}"])
+        more = getattr(cause, "__notes__", [UserError.pointer()])
         if told is not None and isinstance(cause, draccus.ParsingError):
             more = [f"The flags: {told.name} --help"]
         sys.exit("\n".join([f"error: {cause}", *more]))

@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub.constants
 
 from lerobot_lam_diffusion.lam import resolve_lam
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import DemoError, UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
@@ -141,7 +141,7 @@ def require_simulator() -> None:
     """Raise a UserError unless the extra `pusht` is installed."""
     missing = [name for name in SIMULATOR if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
+        raise DemoError(
             f"the demo needs {', '.join(missing)}, not installed here. Install the simulator: "
             "pip install 'lerobot_policy_diffusion_lam[pusht]'"
         )

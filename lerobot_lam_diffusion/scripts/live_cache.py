@@ -8,12 +8,11 @@ import torch
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.cache import live_rows
 from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
-from lerobot_lam_diffusion.tokens.pair_cache import TABLES, PairCache, is_pair_cache
+from lerobot_lam_diffusion.tokens.pair_cache import TABLES, LiveCacheError, PairCache, is_pair_cache
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
         )
     told = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
     if result.equal < result.checked:
-        raise UserError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
+        raise LiveCacheError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
     print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
 
 
@@ -75,7 +74,7 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
     """Its complete episodes as a token store, of those tokens that are of the dataset's own pixels."""
     missing = [f"--{name}" for name in ("output_dir", "dataset.repo_id") if _is_unset(config, name)]
     if missing:
-        raise UserError(
+        raise LiveCacheError(
             f"{' and '.join(missing)} unset: a live cache becomes a store with its dataset, whose pixels are "
             "compared, and --output_dir, where the store will stand"
         )

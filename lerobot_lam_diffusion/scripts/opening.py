@@ -11,7 +11,7 @@ from lerobot.datasets.utils import CompatibilityError
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.device_utils import auto_select_torch_device
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import DatasetError, UserError
 
 
 def usable_device(device: str | None) -> str:
@@ -41,7 +41,7 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
             meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
+            raise DatasetError(
                 f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor "
                 f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
             ) from error
@@ -70,7 +70,7 @@ def _refusing_old_formats(config: DatasetConfig) -> Iterator[None]:
         yield
     except (CompatibilityError, NotImplementedError) as error:
         here = f" --root={config.root} --push-to-hub=false" if config.root is not None else ""
-        raise UserError(
+        raise DatasetError(
             f"dataset {config.repo_id!r} is in an older format than LeRobot's v3.0; convert it by python -m "
             f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id}{here} (it has to be in "
             "v2.1 for that)"

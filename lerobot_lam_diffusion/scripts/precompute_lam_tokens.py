@@ -27,7 +27,7 @@ from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
@@ -164,7 +164,7 @@ def precompute(config: PrecomputeConfig) -> None:
             process=process,
         )
     except torch.OutOfMemoryError as error:
-        raise UserError(
+        raise ExtractionError(
             f"the GPU's memory is not enough ({str(error).splitlines()[0]}); pass a smaller --batch_size"
         ) from error
     except (KeyboardInterrupt, DecodeError, OSError) as error:

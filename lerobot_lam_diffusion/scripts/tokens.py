@@ -62,7 +62,7 @@ from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.export import export_store
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.merge import merge_stores
 from lerobot_lam_diffusion.tokens.pull import pull_store
@@ -242,7 +242,7 @@ def verify(config: VerifyConfig) -> None:
         f"ones, largest difference {result.max_error:.2g})"
     )
     if result.equal < result.checked:
-        raise UserError(
+        raise TokenStoreError(
             f"{told}: the frames or the LAM changed, or the store was made on another kind of device. "
             "Extract the tokens again with lerobot-lam-precompute"
         )

@@ -39,7 +39,7 @@ from lerobot.datasets.utils import DATA_DIR, EPISODES_DIR, INFO_PATH, STATS_PATH
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import ColumnError, DatasetError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -100,7 +100,9 @@ def add_column(
     """
     refuse_existing(output)
     check_binding(store, meta)
-    raise_problems(f"the tokens of {store.name} cannot become a column", _problems(store, meta, key))
+    raise_problems(
+        f"the tokens of {store.name} cannot become a column", _problems(store, meta, key), ColumnError
+    )
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
@@ -222,7 +224,7 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
             rows = {key: tokens[episodes == episode]}
             stats[int(episode)] = compute_episode_stats(rows, features)[key]
     if not seen.all():
-        raise UserError(
+        raise DatasetError(
             f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of "
             f"{store.num_frames}; download or restore the dataset"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import DatasetError, raise_problems
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
     """With and without the encoding of the video."""
     files = sorted((Path(meta.root) / "meta" / "episodes").rglob("*.parquet"))
     if not files:
-        raise UserError(
+        raise DatasetError(
             f"{meta.root} has no meta/episodes/*.parquet: not a LeRobot dataset v3. Convert older ones with "
             "python -m lerobot.scripts.convert_dataset_v21_to_v30"
         )

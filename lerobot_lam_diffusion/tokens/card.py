@@ -12,7 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import DatasetCard
 
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.problems import PushError
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, PACKAGE, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
@@ -36,13 +36,13 @@ def make_card(
         existing: README of the repository as it is.
 
     Raises:
-        TokenStoreError: the metadata of `existing` is not YAML.
+        PushError: the metadata of `existing` is not YAML.
     """
     section = f"{_BEGIN}\n{_section(store, repo_id, revision, has_picture)}\n{_END}"
     try:
         card: Any = DatasetCard(existing if existing is not None else "---\ntags: []\n---\n")
     except (ValueError, yaml.YAMLError) as error:
-        raise TokenStoreError(
+        raise PushError(
             f"README.md of {repo_id} begins with metadata that cannot be read ({error}); correct or remove "
             "it on the Hub"
         ) from error

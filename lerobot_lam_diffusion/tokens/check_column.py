@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.problems import ColumnError, DatasetError, raise_problems
 from lerobot_lam_diffusion.tokens.column import TokenColumn
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
+from lerobot_lam_diffusion.tokens.layout import not_finite
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 
@@ -33,19 +33,19 @@ def open_column(column: TokenColumn, meta: Any) -> TokenStore:
     for path in sorted((Path(meta.root) / "data").glob("*/*.parquet")):
         index, within, tokens = _read(path, column)
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < meta.total_frames:
-            raise TokenStoreError(f"{path} has frames beyond the dataset's {meta.total_frames}; restore it")
+            raise DatasetError(f"{path} has frames beyond the dataset's {meta.total_frames}; restore it")
         episode = torch.searchsorted(start, index, right=True) - 1
         wrong = (index - start[episode] != within).nonzero()
         if len(wrong):
             row = int(wrong[0, 0])
-            raise TokenStoreError(
+            raise DatasetError(
                 f"{path} calls frame {int(index[row])} of the dataset frame {int(within[row])} of its "
                 f"episode, meta/episodes frame {int((index - start[episode])[row])}; restore the dataset"
             )
         values[index] = tokens
         seen[index] = True
     if not seen.all():
-        raise TokenStoreError(
+        raise DatasetError(
             f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of the dataset's "
             f"{meta.total_frames}; download or restore it"
         )
@@ -71,7 +71,7 @@ def _read(path: Path, column: TokenColumn) -> tuple[Tensor, Tensor, Tensor]:
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
         flat = flat.flatten()
     if len(flat) != len(rows) * column.token_dim or flat.null_count or not pa.types.is_floating(flat.type):
-        raise TokenStoreError(
+        raise ColumnError(
             f"{path}: a row of {column.key!r} is not {column.token_dim} numbers; add the column again with "
             "lerobot-lam-tokens add-column"
         )
@@ -97,7 +97,7 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
     name = f"column {column.key!r} of {store.path}"
     problem = not_finite(store.values, "token")
     if problem:
-        raise UserError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
+        raise ColumnError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
     missing = torch.ones(store.num_frames, dtype=torch.bool)
     missing[store.frames_with_tokens()] = False
     zero = ~store.values.any(1)
@@ -114,7 +114,9 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
     ]
     if column.kind == VQ:
         problems += _code_problems(column, store.values[~missing], codebook)
-    raise_problems(f"{name} is not what it says; add it again with lerobot-lam-tokens add-column", problems)
+    raise_problems(
+        f"{name} is not what it says; add it again with lerobot-lam-tokens add-column", problems, ColumnError
+    )
     return int(missing.sum())
 
 

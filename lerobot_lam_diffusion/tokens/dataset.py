@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import ColumnError
+from lerobot_lam_diffusion.streaming import StreamingError
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
@@ -38,12 +39,12 @@ class LamTokenDataset(Dataset):
         key: str = OBS_LAM_TOKENS,
     ) -> None:
         if isinstance(dataset, IterableDataset):
-            raise UserError(
+            raise StreamingError(
                 "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy "
                 "by LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
             )
         if key in dataset.meta.features:
-            raise UserError(
+            raise ColumnError(
                 f"the dataset has a column {key!r} already: train on that column, or drop it with "
                 "lerobot-edit-dataset before joining a token store"
             )

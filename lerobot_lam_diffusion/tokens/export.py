@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
@@ -45,9 +46,9 @@ def export_store(store: TokenStore, output: Path, format: str) -> None:
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown; expected one of {', '.join(FORMATS)}")
     if store.provenance is None:
-        raise UserError(f"{store.path} is no token store but a file of its tokens already")
+        raise TokenStoreError(f"{store.path} is no token store but a file of its tokens already")
     if format != "parquet" and bool((store.episode_row < 0).any()):
-        raise UserError(
+        raise TokenStoreError(
             f"{store.path} is partial ({store.coverage}), and a .{format} file has a row for every frame: "
             "missing episodes would pass for zeros. Export it with --format=parquet, or extract the missing "
             "episodes with lerobot-lam-precompute first"

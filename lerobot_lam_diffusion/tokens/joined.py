@@ -15,6 +15,12 @@ from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 
+class JoinedStoresError(TokenStoreError):
+    """Stores that cannot be used together."""
+
+    section = "several-stores-at-once"
+
+
 @dataclass(frozen=True)
 class JoinedStores:
     """Stores whose tokens stand side by side, in this order; one store gives its own tokens."""
@@ -50,7 +56,7 @@ def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> 
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), TokenStoreError)
+    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), JoinedStoresError)
     return stores
 
 
@@ -62,7 +68,7 @@ def join_stores(stores: Sequence[TokenStore]) -> TokenStore | JoinedStores:
     """
     if not stores:
         raise TokenStoreError("no token store is named, expected at least one: name a store")
-    raise_problems("these token stores cannot be joined", differences(stores), TokenStoreError)
+    raise_problems("these token stores cannot be joined", differences(stores), JoinedStoresError)
     return stores[0] if len(stores) == 1 else JoinedStores(tuple(stores))
 
 

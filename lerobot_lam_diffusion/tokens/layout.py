@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import TokenStoreError
 from lerobot_lam_diffusion.reading import is_file, open_regular, shown
 from lerobot_lam_diffusion.safetensors_header import read_header
 from lerobot_lam_diffusion.tokens import checked
@@ -21,12 +21,6 @@ PROVENANCE_FILE = "lam_tokens.json"
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
 HEADER_BYTES = 1 << 16  # of at most five tensors
-
-
-class TokenStoreError(UserError):
-    """A store that is missing, damaged, of another dataset, or lacks a frame that is asked for."""
-
-    docs = "docs/TROUBLESHOOTING.md#token-stores"
 
 
 def unfinished_folder(folder: Path) -> Path:

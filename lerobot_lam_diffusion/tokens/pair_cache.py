@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError, not_finite
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
@@ -38,6 +37,12 @@ from lerobot_lam_diffusion.tokens.writer import write_store
 
 TABLES = "tables"
 PAIRS_FILE = "pairs.bin"
+
+
+class LiveCacheError(TokenStoreError):
+    """A live cache that is missing, damaged or empty."""
+
+    section = "extraction"
 
 
 class Found(NamedTuple):
@@ -75,7 +80,7 @@ class PairCache:
         size = (path / PAIRS_FILE).stat().st_size
         expected = tables.num_frames * self._record.itemsize
         if size != expected:
-            raise TokenStoreError(
+            raise LiveCacheError(
                 f"{path / PAIRS_FILE} has {size} bytes, expected {expected}: it was truncated or altered. "
                 f"Remove the folder {path}; training makes it anew"
             )
@@ -135,7 +140,7 @@ class PairCache:
             TokenStoreError: there is none, or it is damaged.
         """
         if not is_pair_cache(folder):
-            raise TokenStoreError(
+            raise LiveCacheError(
                 f"no cache of live tokens at {folder}: expected the folder {TABLES} and {PAIRS_FILE} in it, "
                 "as training with --policy.lam_live_cache makes them"
             )
@@ -185,7 +190,9 @@ class PairCache:
             OSError: the disk is full.
         """
         if values.is_floating_point() and not values.isfinite().all():
-            raise UserError("tokens hold NaN or Inf; the LAM or its input is damaged, nothing was stored")
+            raise TokenStoreError(
+                "tokens hold NaN or Inf; the LAM or its input is damaged, nothing was stored"
+            )
         records = np.zeros(len(frames), dtype=self._record)
         records["pixels"] = pixels.numpy().astype("<u8")
         records["value"] = values.numpy()

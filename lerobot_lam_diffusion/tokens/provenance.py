@@ -30,7 +30,7 @@ PAIR_CONTEXT = "pair"
 class ProvenanceError(UserError):
     """A provenance file that is missing, damaged or newer than this package."""
 
-    docs = "docs/TROUBLESHOOTING.md#token-stores"
+    section = "token-stores"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import TokenStoreError, UserError
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE, VQ
 
 INT8_LEVELS = 127
@@ -90,7 +90,7 @@ def encode_tokens(tokens: Tensor, storage_dtype: str) -> StoredRows:
     """
     tokens = tokens.float().cpu()
     if not tokens.isfinite().all():
-        raise UserError("tokens hold NaN or Inf; the LAM or its input is damaged, nothing was stored")
+        raise TokenStoreError("tokens hold NaN or Inf; the LAM or its input is damaged, nothing was stored")
     if storage_dtype == "int8":
         scale = tokens.abs().amax(1) / INT8_LEVELS
         levels = (tokens / scale.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0).round()  # x / 0: a row of zeros
@@ -103,7 +103,7 @@ def encode_tokens(tokens: Tensor, storage_dtype: str) -> StoredRows:
     error = (decode_tokens(**tensors) - tokens).abs()
     largest = float(error.max()) if error.numel() else 0.0
     if not largest < float("inf"):
-        raise UserError(
+        raise TokenStoreError(
             f"a token holds the number {float(tokens.abs().max()):.3g}, more than {storage_dtype} can; store "
             "them with --storage_dtype=float32, or bfloat16, which has float32's range at half its size"
         )

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import (
     PROVENANCE_FILE,
     TENSORS_FILE,
+    TokenStoreError,
     sha256_of,
     stamp_of,
     tensor_layout,
@@ -116,7 +116,7 @@ def write_rows(
     if provenance.token_kind == VQ:
         known["codebook"] = codebook.float().cpu()
         if not known["codebook"].isfinite().all():
-            raise UserError("the LAM's codebook holds NaN or Inf; its weights are damaged")
+            raise TokenStoreError("the LAM's codebook holds NaN or Inf; its weights are damaged")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))

@@ -14,15 +14,54 @@ REASONS = {"reason", "_refused", "_not_delivered"}
 
 
 @cache
+def _trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
 def messages() -> dict[str, str]:
     """Message → where it is raised."""
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-    errors = _error_classes(trees.values()) | BUILTIN
+    errors = _error_classes(_trees().values()) | BUILTIN
     found = {}
-    for path, tree in trees.items():
+    for path, tree in _trees().items():
         for node, text in _texts(tree, errors):
             found.setdefault(text, f"{path.relative_to(PACKAGE.parent)}:{node.lineno}")
     return found
+
+
+@cache
+def sections() -> dict[str, str]:
+    """Error class → the section of the docs that it names."""
+    classes = {
+        node.name: node
+        for tree in _trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def section(name: str) -> str:
+        own = [
+            ast.literal_eval(each.value)
+            for each in classes[name].body
+            if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "section"
+        ]
+        return own[0] if own else section(ast.unparse(classes[name].bases[0]))
+
+    return {name: section(name) for name in _error_classes(_trees().values())}
+
+
+def raised() -> Iterator[tuple[str, str, str]]:
+    """Each error that is raised: its message, its class, and where."""
+    for path, tree in _trees().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = ast.unparse(node.func)
+            if name == "raise_problems":
+                name = ast.unparse(node.args[2]) if len(node.args) > 2 else "UserError"
+            text = _template(node.args[0])
+            if name in sections() and text.strip("… .:;"):
+                yield text, name, f"{path.relative_to(PACKAGE.parent)}:{node.lineno}"
 
 
 def _error_classes(trees) -> set[str]:

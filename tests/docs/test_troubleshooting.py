@@ -3,22 +3,18 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from lerobot_lam_diffusion import problems
-from lerobot_lam_diffusion.lam import LamError
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens import TokenStoreError
-from tests.docs.messages import messages
+from lerobot_lam_diffusion.problems import TokenStoreError
+from tests.docs.messages import messages, raised, sections
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "TROUBLESHOOTING.md").read_text("utf-8")
 FOREIGN = "(LeRobot's)"
 
 
-def rows(foreign: bool = False) -> list[str]:
+def rows(foreign: bool = False, text: str = PAGE) -> list[str]:
     """The messages in the first column, those of LeRobot or ours; `…` is what varies."""
-    firsts = re.findall(r"^\| (`.*?) \|", PAGE, re.M)
+    firsts = re.findall(r"^\| (`.*?) \|", text, re.M)
     return [row for first in firsts if (FOREIGN in first) == foreign for row in re.findall("`(.+?)`", first)]
 
 
@@ -52,13 +48,27 @@ def test_no_row_is_stale_or_says_nothing():
     ]
 
 
-@pytest.mark.parametrize("error", [UserError, LamError, TokenStoreError, problems.LamNotFoundError])
-def test_an_error_names_its_section(error):
-    (note,) = error("found this, do that").__notes__
-    section = re.search(r"docs/TROUBLESHOOTING\.md(?:#([\w-]+))?", note)
-    headings = {
-        re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in re.findall("^## (.+)", PAGE, re.M)
-    }
-    assert section is not None
-    assert section[1] is None or section[1] in headings
-    assert str(error("found this, do that")) == "found this, do that"
+def test_an_error_names_the_section_that_has_its_row():
+    by_section = {}
+    for heading, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S):
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        by_section[anchor] = rows(text=body)
+    assert set(sections().values()) <= by_section.keys()
+    astray = [
+        f"{place}: {name} names #{sections()[name]}, which has no row for: {text}"
+        for text, name, place in raised()
+        if not any(matches(row, text) for row in by_section[sections()[name]])
+    ]
+    assert not astray, "\n".join(astray)
+
+
+def test_an_error_ends_with_the_page():
+    error = TokenStoreError("found this, do that")
+    assert error.__notes__ == ["See docs/TROUBLESHOOTING.md#token-stores"]
+    assert str(error) == "found this, do that"
+
+
+def test_without_a_checkout_the_page_is_the_installed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(problems, "_PACKAGE", tmp_path / "lerobot_lam_diffusion")
+    page = tmp_path / "lerobot_lam_diffusion" / "docs" / "TROUBLESHOOTING.md"
+    assert problems.DatasetError("x").__notes__ == [f"See {page}#datasets-and-cameras"]
