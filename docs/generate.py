@@ -44,6 +44,7 @@ Of `--policy.type=diffusion_lam`, as `--policy.NAME=VALUE` on the command lines 
 def generated() -> dict[str, str]:
     """Path in the repository → content."""
     texts = {f"{HELP_TEXTS}/{command.name.replace(' ', '-')}.txt": command.help() for command in COMMANDS}
+    texts[f"{HELP_TEXTS}/lerobot-lam-tokens-cache.txt"] = f"{tokens.command_list('cache ')}\n"
     texts[f"{HELP_TEXTS}/lerobot-lam-tokens.txt"] = f"{tokens.command_list()}\n"
     return {REFERENCE: reference(), **texts}
 

@@ -29,6 +29,10 @@ class UserError(ValueError):
         return f"See {docs_page()}#{cls.section}"
 
 
+class FlagError(UserError):
+    """A flag that does not exist, is missing, or cannot be read; command lines exit with status 2."""
+
+
 class DatasetError(UserError):
     """A dataset, or one of its cameras, is not what was asked for."""
 

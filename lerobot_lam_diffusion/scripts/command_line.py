@@ -3,15 +3,20 @@
 draccus itself takes `--dataset.repo_id=x`; it knows neither `--dataset-repo-id x` nor `--episodes 0 1 2`.
 """
 
+import argparse
+import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import draccus
+from draccus.utils import DraccusException
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import FlagError, UserError
 from lerobot_lam_diffusion.scripts.help import Command
 
 DASHED = {
@@ -52,28 +57,89 @@ def run_command(
 ) -> None:
     """Parse the command line into `config_class` and run `command` on it; `told` answers `--help`.
 
-    Exits with status 1 and one message where the input is bad, and 130 after an interrupt.
+    Exits with one message where the input is bad: status 2 where a flag is unknown, missing or cannot be
+    read, else 1. Exits with 130 after an interrupt.
     """
+    told = told or Command(Path(sys.argv[0]).name, config_class, "")
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
-    arguments = normalise(sys.argv[1:] if argv is None else argv)
-    if told is not None and {"-h", "--help"} & set(arguments):
-        print(told.help(), end="")
-        sys.exit(0)
     try:
-        command(draccus.parse(config_class, args=arguments))
-    except (UserError, OSError, draccus.ParsingError) as error:
-        cause = _told_by(error)
-        more = getattr(cause, "__notes__", [UserError.pointer()])
-        if told is not None and isinstance(cause, draccus.ParsingError):
-            more = [f"The flags: {told.name} --help"]
-        sys.exit("\n".join([f"error: {cause}", *more]))
+        arguments = normalise(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & set(arguments):
+            print(told.help(), end="")
+            sys.exit(0)
+        command(draccus.parse(config_class, args=arguments, exit_on_error=False))
+    except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
+        refuse(_as_flag_error(_told_by(error), told))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Exit with the error's message and the section of the docs that has it."""
+    text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [UserError.pointer()])])
+    if not isinstance(error, FlagError):
+        sys.exit(text)
+    print(text, file=sys.stderr)
+    sys.exit(2)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean …?`, or nothing where nothing is like it."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Where FFmpeg is missing, LeRobot logs a page on torchcodec, then one line that says it uses PyAV."""
     return "libtorchcodec" not in record.getMessage()
+
+
+def _as_flag_error(error: BaseException, told: Command) -> BaseException:
+    """What argparse and draccus say of flags, in our words; other errors as they are."""
+    flags = {flag.name: flag for group in told.groups() for flag in group.flags}
+    if isinstance(error, argparse.ArgumentError):
+        return FlagError(f"{error.argument_name} needs a value ({told.name} --help)")
+    if not isinstance(error, DraccusException):
+        return error
+    path = [*getattr(error, "key_path", [])]
+    text = getattr(error, "message", str(error))
+    named = [".".join([*path, name]) for name in re.findall("`(.+?)`", text)]
+    if text.startswith("unrecognized arguments: "):
+        words = text.removeprefix("unrecognized arguments: ").split()
+        return _unknown([word.partition("=")[0] for word in words if word.startswith("-")] or words, told)
+    if text.startswith("The fields "):
+        return _unknown([f"--{name}" for name in named], told)
+    if text.startswith("Missing required field(s) "):
+        return FlagError("\n  ".join(_missing_problems(named, told)) + f" ({told.name} --help)")
+    unread = re.match(r"Couldn't parse '(.*)' into (?:an? )?(.*)", text, re.S)
+    if path and unread:
+        flag = flags.get(".".join(path))
+        kind = flag.metavar if flag is not None else unread[2]
+        return FlagError(
+            f"--{'.'.join(path)}={unread[1]} cannot be read, expected {kind} ({told.name} --help)"
+        )
+    where = f"--{'.'.join(path)}: " if path else ""
+    return FlagError(f"{where}{text} ({told.name} --help)")
+
+
+def _missing_problems(names: list[str], told: Command) -> list[str]:
+    """Of these flags and of what is required below them."""
+    below = tuple(f"{name}." for name in names)
+    flags = [flag for group in told.groups() for flag in group.flags]
+    missing = [
+        flag for flag in flags if flag.name in names or (flag.required and f"{flag.name}.".startswith(below))
+    ]
+    return [f"{told.spelled(flag)} is missing: {flag.text}" for flag in missing]
+
+
+def _unknown(words: list[str], told: Command) -> FlagError:
+    return FlagError("\n  ".join(_unknown_problems(words, told)) + f" All flags: {told.name} --help")
+
+
+def _unknown_problems(words: list[str], told: Command) -> list[str]:
+    known = [f"--{flag.name}" for group in told.groups() for flag in group.flags]
+    known += ["--config_path", *(dashed for dashed, name in DASHED.items() if f"--{name}" in known)]
+    return [f"unknown flag {word}{did_you_mean(word, known)}" for word in words]
 
 
 def _told_by(error: BaseException) -> BaseException:
@@ -111,5 +177,5 @@ def _as_list(values: list[str]) -> str:
 
 def _value_of(flag: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
-        sys.exit(f"error: {flag} needs a value")
+        raise FlagError(f"{flag} needs a value")
     return rest.pop(0)

@@ -70,9 +70,19 @@ class Command:
     config_class: type
     about: str
     paths: str = ""
+    hidden: tuple[str, ...] = ()
+    """Flags that it takes with its dataclass, and refuses."""
 
     def groups(self) -> list[Group]:
-        return list(groups_of(self.config_class))
+        return [
+            Group(group.title, group.about, [flag for flag in group.flags if flag.name not in self.hidden])
+            for group in groups_of(self.config_class)
+        ]
+
+    def spelled(self, flag: Flag) -> str:
+        """The flag, and the word that may stand for it."""
+        stands_first = flag.name.upper() in self.paths.split()
+        return f"{flag.name.upper()}, or --{flag.name}," if stands_first else f"--{flag.name}"
 
     def usage(self) -> str:
         needed = [
@@ -98,9 +108,10 @@ class Command:
         for group in self.groups():
             section = parser.add_argument_group(group.title, group.about or None)
             for flag in group.flags:
-                end = (
-                    " (required)" if flag.required else f" (default: {flag.default})" if flag.default else ""
-                )
+                end = f" (default: {flag.default})" if flag.default else ""
+                if flag.required:
+                    spelled = self.spelled(flag).rstrip(",")
+                    end = " (required)" if spelled.startswith("--") else f" (required: {spelled})"
                 section.add_argument(
                     f"--{flag.name}", metavar=flag.metavar, help=f"{flag.text}{end}".replace("%", "%%")
                 )

@@ -35,7 +35,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.problems import FlagError, UserError
 from lerobot_lam_diffusion.scripts.cache import (
     CacheListConfig,
     CachePathConfig,
@@ -50,7 +50,7 @@ from lerobot_lam_diffusion.scripts.column import (
     means_dataset,
     verify_dataset,
 )
-from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.command_line import LamSource, did_you_mean, refuse, run_command
 from lerobot_lam_diffusion.scripts.help import Command, summary_of
 from lerobot_lam_diffusion.scripts.live_cache import (
     means_live_cache,
@@ -334,20 +334,36 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["cache"]:
+        if words[1:] in ([], ["-h"], ["--help"]):
+            print(command_list("cache "))
+            sys.exit(0 if words[1:] else 2)
         words[:2] = [" ".join(words[:2])]
-    if not words or words[0] not in COMMANDS:
+    if words in ([], ["-h"], ["--help"]):
         print(command_list())
-        sys.exit(0 if words in (["-h"], ["--help"]) else f"error: expected one of {', '.join(COMMANDS)}")
+        sys.exit(0 if words else 2)
+    if words[0] not in COMMANDS:
+        known = list(COMMANDS)
+        refuse(
+            FlagError(
+                f"unknown command {words[0]}{did_you_mean(words[0], known)} Commands: {', '.join(known)}"
+            )
+        )
     name = words.pop(0)
     config_class, command = COMMANDS[name]
     run_command(config_class, command, _with_flags(words, config_class), told_of(name))
 
 
-def command_list() -> str:
-    """What `lerobot-lam-tokens --help` prints."""
+def command_list(prefix: str = "") -> str:
+    """What `lerobot-lam-tokens --help` prints; with a prefix, of the commands that begin so."""
     about = __doc__ or ""
-    names = [f"    {name:<14}{summary_of(config_class)}" for name, (config_class, _) in COMMANDS.items()]
+    names = [
+        f"    {name:<14}{summary_of(config_class)}"
+        for name, (config_class, _) in COMMANDS.items()
+        if name.startswith(prefix)
+    ]
     flags = "Each takes --help, which tells its flags."
+    if prefix:
+        return "\n".join([f"usage: lerobot-lam-tokens {prefix}COMMAND [flags]\n", *names, f"\n{flags}"])
     return "\n".join(["usage: lerobot-lam-tokens COMMAND [STORE …] [flags]\n", about, *names, f"\n{flags}"])
 
 
@@ -359,7 +375,8 @@ def told_of(name: str) -> Command:
     paths = {"stores": "STORE …", "store": "STORE"}
     words = [paths[each.name] for each in fields(config_class) if each.name in paths]
     about = "\n".join([summary_of(config_class), *([""] if examples else []), *examples])
-    return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "")
+    hidden = ("dataset.episodes",) if config_class is AddColumnConfig else ()
+    return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "", hidden)
 
 
 def _with_flags(words: list[str], config_class: type) -> list[str]:

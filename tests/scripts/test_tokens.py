@@ -180,9 +180,26 @@ def test_a_missing_store_is_one_line(tmp_path):
     assert "no token store at" in refusal(["info", tmp_path / "nothing"])
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    assert "info, verify, merge, export" in refusal(["frobnicate"])
-    assert "lerobot-lam-tokens verify" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("words", "told"), [(["infos"], "infos; did you mean info?"), (["frobnicate"], "frobnicate.")]
+)
+def test_an_unknown_command_names_the_known_ones(words, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: unknown command {told} Commands: info, verify, merge, export")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["cache", "--help"], 0), (["cache"], 2)])
+def test_the_cache_tells_its_commands(words, code, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == code
+    told = capsys.readouterr().out
+    assert "cache list" in told
+    assert "export" not in told
 
 
 @pytest.mark.slow
