@@ -37,7 +37,12 @@ def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
         if text is not None:
             print(text, end="")
             return
-    import_module(f"{SCRIPTS}.{module}").main(words)
+    try:
+        main = import_module(f"{SCRIPTS}.{module}").main
+    except KeyboardInterrupt:  # imports take seconds
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
+    main(words)
 
 
 def _help_of(words: list[str]) -> str | None:

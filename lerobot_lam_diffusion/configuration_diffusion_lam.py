@@ -113,7 +113,7 @@ class DiffusionLamConfig(DiffusionConfig):
             raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
         except UserError as error:
             # draccus, which parses LeRobot's command lines, drops the text of a ValueError.
-            logger.error("%s", error)
+            logger.error("%s\n%s\n(What LeRobot prints after this follows from it.)", error, error.pointer())
             raise
         if self.lam_conditioning_steps is None:
             self.lam_conditioning_steps = self._derived_conditioning_steps()

@@ -104,7 +104,9 @@ def check_lams(
                 f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
                 f"{str(source.fingerprint)[:16]}…"
             )
-            if config.lam_allow_mismatch:
+            if own:
+                own[-1] += "; it is another LAM than the policy was trained with, name that one by its path"
+            elif config.lam_allow_mismatch:
                 others.append(other)
             else:
                 own.append(

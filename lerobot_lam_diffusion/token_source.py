@@ -267,13 +267,14 @@ def _contradictions(
         for name, want, have in told
         if want not in (None, have)
     ]
+    of_another_shape = bool(problems)
     trained_with = source.fingerprint
     made_by = store.provenance.lam.fingerprint if store.provenance else trained_with
     if trained_with not in (None, made_by) and not config.lam_allow_mismatch:
         problems.append(
             f"it was made by the LAM with fingerprint {str(made_by)[:16]}…, the policy was trained with "
-            f"{str(trained_with)[:16]}…: train on a {noun} of that LAM, or go on with the other one by "
-            "--policy.lam_allow_mismatch=true"
+            f"{str(trained_with)[:16]}…: train on a {noun} of that LAM"
+            + ("" if of_another_shape else ", or go on with it by --policy.lam_allow_mismatch=true")
         )
     if config.lam_use_vq_tokens != (store.kind == VQ):
         flag = str(store.kind == VQ).lower()
@@ -325,7 +326,8 @@ def _unknown_cameras(
         return []
     unknown = dict.fromkeys(source.camera_key for source in sources if source.camera_key not in cameras)
     return [
-        f"--policy.lam_camera_key={camera} is not among the policy's cameras {cameras}" for camera in unknown
+        f"--policy.lam_camera_key={camera} is not among the policy's cameras {cameras}; pass one of them"
+        for camera in unknown
     ]
 
 

@@ -262,7 +262,7 @@ def test_cache_commands(dataset, auto, home, capsys):
         f"{TOP}, stride 1 frames",
         "vq, encoded in float32 on cpu",
         "last used 2",
-        "1 token stores, ",
+        "1 token store, ",
     ):
         assert fact in told
     tokens_command(["cache", "prune", "--older_than_days=1"])

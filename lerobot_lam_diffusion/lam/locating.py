@@ -79,4 +79,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return fetch(repo_id, revision, files, "model")
     except HubError as error:
-        raise LamError(f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}.") from error
+        shipped = f"With this package comes {', '.join(shipped_lams())}."
+        raise LamError(
+            f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}. {shipped}"
+        ) from error

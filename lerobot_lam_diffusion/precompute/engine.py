@@ -268,7 +268,7 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         problems,
         StoreExistsError,
     )
-    logger.warning("%s is finished already; nothing was extracted.", output_dir)
+    logger.info("%s is finished already; nothing was extracted.", output_dir)
     remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store
 

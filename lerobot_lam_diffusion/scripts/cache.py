@@ -48,14 +48,16 @@ def list_cache(config: CacheListConfig) -> None:
         for name, text in _rows(entry).items():
             print(f"    {name:<10}{text}")
     total = sum(entry.num_bytes() for entry in entries)
-    print(f"{len(entries)} token stores, {total:,} bytes in {cache_folder()}")
+    print(f"{_counted(len(entries), 'token store')}, {total:,} bytes in {cache_folder()}")
     caches = live_caches()
     for path in caches:
         print(path.name)
         for name, text in live_rows(path).items():
             print(f"    {name:<10}{text}")
     if caches:
-        print(f"{len(caches)} live caches (--policy.lam_live_cache=auto) in {live_cache_folder()}")
+        print(
+            f"{_counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}"
+        )
 
 
 def cache_path(config: CachePathConfig) -> None:
@@ -77,10 +79,14 @@ def prune_cache(config: CachePruneConfig) -> None:
             print(f"removed {entry.name} ({told}), {num_bytes:,} bytes")
         elif builder := entry.builder():
             print(f"kept    {entry.name} ({told}): {builder} is at it")
-    print(f"{removed} token stores removed, {freed:,} bytes")
+    print(f"{_counted(removed, 'token store')} removed, {freed:,} bytes")
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
     if pruned:
-        print(f"{len(pruned)} live caches removed, {sum(pruned):,} bytes")
+        print(f"{_counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """What a command prints last: the command that comes next, ready to be run."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
 import torch
+from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -39,22 +41,37 @@ def train_on(
         f"--policy.lam_tokens_path={tokens}",
         *([] if store.kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
         "--policy.push_to_hub=false",
+        *without_network(),
     ]
 
 
-def verify_with_its_lam(store: TokenStore, tokens: str | Path) -> list[str]:
-    """`verify` with the dataset and the LAM that the store names."""
+def without_network() -> list[str]:
+    """What `lerobot-train` needs where the backbone's weights can be neither found nor fetched."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    kept = list((Path(torch.hub.get_dir()) / "checkpoints").glob("resnet18-*.pth"))
+    return ["--policy.pretrained_backbone_weights=null"] if offline and not kept else []
+
+
+def verify_with_its_lam(store: TokenStore, tokens: str | Path, root: str | Path | None = None) -> list[str]:
+    """`verify` with the dataset and the LAM that the store names; `root` is the dataset's, where known."""
     assert store.provenance is not None
     return [
         "lerobot-lam-tokens",
         "verify",
         str(tokens),
-        f"--dataset.repo_id={store.provenance.dataset.repo_id}",
+        *dataset_flags(store.provenance.dataset.repo_id, root),
         f"--lam.path={store.provenance.lam.path}",
     ]
 
 
+def root_of(repo_id: str) -> str | None:
+    """What stands for the root of a dataset that is not in LeRobot's home and may not be the Hub's."""
+    is_local = repo_id.startswith("local/")
+    return "DIR" if is_local and not (HF_LEROBOT_HOME / repo_id).is_dir() else None
+
+
 def dataset_flags(repo_id: str, root: str | Path | None) -> list[str]:
+    root = root or root_of(repo_id)
     return [f"--dataset.repo_id={repo_id}", *([f"--dataset.root={root}"] if root else [])]
 
 

@@ -17,6 +17,8 @@ from lerobot_lam_diffusion.problems import DatasetError, UserError
 def usable_device(device: str | None) -> str:
     """The device to compute on, found out before the dataset and the LAM are read."""
     if device is None:
+        if not any(each.is_available() for each in (torch.cuda, torch.backends.mps, torch.xpu)):
+            return "cpu"  # of which LeRobot would warn
         return auto_select_torch_device().type
     try:
         torch.empty(0, device=device)
@@ -41,8 +43,9 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
             meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            root = config.root or HF_LEROBOT_HOME / config.repo_id
             raise DatasetError(
-                f"dataset {config.repo_id!r} cannot be opened at {config.root or HF_LEROBOT_HOME} nor "
+                f"dataset {config.repo_id!r} cannot be opened at {root} nor "
                 f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
             ) from error
     _refuse_unknown_episodes(config.episodes, meta)

@@ -213,7 +213,7 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
 def _times(summary: Summary) -> list[str]:
     """How fast it was, and what it waited for."""
     if not summary.encoded:
-        return ["time      0 s: all of it was there already"]
+        return ["time      0 s: all of it was there already; nothing was extracted"]
     rate = summary.encoded / summary.seconds
     waited = summary.spent.get("wait", 0.0) / summary.seconds
     return [

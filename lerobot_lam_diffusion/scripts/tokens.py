@@ -286,7 +286,7 @@ def merge(config: MergeConfig) -> None:
     else:
         store = merge_stores([TokenStore.open(path) for path in paths], config.output_dir)
     print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
-    print(next_step(verify_with_its_lam(store, store.path)))
+    print(next_step(verify_with_its_lam(store, store.path, config.dataset and config.dataset.root)))
 
 
 def export(config: ExportConfig) -> None:

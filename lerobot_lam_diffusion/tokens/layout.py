@@ -1,5 +1,6 @@
 """The files of a token store: where they lie, how they are mapped, and when they are damaged."""
 
+import difflib
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,16 @@ def unfinished_folder(folder: Path) -> Path:
     return resolved.with_name(f"{resolved.name}.shards")
 
 
+def siblings(folder: Path) -> str:
+    """`, did you mean …?` of what lies beside a folder that does not exist and is called almost so."""
+    try:
+        names = sorted(each.name for each in folder.expanduser().parent.iterdir())
+    except (OSError, RuntimeError):
+        return ""
+    close = difflib.get_close_matches(folder.name, names, 3)
+    return f" (did you mean {' or '.join(str(folder.with_name(name)) for name in close)}?)" if close else ""
+
+
 def find_folder(path: Path) -> Path:
     """The folder of the store that `path` (the folder, or one of its files) names.
 
@@ -56,7 +67,7 @@ def find_folder(path: Path) -> Path:
             f"no token store at {path} yet: its extraction is unfinished ({unfinished}); run the same "
             "lerobot-lam-precompute command again to go on"
         )
-    found = "does not exist" if not exists else f"has no {' and no '.join(absent)}"
+    found = f"does not exist{siblings(folder)}" if not exists else f"has no {' and no '.join(absent)}"
     raise TokenStoreError(
         f"no token store at {path}: {folder} {found}. Expected a folder with {TENSORS_FILE} and "
         f"{PROVENANCE_FILE}, as lerobot-lam-precompute --output_dir={folder} makes it"

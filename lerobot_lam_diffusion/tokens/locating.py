@@ -22,6 +22,7 @@ from lerobot_lam_diffusion.tokens.layout import (
     TokenStoreError,
     check_content,
     find_folder,
+    siblings,
     unfinished_folder,
 )
 
@@ -61,7 +62,7 @@ def locate_store(path: str | Path) -> StoreLocation:
         if not _may_be_hub_id(text):
             return StoreLocation(local)
         if os.path.lexists(local):
-            logger.info("%s is a folder here; hf://%s would be the Hub's.", text, text)
+            logger.debug("%s is a folder here; hf://%s would be the Hub's.", text, text)
             return StoreLocation(local)
         if unfinished_folder(local).is_dir():
             return StoreLocation(local)
@@ -91,6 +92,12 @@ def _fetched(hub_id: str, written: str) -> StoreLocation:
     try:
         folder = fetch(repo_id, revision, (TENSORS_FILE, PROVENANCE_FILE), KIND)
     except HubError as error:
+        local = Path(written)
+        if not _URL.match(written) and local.parent.is_dir():
+            raise TokenStoreError(
+                f"no token store at {written}: there is no such folder; correct the path{siblings(local)}. "
+                f"Nor is it to be had from the Hub: {error}"
+            ) from error
         here = "" if _URL.match(written) else "it is no folder here, and "
         raise TokenStoreError(
             f"no token store at {written}: {here}{error}. A store is made by lerobot-lam-precompute, and put "

@@ -82,6 +82,19 @@ assert "lerobot" not in sys.modules and "torch" not in sys.modules"""
     assert "    cache prune   Remove" in done.stdout
 
 
+def test_an_interrupt_of_the_imports_has_no_traceback(monkeypatch, capsys):
+    import lerobot_lam_commands
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lerobot_lam_commands, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        lerobot_lam_commands.tokens(["info", "./store"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 def test_other_words_reach_the_command(monkeypatch):
     import lerobot_lam_commands
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, without_network
 from lerobot_lam_diffusion.scripts.tokens import main
 from tests.docs.commands import commands_in, parse
 
@@ -59,6 +59,16 @@ def test_a_column_leads_to_training_and_so_does_its_check(store, flags, tmp_path
     assert f"--dataset.root={root}" in after_writing
     assert f"--dataset.root={root}" in after_checking
     assert parse(after_writing, tmp_path).policy.use_precomputed_lam_tokens
+
+
+@pytest.mark.parametrize(("offline", "kept", "expected"), [("1", 0, 1), ("1", 1, 0), ("0", 0, 0)])
+def test_offline_training_needs_no_backbone_weights(offline, kept, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    if kept:
+        (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").touch()
+    assert without_network() == ["--policy.pretrained_backbone_weights=null"] * expected
 
 
 def test_a_partial_store_trains_on_its_episodes(dataset, make_store, tmp_path):
