@@ -105,7 +105,7 @@ def check_lams(
                 f"{str(source.fingerprint)[:16]}…"
             )
             if own:
-                own[-1] += "; it is another LAM than the policy was trained with, name that one by its path"
+                own.append(f"{other}; pass that LAM by its path")
             elif config.lam_allow_mismatch:
                 others.append(other)
             else:

@@ -267,7 +267,9 @@ def _contradictions(
         for name, want, have in told
         if want not in (None, have)
     ]
-    of_another_shape = bool(problems)
+    of_another_shape = any(
+        "num_" in name or "_dim" in name for name, want, have in told if want not in (None, have)
+    )
     trained_with = source.fingerprint
     made_by = store.provenance.lam.fingerprint if store.provenance else trained_with
     if trained_with not in (None, made_by) and not config.lam_allow_mismatch:

@@ -315,7 +315,8 @@ def test_prune_wants_to_know_what(flags):
     assert "error: say which stores to remove" in stopped.value.code
 
 
-def test_an_unknown_cache_command_is_told():
+def test_an_unknown_cache_command_is_told(capsys):
     with pytest.raises(SystemExit) as stopped:
         tokens_command(["cache", "clear"])
-    assert "cache list, cache prune, cache path" in stopped.value.code
+    assert stopped.value.code == 2
+    assert "cache list, cache prune, cache path" in capsys.readouterr().err
