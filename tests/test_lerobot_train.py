@@ -106,6 +106,7 @@ def test_fine_tunes_on_the_store_that_the_command_line_names(
     assert saved["lam_source"] == f"store:{moved.path}"
 
 
+@pytest.mark.slow
 def test_trains_on_some_episodes_with_a_held_out_split(monkeypatch, flags, tmp_path):
     train(
         monkeypatch,

@@ -34,7 +34,8 @@ class AddColumnConfig:
         store: Its folder, or its repository on the Hub.
         dataset: The dataset that the store was made of.
         output_dir: Root of the new dataset.
-        new_repo_id: What the new dataset is going to be called; `<repo_id>_lam_tokens` if left out.
+        new_repo_id: What the new dataset is going to be called; as its folder, under the same
+            user, if left out.
         column: Name of the column.
         copy_videos: Copy the videos. False: link them, where the file system can.
     """
@@ -58,7 +59,7 @@ def add_token_column(config: AddColumnConfig) -> None:
     if missing_files(meta) and config.dataset.root is None:
         meta = open_dataset(config.dataset).meta  # fetches the rest from the Hub
     made = add_column(store, meta, config.output_dir.expanduser(), config.column, config.copy_videos)
-    repo_id = config.new_repo_id or f"{meta.repo_id}_lam_tokens"
+    repo_id = config.new_repo_id or _named_as(made.root, meta.repo_id)
     print(
         f"{made.root}: {meta.total_frames} frames with {config.column}; {made.linked} video files linked, "
         f"{made.copied} copied"
@@ -118,7 +119,14 @@ def verify_dataset(config: Any) -> None:
     if lam is not None:
         sample = recompute_sample(store, open_dataset(source), lam, config.num_samples, config.seed)
         print(_compared(column, sample))
-    print(next_step(_train_on_column(source.repo_id, source.root, config.column)))
+    made_of = column.provenance.dataset.repo_id
+    repo_id = _named_as(Path(config.store), made_of) if config.dataset is None else source.repo_id
+    print(next_step(_train_on_column(repo_id, source.root, config.column)))
+
+
+def _named_as(root: Path, made_of: str) -> str:
+    """A dataset's name after its folder, under the user of the dataset that its tokens were made of."""
+    return f"{made_of.partition('/')[0]}/{root.expanduser().resolve().name}"
 
 
 def _dataset_at(root: Path) -> DatasetConfig:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
 from lerobot_lam_diffusion.precompute import engine
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.scripts.next_step import without_network
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
@@ -125,6 +126,7 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
         "--policy.use_precomputed_lam_tokens=true",
         f"--policy.lam_tokens_path={place}",
         "--policy.push_to_hub=false",
+        *without_network(),
     ]
     assert "--dataset.episodes" not in printed
     assert "lam_use_vq_tokens" not in printed
@@ -186,7 +188,6 @@ def test_wrong_flags_are_all_told_at_once(flags, tmp_path):
 
 
 WRONG = {
-    "missing flag": ({"output_dir": None}, "Missing required field(s) `output_dir`"),
     "no LAM": ({"lam__path": "/no/such/lam"}, "There is no LAM at '/no/such/lam'"),
     "unknown camera": ({"camera_key": "observation.images.side"}, f"has the RGB cameras ['{TOP}']"),
     "no such device": ({"device": "abacus"}, "--device=abacus cannot be used here"),
