@@ -83,7 +83,7 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
         UserError: the dataset brings tokens of its own as well, or there is no such camera.
     """
     sources = config.token_sources
-    problems = _unknown_cameras(config, sources, dataset_meta)
+    problems = _camera_problems(config, sources, dataset_meta)
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
         problems.append(
             f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
@@ -225,7 +225,7 @@ def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None
     reasons: dict[str, None] = {}  # each once
     for source in config.token_sources:
         missing = _missing_lam(source)
-        reasons |= dict.fromkeys([missing] if missing else _unknown_cameras(config, [source], dataset_meta))
+        reasons |= dict.fromkeys([missing] if missing else _camera_problems(config, [source], dataset_meta))
     for reason in reasons:
         logger.warning(
             "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
@@ -316,7 +316,7 @@ def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -
     )
 
 
-def _unknown_cameras(
+def _camera_problems(
     config: DiffusionLamConfig, sources: Sequence[LamSource], dataset_meta: Any
 ) -> list[str]:
     """Problems with LAMs' cameras that will not be among the policy's frames.

@@ -6,7 +6,8 @@
 `lerobot-train --policy.type=diffusion_lam` does all of this and more; the loop shows the parts. Each epoch
 ends with a checkpoint that `lerobot-eval --policy.path=outputs/own_loop/last` loads. On a CPU:
 
-    … --dataset-repo-id local/pusht --dataset-root data/demo --lam-tokens-path data/demo_lam \
+    python docs/examples/train_with_precomputed_lam.py --dataset-repo-id local/pusht \
+        --dataset-root data/demo --lam-tokens-path data/demo_lam --output-dir outputs/own_loop \
         --num-epochs 1 --batch-size 8 --num-workers 0 --small --max-steps 20
 """
 

@@ -116,7 +116,8 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
         )
     raise_problems(
         f"token store {store.name} (made of {origin.repo_id!r}) does not belong to dataset "
-        f"{meta.repo_id!r} at {meta.root}; extract its tokens with lerobot-lam-precompute",
+        f"{meta.repo_id!r} at {meta.root}; name the dataset that it was made of, or extract this one's "
+        "tokens with lerobot-lam-precompute",
         problems,
         TokenStoreError,
     )
