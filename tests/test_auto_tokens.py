@@ -129,6 +129,7 @@ def test_two_ranks_one_of_which_builds(dataset, auto, tmp_path):
     assert "60/60" in done.stderr  # one bar, of all frames, by whichever rank builds
 
 
+@pytest.mark.slow
 def test_a_training_on_some_episodes_builds_the_store_of_all(monkeypatch, dataset, auto, builds, tmp_path):
     flags = [*SMALL_FLAGS, f"--dataset.root={dataset.root}", f"--output_dir={tmp_path / 'run'}", "--steps=1"]
     train(monkeypatch, *flags, *as_flags(auto), "--dataset.episodes=[1,3]")
@@ -191,6 +192,7 @@ def test_without_a_dataset_there_is_nothing_to_build(dataset, auto):
         DiffusionLamPolicy(fresh)
 
 
+@pytest.mark.slow
 def test_kinds_strides_and_lams_have_stores_of_their_own(dataset, frames, auto, builds, tmp_path):
     other = str(write_lam(tmp_path / "other", frames, seed=9))
     same_lam = str(shutil.copytree(auto["lam_model_path"], tmp_path / "same"))

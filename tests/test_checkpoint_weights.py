@@ -53,6 +53,7 @@ def test_warm_start_wants_a_stock_checkpoint(dataset, store, tmp_path):
         build(lam_config(**fields, init_from_stock=str(tmp_path)), dataset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_checkpoints_load_whether_or_not_they_were_compiled(dataset, store, tmp_path, compiled):
     policy, _ = build(lam_config(lam_tokens_path=str(store.path), compile_model=compiled), dataset, seed=3)

@@ -110,6 +110,7 @@ def test_frames_of_an_episode_give_the_stores_tokens(
     assert policy.diffusion.lam_model is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_action_steps", [1, 4])
 @pytest.mark.parametrize(
     ("aggregation", "stride", "n_obs_steps", "use_vq_tokens"),

@@ -150,6 +150,7 @@ def coverage_after(demonstration: Demonstration) -> list[float]:
     return [env.step(action)[4]["coverage"] for action in demonstration.actions]
 
 
+@pytest.mark.slow
 def test_near_goal_starts_are_solved_with_the_last_action(demonstrations):
     for demonstration in demonstrations:
         assert demonstration.actions.dtype == np.float32
@@ -169,6 +170,7 @@ def test_the_same_seed_gives_the_same_actions_and_another_seed_others(demonstrat
     assert demonstrations[0].options != demonstrations[1].options
 
 
+@pytest.mark.slow
 def test_a_standard_start_is_solved():
     demonstration = plan_episode(0)
     assert demonstration.options is None

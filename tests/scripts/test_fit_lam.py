@@ -57,6 +57,7 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
     assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
 
 
+@pytest.mark.slow
 def test_resume_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     main(arguments(save_every=4))
 

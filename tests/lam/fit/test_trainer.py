@@ -24,6 +24,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [7, 14])  # before and after the codebook starts at step 8
 def test_resume_equals_uninterrupted(squares, tmp_path, stop_at):
     whole = run(squares, tmp_path / "whole")
