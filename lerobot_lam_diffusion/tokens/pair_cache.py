@@ -72,11 +72,7 @@ class PairCache:
         self.path = path
         self.tables = tables
         self.provenance = tables.provenance
-        width = tables.values.shape[1]
-        value = str(tables.values.dtype).removeprefix("torch.")
-        self._record = np.dtype(
-            [("pixels", "<u8"), ("value", np.dtype(value).newbyteorder("<"), (width,)), ("check", "<u4")]
-        )
+        self._record = _record_of(tables)
         size = (path / PAIRS_FILE).stat().st_size
         expected = tables.num_frames * self._record.itemsize
         if size != expected:
@@ -120,7 +116,7 @@ class PairCache:
                 partial / TABLES, provenance, (), codebook, episode_from, episode_to, nothing
             )
             (partial / PAIRS_FILE).touch()
-            os.truncate(partial / PAIRS_FILE, tables.num_frames * _record_bytes(tables))
+            os.truncate(partial / PAIRS_FILE, tables.num_frames * _record_of(tables).itemsize)
             fsync(partial / PAIRS_FILE)
             try:
                 partial.rename(folder)
@@ -312,5 +308,7 @@ def _lock(file: FileIO, *, exclusive: bool) -> bool:
     return True
 
 
-def _record_bytes(tables: TokenStore) -> int:
-    return 8 + tables.values.shape[1] * tables.values.element_size() + 4
+def _record_of(tables: TokenStore) -> np.dtype:
+    """Layout of one record; see the module's text."""
+    value = np.dtype(str(tables.values.dtype).removeprefix("torch.")).newbyteorder("<")
+    return np.dtype([("pixels", "<u8"), ("value", value, (tables.values.shape[1],)), ("check", "<u4")])
