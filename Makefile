@@ -19,7 +19,7 @@ demo: .venv/.synced ## record PushT, precompute LAM tokens, train on them, draw 
 	$(BIN)/lerobot-lam-demo
 
 test: .venv/.synced ## the fast tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses=2 --dist=loadfile
 
 test-slow: .venv/.synced ## spawned processes, fresh environments, whole commands
 	$(BIN)/pytest -m slow

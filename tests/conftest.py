@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ TOP = "observation.images.top"
 EPISODE_LENGTHS = (14, 9, 17, 8, 12)
 FPS = 10
 SIZE = 48
+HOSTILE_INPUTS = "hostile_inputs_"
+"""Begins the name under which a test of `tests/fuzz` reports how many inputs it tried."""
 
 SMALL_LAM = LamConfig(
     resolution=32, patch_size=8, d_t=4, encoder_depth=2, encoder_embed_dim=32, encoder_n_heads=4,
@@ -178,3 +181,17 @@ def pusht(tmp_path_factory) -> LeRobotDataset:
     root = tmp_path_factory.mktemp("pusht") / "data"
     record_pusht(root, "local/pusht", 2, near_goal=True)
     return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many hostile inputs each reader was given, by the reports of all processes that ran tests."""
+    tried: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for report in terminalreporter.getreports("passed"):
+        for name, counts in report.user_properties if report.when == "call" else ():
+            if name.startswith(HOSTILE_INPUTS):
+                tried[name.removeprefix(HOSTILE_INPUTS).replace("_", " ")].update(counts)
+    if tried:
+        terminalreporter.section("hostile inputs")
+    for reader, counts in sorted(tried.items()):
+        told = ", ".join(f"{count:,} {word}" for word, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{reader}: {counts.total():,} inputs ({told})")

@@ -1,4 +1,4 @@
-"""What the tests of hostile inputs share, and how many inputs they tried, told at the end."""
+"""What the tests of hostile inputs share."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lerobot_lam_diffusion.problems import UserError
+from tests.conftest import HOSTILE_INPUTS
 from tests.fuzz.jail import try_all
 
-TRIED: dict[str, Counter[str]] = {}
 REMEDIES = (
     "again",
     "Extract",
@@ -34,22 +34,13 @@ def check_refusal(error: UserError, kind: type[UserError]) -> str:
 
 @pytest.fixture
 def fuzz(record_property) -> Callable[..., Counter[str]]:
-    """`try_all`, counted under the name of the reader that is tried."""
+    """`try_all`, counted under the name of the reader that is tried; `tests/conftest.py` tells the sums."""
 
     def run(
         reader: str, inputs: Iterable[tuple[str, Any]], check: Callable[[Any], str], **options
     ) -> Counter:
         counts = try_all(inputs, check, **options)
-        TRIED.setdefault(reader, Counter()).update(counts)
-        record_property(f"inputs_{reader.replace(' ', '_')}", dict(counts))
+        record_property(HOSTILE_INPUTS + reader.replace(" ", "_"), dict(counts))
         return counts
 
     return run
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if TRIED:
-        terminalreporter.section("hostile inputs")
-    for reader, counts in sorted(TRIED.items()):
-        told = ", ".join(f"{count:,} {word}" for word, count in sorted(counts.items()))
-        terminalreporter.write_line(f"{reader}: {counts.total():,} inputs ({told})")

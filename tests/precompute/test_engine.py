@@ -1,7 +1,7 @@
 """The invariant: token(i) = LAM(frame i - stride, frame i) inside an episode, else missing. And atomicity."""
 
 import os
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ from filelock import FileLock
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute import encode
 from lerobot_lam_diffusion.precompute import frames as frames_module
-from lerobot_lam_diffusion.precompute.encode import find_batch_size
+from lerobot_lam_diffusion.precompute.encode import LARGEST_BATCH, find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
@@ -435,13 +436,16 @@ def test_an_unreadable_episode_without_pairs_costs_nothing(damaged, extract):
     assert not everything(store).any()
 
 
-def test_a_slow_first_batch_does_not_decide_the_batch_size(lam):
-    calls = []
+def test_a_slow_first_batch_does_not_decide_the_batch_size(lam, monkeypatch):
+    """Here the first batch takes seconds, and the others 10 ms whatever their size."""
+    now, sizes = 0.0, []
 
     def slow_at_first(prev, cur):
-        calls.append(len(prev))
-        if len(calls) == 1:
-            time.sleep(1.2)
+        nonlocal now
+        now += 0.01 if sizes else 3.0
+        sizes.append(len(prev))
         return lam.encode_pairs(prev, cur)
 
-    assert find_batch_size(Wrapped(lam, slow_at_first), 10_000) > 8
+    monkeypatch.setattr(encode, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert find_batch_size(Wrapped(lam, slow_at_first), 10_000) == LARGEST_BATCH["cpu"]
+    assert sizes[0] < sizes[1]  # the slow one warms up
