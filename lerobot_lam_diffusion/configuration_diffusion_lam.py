@@ -215,6 +215,16 @@ class DiffusionLamConfig(DiffusionConfig):
         problems += source_problems(sources, self.use_precomputed_lam_tokens)
         if self.use_precomputed_lam_tokens:
             return problems + (self._auto_problems() if any(source.is_auto for source in sources) else [])
+        return problems + self._live_problems()
+
+    def _live_problems(self) -> list[str]:
+        if not any((self.lam_tokens_path, self.lam_model_path, self.lam_camera_key)):
+            return [
+                "LAM tokens need a source: --policy.use_precomputed_lam_tokens=true "
+                "--policy.lam_tokens_path=<store made by lerobot-lam-precompute>, or on the fly "
+                "--policy.lam_model_path=<LAM folder or Hub id> --policy.lam_camera_key=<camera>"
+            ]
+        problems = []
         if not all(entries(self.lam_model_path)):
             problems.append(
                 "tokens on the fly need a LAM: set --policy.lam_model_path=<LAM folder or Hub id>, or "

@@ -73,7 +73,10 @@ def open_live_caches(
             ) from error
         caches.append(LiveCache(pairs))
         told = "encoded once and kept" if pairs.is_writable else "taken, where it is known,"
-        logger.info("LAM tokens: each frame pair of %s is %s in %s.", camera, told, folder)
+        logger.info(
+            "LAM tokens: each frame pair of %s is %s in %s (%d of %d are there).",
+            camera, told, folder, pairs.num_kept(), pairs.num_pairs,
+        )  # fmt: skip
     return caches
 
 

@@ -16,6 +16,7 @@ from lerobot_lam_diffusion.problems import (
     ColumnError,
     DatasetError,
     TrainingError,
+    UserError,
     raise_problems,
     raise_unfit,
 )
@@ -67,7 +68,10 @@ def settle_precomputed_source(
 
         stores = cached_stores(config, dataset_meta)
     else:
-        stores = open_stores([str(path) for path in paths], dataset_meta)
+        try:
+            stores = open_stores([str(path) for path in paths], dataset_meta)
+        except UserError as error:
+            raise type(error)(f"--policy.lam_tokens_path={_listed(paths)}: {error}") from error
     _settle_stores(config, stores, dataset_meta)
     return join_stores(stores)
 
@@ -129,7 +133,9 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             f"no LAM tokens to train on: dataset {dataset_meta.repo_id!r} has no column "
             f"{config.lam_tokens_key!r} and --policy.lam_tokens_path is unset. Make a store with "
             f"lerobot-lam-precompute --dataset.repo_id={dataset_meta.repo_id} --lam.path=<LAM> "
-            "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>"
+            "--camera_key=<camera> --output_dir=<folder> and pass --policy.lam_tokens_path=<folder>, or let "
+            "training make it: --policy.lam_tokens_path=auto --policy.lam_model_path=<LAM> "
+            "--policy.lam_camera_key=<camera>"
         )
     if len(sources) > 1:
         raise ColumnError(

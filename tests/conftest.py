@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.record import record_pusht
@@ -26,6 +27,9 @@ from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
+
+settings.register_profile("untimed", deadline=None)  # machines are busy
+settings.load_profile("untimed")
 
 TOP = "observation.images.top"
 EPISODE_LENGTHS = (14, 9, 17, 8, 12)

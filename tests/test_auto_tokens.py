@@ -268,7 +268,7 @@ def test_cache_commands(dataset, auto, home, capsys):
     ):
         assert fact in told
     tokens_command(["cache", "prune", "--older_than_days=1"])
-    assert capsys.readouterr().out == "0 token stores removed, 0 bytes\n"
+    assert capsys.readouterr().out.startswith("0 token stores removed, 0 bytes\n")
     tokens_command(["cache", "prune", "--all=true"])
     told = capsys.readouterr().out
     assert f"removed {name} (local/squares), " in told

@@ -134,7 +134,7 @@ def test_a_column_tells_the_policy_what_a_store_tells(dataset, with_known_column
     caplog.set_level("INFO")
     of_store, _ = build(lam_config(lam_tokens_path=str(store.path)), dataset)
     of_column, _ = build(lam_config(), with_known_column)
-    assert "the dataset's column observation.lam_tokens (as extracted)" in caplog.text
+    assert "the dataset's column observation.lam_tokens (its rows are as they were extracted)" in caplog.text
     assert "Training goes on" not in caplog.text
     by_store, by_column = (dataclasses.asdict(policy.config) for policy in (of_store, of_column))
     assert {name for name in by_store if by_store[name] != by_column[name]} == {

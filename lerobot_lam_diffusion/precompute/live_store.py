@@ -73,11 +73,15 @@ def store_of_live_cache(
         else:
             blocks[episode] = values
     if not any(len(values) > tables.frame_stride for values in blocks.values()):
+        reasons = [f"{int(known.sum()):,} of {cache.num_pairs:,} pairs are kept"]
+        if other_pixels:
+            reasons.append(
+                f"{other_pixels} episodes have tokens of other pixels (augmentation, or another "
+                "--dataset.video_backend than in training)"
+            )
         raise LiveCacheError(
-            f"{cache.path} holds no complete episode of this dataset's pixels yet: of {len(opened)}, "
-            f"{incomplete} lack pairs and {other_pixels} have tokens of other pixels (augmentation, or "
-            "another --dataset.video_backend than in training). Train on with --policy.lam_live_cache, or "
-            "extract the tokens with lerobot-lam-precompute"
+            f"{cache.path} holds no complete episode of this dataset yet: {', '.join(reasons)}. Train on "
+            "with --policy.lam_live_cache, or extract the tokens with lerobot-lam-precompute"
         )
     covered = torch.zeros(len(tables.episode_from), dtype=torch.bool)
     covered[list(blocks)] = True

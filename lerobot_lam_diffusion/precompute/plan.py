@@ -30,6 +30,9 @@ NOT_IDENTITY = {
 }  # fmt: skip
 """Fields of a store's provenance that may differ between runs that give the same tokens."""
 
+FOLLOWS = {"stride_seconds"}
+"""Fields that differ only where others do."""
+
 
 class PlanError(UserError):
     """Unfinished work that is damaged, or that this run cannot go on with."""
@@ -163,7 +166,7 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """Every name on which this run and what lies there disagree, for people."""
     return [
         f"its {name} is {there.get(name)!r}, this run's {here.get(name)!r}"
-        for name in sorted(here.keys() | there.keys())
+        for name in sorted((here.keys() | there.keys()) - FOLLOWS)
         if here.get(name) != there.get(name)
     ]
 

@@ -12,6 +12,7 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_caches,
 )
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.tokens.pair_cache import PairCache, bytes_on_disk, last_used, remove_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 
@@ -25,7 +26,7 @@ class CacheListConfig:
 
 @dataclass
 class CachePathConfig:
-    """Where the cache lies."""
+    """Where the cache lies: prints the folder and nothing else."""
 
 
 @dataclass
@@ -58,6 +59,9 @@ def list_cache(config: CacheListConfig) -> None:
         print(
             f"{_counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}"
         )
+    if entries or caches:
+        prune = ["lerobot-lam-tokens", "cache", "prune", "--older_than_days=30"]
+        print(next_step(prune, "Next, remove what is no longer used"))
 
 
 def cache_path(config: CachePathConfig) -> None:
@@ -83,6 +87,7 @@ def prune_cache(config: CachePruneConfig) -> None:
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
     if pruned:
         print(f"{_counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
+    print(next_step(["lerobot-lam-tokens", "cache", "list"], "Next, see what is left"))
 
 
 def _counted(number: int, noun: str) -> str:

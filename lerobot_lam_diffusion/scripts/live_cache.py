@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from lerobot.configs.default import DatasetConfig
 
+from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
 from lerobot_lam_diffusion.scripts.cache import live_rows
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against, without_network
 from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
 from lerobot_lam_diffusion.tokens.pair_cache import TABLES, LiveCacheError, PairCache, is_pair_cache
+from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ def print_live_cache(folder: Path) -> None:
     print(folder)
     for name, text in live_rows(folder).items():
         print(f"{name:<10}{text}")
+    told = PairCache.open(folder).provenance
+    print(next_step(verify_against(told, str(folder))))
 
 
 def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
@@ -46,11 +52,15 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if damaged:
         print(f"ok  {damaged} records were left half written; they count as not there")
     if config.dataset is None:
+        print(
+            next_step(verify_against(cache.provenance, str(folder)), "Next, compare with its dataset and LAM")
+        )
         return
     dataset = open_dataset(config.dataset)
     check_binding(cache.tables, dataset.meta)
     print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
+        print(_use_next(cache, known, config.dataset))
         return
     from lerobot_lam_diffusion.lam import load_lam
 
@@ -68,6 +78,30 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if result.equal < result.checked:
         raise LiveCacheError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
     print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
+    print(_use_next(cache, known, config.dataset))
+
+
+def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
+    """Of a full cache a store is made, another one training goes on to fill."""
+    flags = dataset_flags(dataset.repo_id, dataset.root)
+    if known == cache.num_pairs:
+        merge = ["lerobot-lam-tokens", "merge", str(cache.path), *flags, "--output_dir=lam_tokens"]
+        return next_step(merge, "Next, make a store of it")
+    told = cache.provenance
+    is_own = cache.path.parent == live_cache_folder()
+    train = [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        *flags,
+        f"--policy.lam_model_path={told.lam.path}",
+        f"--policy.lam_camera_key={told.camera_key}",
+        *([] if told.frame_stride == 1 else [f"--policy.lam_frame_stride={told.frame_stride}"]),
+        *([] if told.token_kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
+        f"--policy.lam_live_cache={AUTO if is_own else cache.path.parent}",
+        "--policy.push_to_hub=false",
+        *without_network(),
+    ]
+    return next_step(train, "Next, train on it; the pairs that it lacks are added")
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:

@@ -9,13 +9,24 @@ from textwrap import indent
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
+from lerobot_lam_diffusion.scripts.opening import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+
+UNKNOWN_ROOT = "DIR"
+SMALL_TRAINING = ("--policy.down_dims=[64,128]", "--batch_size=8", "--steps=100")
+"""A network and a training that two CPU cores finish in minutes."""
 
 
 def next_step(command: Sequence[str], why: str = "Next") -> str:
-    """The closing lines."""
-    return f"\n{why}:\n{indent(shell_text(command), '  ')}"
+    """The closing lines: the command, and in parentheses before it what the user may have to change in it."""
+    notes = []
+    if f"--dataset.root={UNKNOWN_ROOT}" in command:
+        notes.append(f"{UNKNOWN_ROOT} is the dataset's folder")
+    if command[0] == "lerobot-train" and usable_device(None) == "cpu":
+        notes.append(f"for a first try on a CPU add {' '.join(SMALL_TRAINING)}")
+    heading = f"{why} ({'; '.join(notes)})" if notes else why
+    return f"\n{heading}:\n{indent(shell_text(command), '  ')}"
 
 
 def shell_text(argv: Sequence[str], width: int = 100) -> str:
@@ -55,19 +66,23 @@ def without_network() -> list[str]:
 def verify_with_its_lam(store: TokenStore, tokens: str | Path, root: str | Path | None = None) -> list[str]:
     """`verify` with the dataset and the LAM that the store names; `root` is the dataset's, where known."""
     assert store.provenance is not None
+    return verify_against(store.provenance, tokens, root)
+
+
+def verify_against(told: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:
     return [
         "lerobot-lam-tokens",
         "verify",
         str(tokens),
-        *dataset_flags(store.provenance.dataset.repo_id, root),
-        f"--lam.path={store.provenance.lam.path}",
+        *dataset_flags(told.dataset.repo_id, root),
+        f"--lam.path={told.lam.path}",
     ]
 
 
 def root_of(repo_id: str) -> str | None:
     """What stands for the root of a dataset that is not in LeRobot's home and may not be the Hub's."""
     is_local = repo_id.startswith("local/")
-    return "DIR" if is_local and not (HF_LEROBOT_HOME / repo_id).is_dir() else None
+    return UNKNOWN_ROOT if is_local and not (HF_LEROBOT_HOME / repo_id).is_dir() else None
 
 
 def dataset_flags(repo_id: str, root: str | Path | None) -> list[str]:

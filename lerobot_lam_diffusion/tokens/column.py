@@ -40,7 +40,7 @@ IDENTITY = (
     "dtype",
     "storage_dtype",
 )
-AS_EXTRACTED = "as extracted"
+AS_EXTRACTED = "its rows are as they were extracted"
 
 
 @dataclass(frozen=True)

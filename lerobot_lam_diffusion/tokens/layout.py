@@ -31,9 +31,10 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def siblings(folder: Path) -> str:
-    """`, did you mean …?` of what lies beside a folder that does not exist and is called almost so."""
+    """` (did you mean …?)` of stores beside a folder that does not exist, which are called almost so."""
     try:
-        names = sorted(each.name for each in folder.expanduser().parent.iterdir())
+        beside = sorted(folder.expanduser().parent.iterdir())
+        names = [each.name for each in beside if is_file(each / PROVENANCE_FILE) or each.suffix == ".pt"]
     except (OSError, RuntimeError):
         return ""
     close = difflib.get_close_matches(folder.name, names, 3)

@@ -94,9 +94,10 @@ def _fetched(hub_id: str, written: str) -> StoreLocation:
     except HubError as error:
         local = Path(written)
         if not _URL.match(written) and local.parent.is_dir():
+            alike = siblings(local)
+            else_where = "" if alike else f". Nor is it to be had from the Hub: {error}"
             raise TokenStoreError(
-                f"no token store at {written}: there is no such folder; correct the path{siblings(local)}. "
-                f"Nor is it to be had from the Hub: {error}"
+                f"no token store at {written}: there is no such folder; correct the path{alike}{else_where}"
             ) from error
         here = "" if _URL.match(written) else "it is no folder here, and "
         raise TokenStoreError(

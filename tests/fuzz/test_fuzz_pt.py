@@ -117,7 +117,7 @@ def test_many_damaged_files(reader, fuzz):
     fuzz("pt", damaged_pickles(range(1000, 11_000)), reader.check)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_no_bytes_are_a_pickle_that_fails_otherwise(content):
     with contextlib.suppress(UnreadableError):

@@ -206,7 +206,7 @@ def test_many_damaged_provenances(readers, fuzz):
     fuzz("provenance", each(some, random, "with_provenance"), run)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=100))
 def test_no_bytes_are_a_provenance_that_fails_otherwise(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)

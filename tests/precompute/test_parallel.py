@@ -17,7 +17,7 @@ def counting(number: int):
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(0, 4), st.integers(1, 3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_all_results_come_and_those_of_a_task_in_order(tasks, num_workers, capacity):
     tasks = list(enumerate(tasks))
     work = lambda: lambda task: ((task[0], step) for _, step in counting(task[1]))  # noqa: E731

@@ -73,7 +73,7 @@ def test_a_manifest_that_lies_is_refused(folder, damage):
 
 
 @given(which=st.sampled_from(["00001.json", "00001.safetensors"]), data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_is_noticed_or_harmless(folder, which, data):
     path = folder.path / which
     whole = path.read_bytes()

@@ -67,7 +67,7 @@ def video_30(tmp_path_factory):
 
 
 @given(st.lists(st.integers(0, NUM_FRAMES - 1), min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_order_of_requests(video_30, order):
     """Forward, back, again, far ahead: a seek where it is needed, the right frame always."""
     path, frames = video_30

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
         f"store     {place}",
     ):
         assert line in printed
-    assert shlex.split(printed.partition("Train on it:\n")[2].replace("\\\n", "")) == [
+    assert shlex.split(re.split(r"Train on it.*:\n", printed)[1].replace("\\\n", "")) == [
         "lerobot-train",
         "--policy.type=diffusion_lam",
         "--dataset.repo_id=local/squares",

@@ -224,7 +224,7 @@ def test_hostile_tensor_file(files, content):
     assert f"{files.tensors} is damaged" in refusal(files.folder)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_changed_byte_and_no_cut_goes_unnoticed(tmp_path_factory, store, data):
     whole = (store.path / TENSORS_FILE).read_bytes()

@@ -69,6 +69,7 @@ def test_the_last_write_of_a_pair_counts(tmp_path_factory, store, writes, asked)
         value = torch.tensor([[number % 16, frame % 16]], dtype=torch.int32)
         cache.write(torch.tensor([frame]), torch.tensor([pixels]), value)
         expected[frame] = pixels, value[0]
+    assert cache.num_kept() == len(expected)
     asked = [*asked, *writes]
     found = cache.read(
         torch.tensor([frame for frame, _ in asked], dtype=torch.int64),

@@ -58,7 +58,7 @@ def test_tokens_are_many_and_not_zero_so_that_comparisons_say_something(stores):
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_window_is_lerobots_own_delta_query_bit_for_bit(stores, lerobot_windows, kind, data):
     expected = lerobot_windows[kind]
@@ -76,7 +76,7 @@ def test_every_frame_and_every_delta_agrees_with_lerobot(stores, lerobot_windows
     assert torch.equal(window, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_window_of_any_store_clamps_to_the_episode_and_zeroes_what_is_missing(write_random, data):
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
