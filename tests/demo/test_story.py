@@ -214,20 +214,24 @@ def test_the_demo_lays_everything_into_its_folder():
 
 
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path, lam_folder):
+def test_the_whole_demo(tmp_path):
+    """`configs/demo.yaml` as it is."""
+
     def run() -> subprocess.CompletedProcess:
         program = Path(sys.executable).parent / "lerobot-lam-demo"
-        flags = ["--num_episodes=2", "--steps=3", f"--lam.path={lam_folder}"]
-        return subprocess.run([program, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=550)
+        config = Path(__file__).parents[2] / "configs" / "demo.yaml"
+        return subprocess.run(
+            [program, f"--config_path={config}"], cwd=tmp_path, capture_output=True, text=True, timeout=550
+        )
 
     result = run()
     assert result.returncode == 0, result.stderr[-3000:]
-    folder = tmp_path / "outputs" / "demo"
+    folder = tmp_path / "outputs" / "small_demo"
     assert (folder / "lam_demo.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "train/checkpoints/last/pretrained_model/model.safetensors").exists()
     assert "[4/4]" in result.stdout
-    assert "3 steps, loss" in result.stdout
-    assert len(losses((folder / "train.log").read_text())) == 3
+    assert "40 steps, loss" in result.stdout
+    assert len(losses((folder / "train.log").read_text())) == 40
     console = result.stdout + result.stderr
     assert "Traceback" not in console
     assert "Svt" not in console

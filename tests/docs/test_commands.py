@@ -8,7 +8,8 @@ import pytest
 from lerobot.scripts import lerobot_eval
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.scripts import demo, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
 from tests.conftest import record_dataset
 from tests.docs.commands import (
     ELIDED,
@@ -201,6 +202,30 @@ def test_the_readmes_story_and_the_guides_commands_on_its_store(execute, capsys,
     told = capsys.readouterr().out
     assert "sampled tokens agree with the LAM" in told
     assert (tmp_path / "pusht_lam.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_readmes_story_offline(execute, tmp_path):
+    pytest.importorskip("gym_pusht")
+    story = [
+        words for words in block_with("README.md", "lerobot-lam-demo") if words[0].startswith("lerobot-")
+    ]
+    names = ["lerobot-lam-demo", "lerobot-lam-precompute", "lerobot-train", "lerobot-eval"]
+    assert [words[0] for words in story] == names
+    run, _ = execute
+    for words in story:
+        run(words, *(["--num_episodes=2"] if words[0] == "lerobot-lam-demo" else []))
+    assert list(tmp_path.glob("outputs/eval/**/eval_info.json"))
+
+
+@pytest.mark.slow
+def test_the_config_that_fitted_the_shipped_lam(pusht, tmp_path):
+    (words,) = config_comment(ROOT / "configs" / "fit_pusht_compact.yaml")
+    places = {"DIR": str(pusht.root), "OUT": str(tmp_path / "lam"), "configs/": f"{ROOT}/configs/"}
+    for name, place in places.items():
+        words = [word.replace(f"={name}", f"={place}") for word in words]
+    fit_lam.main([*words[1:], "--steps=2", "--batch_size=4", "--holdout_episodes=1"])
+    assert load_lam(tmp_path / "lam").fingerprint != load_lam("pusht-compact").fingerprint
 
 
 @pytest.mark.slow
