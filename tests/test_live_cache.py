@@ -20,7 +20,9 @@ from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
 from tests.conftest import TOP, write_lam
+from tests.docs.commands import parse
 from tests.policies import build, lam_config, training_batch
+from tests.scripts.test_next_step import next_of
 from tests.test_lerobot_train import SMALL_FLAGS, on_the_fly, same, train, weights
 
 ALL = list(range(60))
@@ -143,11 +145,16 @@ def test_verify_accepts_what_it_wrote(filled, dataset, lam_folder, capsys):
     told = capsys.readouterr().out
     assert "ok  55 of 55 pairs are kept" in told
     assert "ok  55 of 55 sampled tokens agree with the LAM" in told
+    assert next_of(told)[:3] == ["lerobot-lam-tokens", "merge", str(filled)]
     tokens_command(["info", str(filled)])
-    assert "55 of 55 are kept" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "55 of 55 are kept" in told
+    assert next_of(told)[:3] == ["lerobot-lam-tokens", "verify", str(filled)]
 
 
-def test_verify_refuses_other_tokens_and_tells_half_records(filled, dataset, lam_folder, lam, capsys):
+def test_verify_refuses_other_tokens_and_tells_half_records(
+    filled, dataset, lam_folder, lam, tmp_path, capsys
+):
     cache = PairCache.open(filled)
     frames, values, _ = next(cache.scan())
     prev, cur = (torch.stack([dataset[int(i)][TOP] for i in index]) for index in (frames - 1, frames))
@@ -163,6 +170,9 @@ def test_verify_refuses_other_tokens_and_tells_half_records(filled, dataset, lam
     told = capsys.readouterr().out
     assert "ok  54 of 55 pairs are kept" in told
     assert "1 records were left half written" in told
+    training = parse(next_of(told), tmp_path)  # it is not full
+    assert training.policy.lam_live_cache == str(filled.parent)
+    assert training.policy.lam_camera_key == TOP
 
 
 def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, dataset, tmp_path, capsys):

@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
 from lerobot_lam_diffusion.problems import ColumnError, UserError
-from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, without_network
+from lerobot_lam_diffusion.scripts.next_step import next_step, training
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column, missing_files
@@ -73,15 +73,8 @@ def add_token_column(config: AddColumnConfig) -> None:
 
 
 def _train_on_column(repo_id: str, root: Path | str | None, column: str) -> list[str]:
-    return [
-        "lerobot-train",
-        "--policy.type=diffusion_lam",
-        "--policy.use_precomputed_lam_tokens=true",
-        *([] if column == OBS_LAM_TOKENS else [f"--policy.lam_tokens_key={column}"]),
-        *dataset_flags(repo_id, root),
-        "--policy.push_to_hub=false",
-        *without_network(),
-    ]
+    named = [] if column == OBS_LAM_TOKENS else [f"--policy.lam_tokens_key={column}"]
+    return training(repo_id, root, "--policy.use_precomputed_lam_tokens=true", *named)
 
 
 def means_dataset(path: str) -> bool:

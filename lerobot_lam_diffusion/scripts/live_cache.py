@@ -11,7 +11,7 @@ from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
 from lerobot_lam_diffusion.scripts.cache import live_rows
-from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against, without_network
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, training, verify_against
 from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
@@ -89,18 +89,15 @@ def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
         return next_step(merge, "Next, make a store of it")
     told = cache.provenance
     is_own = cache.path.parent == live_cache_folder()
-    train = [
-        "lerobot-train",
-        "--policy.type=diffusion_lam",
-        *flags,
+    train = training(
+        dataset.repo_id,
+        dataset.root,
         f"--policy.lam_model_path={told.lam.path}",
         f"--policy.lam_camera_key={told.camera_key}",
         *([] if told.frame_stride == 1 else [f"--policy.lam_frame_stride={told.frame_stride}"]),
         *([] if told.token_kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
         f"--policy.lam_live_cache={AUTO if is_own else cache.path.parent}",
-        "--policy.push_to_hub=false",
-        *without_network(),
-    ]
+    )
     return next_step(train, "Next, train on it; the pairs that it lacks are added")
 
 
@@ -115,11 +112,12 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
     assert config.output_dir is not None
     assert config.dataset is not None
     made = store_of_live_cache(PairCache.open(folder), open_dataset(config.dataset), config.output_dir)
-    if made.incomplete or made.other_pixels:
-        print(
-            f"left out: {made.incomplete} episodes that lack pairs, {made.other_pixels} with tokens of other "
-            "pixels (augmentation, another decoder)"
-        )
+    for count, why in (
+        (made.incomplete, "lack pairs"),
+        (made.other_pixels, "have tokens of other pixels (augmentation, another decoder)"),
+    ):
+        if count:
+            print(f"left out: {count} episodes, which {why}")
     return made.store
 
 

@@ -43,14 +43,23 @@ def train_on(
     store: TokenStore, tokens: str | Path, repo_id: str, root: str | Path | None = None
 ) -> list[str]:
     """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers."""
-    return [
-        "lerobot-train",
-        "--policy.type=diffusion_lam",
-        *dataset_flags(repo_id, root),
+    return training(
+        repo_id,
+        root,
         *([f"--dataset.episodes=[{_covered(store)}]"] if store.missing_episodes else []),
         "--policy.use_precomputed_lam_tokens=true",
         f"--policy.lam_tokens_path={tokens}",
         *([] if store.kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
+    )
+
+
+def training(repo_id: str, root: str | Path | None, *source: str) -> list[str]:
+    """`lerobot-train` on a dataset, its tokens from the source that these flags name."""
+    return [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        *dataset_flags(repo_id, root),
+        *source,
         "--policy.push_to_hub=false",
         *without_network(),
     ]

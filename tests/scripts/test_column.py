@@ -38,7 +38,7 @@ def test_add_column_tells_how_to_go_on(store, source, tmp_path, capsys):
     main(["add-column", str(store.path), *source, "--output-dir", str(root), *column])
     told = capsys.readouterr().out
     assert f"{root}: 60 frames with observation.lam; 1 video files linked, 0 copied" in told
-    assert "--policy.lam_tokens_key=observation.lam --dataset.repo_id=user/with" in told
+    assert {"--policy.lam_tokens_key=observation.lam", "--dataset.repo_id=user/with"} < set(told.split())
     assert "--copy_videos=true" in told
     main(["verify", str(root), "--column=observation.lam"])
 
