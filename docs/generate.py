@@ -3,14 +3,16 @@
 tests/docs/test_generated.py fails where they are not what this writes.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
-from lerobot_lam_diffusion.scripts.help import Flag, flags_of, summary_of
+from lerobot_lam_diffusion.scripts.help import Command, Flag, flags_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "docs/REFERENCE.md"
@@ -52,7 +54,12 @@ def generated() -> dict[str, str]:
 def reference() -> str:
     stock = {each.name for each in fields(DiffusionConfig)}
     ours = [each.name for each in fields(DiffusionLamConfig) if each.name not in stock]
-    parts = [HEAD, POLICY, table(flags_of(DiffusionLamConfig, ours), ""), "## Commands\n"]
+    parts = [
+        HEAD,
+        POLICY,
+        table("field", flags_of(DiffusionLamConfig, ours), lambda field: f"`{field.name}`"),
+        "## Commands\n",
+    ]
     for command in COMMANDS:
         parts += [
             f"### {command.name}\n",
@@ -61,17 +68,20 @@ def reference() -> str:
         ]
         for group in command.groups():
             title = f"**{group.title}**" + (f": {group.about}" if group.about else "")
-            parts += [f"{title}\n", table(group.flags, "--")]
+            parts += [f"{title}\n", table("flag", group.flags, partial(_spelled, command))]
     return "\n".join(parts)
 
 
-def table(flags: list[Flag], dashes: str) -> str:
+def table(kind: str, flags: list[Flag], spelled: Callable[[Flag], str]) -> str:
     rows = [
-        f"| `{dashes}{flag.name}` | `{_cell(flag.type_name)}` | {_default(flag)} | {_cell(flag.text)} |"
+        f"| {spelled(flag)} | `{_cell(flag.type_name)}` | {_default(flag)} | {_cell(flag.text)} |"
         for flag in flags
     ]
-    kind = "flag" if dashes else "field"
     return "\n".join([f"| {kind} | type | default | |", "|---|---|---|---|", *rows, ""])
+
+
+def _spelled(command: Command, flag: Flag) -> str:
+    return " or ".join(f"`{word}`" for word in command.spelled(flag))
 
 
 def _default(flag: Flag) -> str:

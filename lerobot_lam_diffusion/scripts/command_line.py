@@ -129,7 +129,7 @@ def _missing_problems(names: list[str], told: Command) -> list[str]:
     missing = [
         flag for flag in flags if flag.name in names or (flag.required and f"{flag.name}.".startswith(below))
     ]
-    return [f"{told.spelled(flag)} is missing: {flag.text}" for flag in missing]
+    return [f"{' or '.join(told.spelled(flag))} is missing: {flag.text}" for flag in missing]
 
 
 def _unknown(words: list[str], told: Command) -> FlagError:

@@ -79,10 +79,10 @@ class Command:
             for group in groups_of(self.config_class)
         ]
 
-    def spelled(self, flag: Flag) -> str:
-        """The flag, and the word that may stand for it."""
-        stands_first = flag.name.upper() in self.paths.split()
-        return f"{flag.name.upper()}, or --{flag.name}," if stands_first else f"--{flag.name}"
+    def spelled(self, flag: Flag) -> list[str]:
+        """The word that may stand for the flag, if there is one, and the flag."""
+        word = flag.name.upper()
+        return [*([word] if word in self.paths.split() else []), f"--{flag.name}"]
 
     def usage(self) -> str:
         needed = [
@@ -110,8 +110,8 @@ class Command:
             for flag in group.flags:
                 end = f" (default: {flag.default})" if flag.default else ""
                 if flag.required:
-                    spelled = self.spelled(flag).rstrip(",")
-                    end = " (required)" if spelled.startswith("--") else f" (required: {spelled})"
+                    spelled = self.spelled(flag)
+                    end = f" (required: {' or '.join(spelled)})" if len(spelled) > 1 else " (required)"
                 section.add_argument(
                     f"--{flag.name}", metavar=flag.metavar, help=f"{flag.text}{end}".replace("%", "%%")
                 )
