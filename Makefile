@@ -14,7 +14,7 @@ help: ## this list
 	./bootstrap.sh
 	@touch $@
 
-demo: .venv/.synced ## record PushT, precompute LAM tokens, train on them, draw what happened (5 minutes)
+demo: .venv/.synced ## record PushT, precompute LAM tokens, train on them, draw what happened (3 to 7 minutes)
 	@echo "Starting; importing LeRobot takes about 20 s ..."
 	$(BIN)/lerobot-lam-demo
 

@@ -224,6 +224,11 @@ class DiffusionLamConfig(DiffusionConfig):
                 "--policy.lam_tokens_path=<store made by lerobot-lam-precompute>, or on the fly "
                 "--policy.lam_model_path=<LAM folder or Hub id> --policy.lam_camera_key=<camera>"
             ]
+        if self.lam_tokens_path and not self.lam_model_path:
+            return [
+                f"--policy.lam_tokens_path={self.lam_tokens_path} is for precomputed tokens: add "
+                "--policy.use_precomputed_lam_tokens=true"
+            ]
         problems = []
         if not all(entries(self.lam_model_path)):
             problems.append(

@@ -23,9 +23,8 @@ from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
 from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
-from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.token_source import dataset_camera
-from lerobot_lam_diffusion.tokens.pair_cache import PairCache
+from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def open_live_caches(
         try:
             pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
         except OSError as error:
-            raise ExtractionError(
+            raise LiveCacheError(
                 f"--policy.lam_live_cache={config.lam_live_cache} cannot be used: {folder} cannot be made or "
                 f"opened ({error}). Name another folder, or leave the flag out"
             ) from error

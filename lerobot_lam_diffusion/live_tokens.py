@@ -62,17 +62,17 @@ def find_lams(config: DiffusionLamConfig) -> list[Path]:
             + (f", for each of the policy's {len(sources)} sources of tokens" if len(sources) > 1 else "")
         )
     folders: list[Path] = []
-    errors: dict[str, LamError] = {}
+    errors: dict[str, None] = {}  # each once
     for source in sources:
         try:
             folders.append(resolve_lam(str(source.model_path)).resolve())
         except LamError as error:
-            errors[str(error)] = error
+            errors[str(error)] = None
     if errors:
         raise LamNotFoundError(
             "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
             + " ".join(errors)
-        ) from next(iter(errors.values()))
+        )
     return folders
 
 
@@ -151,6 +151,8 @@ class LiveTokens:
                 LiveLam(self._config, source, model)
                 for source, model in zip(self._config.token_sources, models, strict=True)
             ]
+            for source in self._config.token_sources:
+                logger.info("LAM tokens: live, by %s from %s.", source.model_path, source.camera_key)
         return self._lams
 
     def keep(self, dataset_meta: Any) -> None:

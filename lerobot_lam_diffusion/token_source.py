@@ -71,7 +71,9 @@ def settle_precomputed_source(
         try:
             stores = open_stores([str(path) for path in paths], dataset_meta)
         except UserError as error:
-            raise type(error)(f"--policy.lam_tokens_path={_listed(paths)}: {error}") from error
+            raise type(error)(f"--policy.lam_tokens_path={_listed(paths)}: {error}") from None
+    if config.lam_live_cache is not None:
+        logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _settle_stores(config, stores, dataset_meta)
     return join_stores(stores)
 
@@ -269,7 +271,7 @@ def _contradictions(
     elif store.token_dim != source.token_dim:
         told.append(("lam_num_learned_tokens * lam_action_latent_dim", source.token_dim, store.token_dim))
     problems = [
-        f"--policy.{name} is {want}, the {noun} has {have}"
+        f"--policy.{name} is {want}, the {noun} has {have}: leave that flag out, or train on another {noun}"
         for name, want, have in told
         if want not in (None, have)
     ]

@@ -250,7 +250,7 @@ def test_an_episode_that_cannot_be_read_is_told(lam_folder, auto, tmp_path):
 
 def test_cache_commands(dataset, auto, home, capsys):
     tokens_command(["cache", "path"])
-    assert capsys.readouterr().out.strip() == str(home / "lam_tokens" / "stores")
+    assert capsys.readouterr().out.strip() == str(home / "lam_tokens")
     tokens_command(["cache", "list"])
     assert capsys.readouterr().out.startswith("0 token stores, 0 bytes in ")
     policy, _ = build(lam_config(**auto), dataset)

@@ -20,7 +20,6 @@ from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
 from tests.conftest import TOP, write_lam
-from tests.docs.commands import parse
 from tests.policies import build, lam_config, training_batch
 from tests.scripts.test_next_step import next_of
 from tests.test_lerobot_train import SMALL_FLAGS, on_the_fly, same, train, weights
@@ -170,9 +169,12 @@ def test_verify_refuses_other_tokens_and_tells_half_records(
     told = capsys.readouterr().out
     assert "ok  54 of 55 pairs are kept" in told
     assert "1 records were left half written" in told
-    training = parse(next_of(told), tmp_path)  # it is not full
-    assert training.policy.lam_live_cache == str(filled.parent)
-    assert training.policy.lam_camera_key == TOP
+    assert "the LAM encodes 1 pair more" in told
+    merging = next_of(told)
+    assert f"--lam.path={lam_folder}" in merging
+    tokens_command([*merging[1:-1], f"--output_dir={tmp_path / 'store'}"])
+    told = capsys.readouterr().out
+    assert "1 pair was encoded now" in told
 
 
 def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, dataset, tmp_path, capsys):
@@ -185,9 +187,7 @@ def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, datase
     assert "it covers all 5 episodes" in capsys.readouterr().out
     for name in (TENSORS_FILE, PROVENANCE_FILE):
         assert (tmp_path / "store" / name).read_bytes() == (store.path / name).read_bytes()
-    with pytest.raises(
-        SystemExit, match=r"--dataset.repo_id unset: a live cache becomes a store with its dataset"
-    ):
+    with pytest.raises(SystemExit, match=r"--dataset.repo_id is missing: the dataset whose pixels"):
         tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
 
 

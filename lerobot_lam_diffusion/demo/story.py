@@ -268,6 +268,7 @@ def what_next(demo: Demo) -> str:
             "--dataset.repo_id=YOU/DATASET",
             "--lam.path=microsoft/villa-x",
             "--camera_key=observation.images.top",
+            "--frame_stride=3",
             "--output_dir=data/my_tokens",
         ],
         [
@@ -276,12 +277,13 @@ def what_next(demo: Demo) -> str:
             "--dataset.repo_id=YOU/DATASET",
             "--policy.use_precomputed_lam_tokens=true",
             "--policy.lam_tokens_path=data/my_tokens",
-            "--policy.repo_id=YOU/POLICY",
+            "--policy.push_to_hub=false",
         ],
     ]
     texts = "\n\n".join(indent(shell_text(command), "  ") for command in commands)
     activate = "" if shutil.which("lerobot-train") else f" (first: export PATH={_bin_folder()}:$PATH)"
-    return f"Next{activate}: look into the store, then do the same with your dataset and villa-X:\n\n{texts}"
+    told = "look into the store, then do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)"
+    return f"Next{activate}: {told}:\n\n{texts}"
 
 
 def log_of(made: Path) -> Path:

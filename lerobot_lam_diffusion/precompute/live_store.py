@@ -1,4 +1,4 @@
-"""A live cache → a token store: the episodes whose pairs are all kept, of the very pixels of the dataset."""
+"""A live cache → a token store: tokens of the very pixels of the dataset; a LAM makes those that it lacks."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,8 +11,10 @@ from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.origin import decoder_version
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
+from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError
+from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
 
@@ -25,53 +27,60 @@ if TYPE_CHECKING:
 class LiveStore(NamedTuple):
     """Attributes:
     store: The new store.
-    incomplete: Episodes of which pairs are not kept.
-    other_pixels: Complete episodes of which a kept token was made of other pixels than the dataset's.
+    incomplete: Episodes left out, of which pairs are not kept.
+    other_pixels: Complete episodes left out, of which a kept token is of other pixels than the dataset's.
+    encoded: Pairs that the LAM encoded.
     """
 
     store: TokenStore
     incomplete: int
     other_pixels: int
+    encoded: int
 
 
 def store_of_live_cache(
-    cache: "PairCache", dataset: Any, folder: "Path", show_progress: bool = True
+    cache: "PairCache", dataset: Any, folder: "Path", lam: Any = None, show_progress: bool = True
 ) -> LiveStore:
-    """Write the complete episodes as a token store.
+    """Write the complete episodes as a token store, or all with a LAM.
 
-    The frames of those episodes are decoded, not encoded: a kept token goes into the store only if the
-    dataset's pixels are those that it was made of (training may have augmented them). Tokens are held in
-    memory until they are written: 4·n bytes a frame, or 4·n·a if continuous.
+    Frames are decoded again: a kept token goes into the store only if the dataset's pixels are those that it
+    was made of (training may have augmented them). Tokens are held in memory until they are written: 4·n
+    bytes a frame, or 4·n·a if continuous.
 
     Args:
         dataset: `LeRobotDataset`, the one that was trained on.
         folder: Where the store will stand.
+        lam: Encodes the pairs of which no token is kept, or one of other pixels. The LAM of the cache; see
+            `load_lam`.
 
     Raises:
-        TokenStoreError: another dataset, or no complete episode.
+        TokenStoreError: another dataset, another LAM, or without a LAM no complete episode.
         DecodeError: an episode cannot be read.
         FileExistsError: see `writer.refuse_existing`.
     """
     refuse_existing(folder)
     tables, camera = cache.tables, cache.provenance.camera_key
     check_binding(tables, dataset.meta)
+    if lam is not None:
+        refuse_other_lam(tables, lam)
     known = torch.zeros(tables.num_frames, dtype=torch.bool)
     for frames, _, _ in cache.scan():
         known[frames] = True
     reader = EpisodeFrames(dataset, camera)
     blocks: dict[int, Tensor] = {}
-    other_pixels = incomplete = 0
+    other_pixels = incomplete = encoded = 0
     opened = range(len(tables.episode_from)) if dataset.episodes is None else sorted(set(dataset.episodes))
     for episode in tqdm(opened, unit="episode", desc="Kept tokens", disable=not show_progress):
         first, end = int(tables.episode_from[episode]), int(tables.episode_to[episode])
-        if not known[min(first + tables.frame_stride, end) : end].all():
+        if lam is None and not known[min(first + tables.frame_stride, end) : end].all():
             incomplete += 1
             continue
-        values = _values_of(cache, reader, episode, first, end)
-        if values is None:
+        values, missing = _values_of(cache, reader, lam, episode, first, end)
+        if missing and lam is None:
             other_pixels += 1
         else:
             blocks[episode] = values
+            encoded += missing
     if not any(len(values) > tables.frame_stride for values in blocks.values()):
         reasons = [f"{int(known.sum()):,} of {cache.num_pairs:,} pairs are kept"]
         if other_pixels:
@@ -80,8 +89,9 @@ def store_of_live_cache(
                 "--dataset.video_backend than in training)"
             )
         raise LiveCacheError(
-            f"{cache.path} holds no complete episode of this dataset yet: {', '.join(reasons)}. Train on "
-            "with --policy.lam_live_cache, or extract the tokens with lerobot-lam-precompute"
+            f"{cache.path} holds no complete episode of this dataset: {', '.join(reasons)}. Training never "
+            "visits the last --policy.drop_n_last_frames frames of an episode. Pass the LAM, "
+            f"--lam.path={cache.provenance.lam.path}, and merge encodes what is missing"
         )
     covered = torch.zeros(len(tables.episode_from), dtype=torch.bool)
     covered[list(blocks)] = True
@@ -95,17 +105,21 @@ def store_of_live_cache(
         tables.episode_to,
         covered,
     )
-    return LiveStore(store, incomplete, other_pixels)
+    return LiveStore(store, incomplete, other_pixels, encoded)
 
 
 def _values_of(
-    cache: "PairCache", reader: EpisodeFrames, episode: int, first: int, end: int
-) -> Tensor | None:
-    """An episode's kept values, zeros where it has no token; None if one was made of other pixels."""
-    values = cache.no_values(end - first)
+    cache: "PairCache", reader: EpisodeFrames, lam: Any, episode: int, first: int, end: int
+) -> tuple[Tensor, int]:
+    """An episode's values, zeros where it has no token; and how many pairs had none of their pixels."""
+    values, missing = cache.no_values(end - first), 0
     for batch in episode_pairs(reader.chunks(episode), first, cache.tables.frame_stride):
         found = cache.read(batch.rows, pixel_digests(batch.prev, batch.cur))
-        if not found.known.all():
-            return None
+        unknown = ~found.known
+        missing += int(unknown.sum())
+        if lam is not None and unknown.any():
+            tokens = lam.encode_pairs(batch.prev[unknown], batch.cur[unknown])
+            computed = tokens.indices if cache.provenance.token_kind == VQ else tokens.continuous
+            found.values[unknown] = computed.cpu().to(found.values.dtype)
         values[batch.rows - first] = found.values
-    return values
+    return values, missing

@@ -59,7 +59,7 @@ def recompute_sample(
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
         UserError: it is not known which camera to look at.
     """
-    _refuse_other_lam(store, lam)
+    refuse_other_lam(store, lam)
     camera = _camera(store, dataset, camera_key)
     index = _sample(store, num_samples, seed)
     prev, cur = (
@@ -77,7 +77,7 @@ def recompute_kept(
     Raises:
         TokenStoreError: the tokens were made by another LAM, or none of them of the dataset's pixels.
     """
-    _refuse_other_lam(cache.tables, lam)
+    refuse_other_lam(cache.tables, lam)
     kept = torch.cat([frames for frames, _, _ in cache.scan()])
     if not len(kept):
         raise LiveCacheError(f"{cache.path} holds no tokens to compare yet: train on with it first")
@@ -122,7 +122,10 @@ def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0
     )
 
 
-def _refuse_other_lam(store: TokenStore, lam: Any) -> None:
+def refuse_other_lam(store: TokenStore, lam: Any) -> None:
+    """Raises:
+    TokenStoreError: the tokens are not this LAM's, by its fingerprint or, of a `.pt` file, by their shape.
+    """
     if store.provenance is None:
         shape = lam.num_learned_tokens * lam.action_latent_dim
         if store.token_dim != shape:

@@ -12,6 +12,7 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_caches,
 )
 from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.command_line import counted
 from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.tokens.pair_cache import PairCache, bytes_on_disk, last_used, remove_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
@@ -26,12 +27,12 @@ class CacheListConfig:
 
 @dataclass
 class CachePathConfig:
-    """Where the cache lies: prints the folder and nothing else."""
+    """Where the cache lies: stores of `auto` in stores/, live caches in pairs/. Prints nothing else."""
 
 
 @dataclass
 class CachePruneConfig:
-    """Remove stores and interrupted extractions from the cache; never one that a process is building.
+    """Remove stores, interrupted extractions and live caches; never what a process is building or has open.
 
     Args:
         older_than_days: Those that were not used for so long.
@@ -49,23 +50,21 @@ def list_cache(config: CacheListConfig) -> None:
         for name, text in _rows(entry).items():
             print(f"    {name:<10}{text}")
     total = sum(entry.num_bytes() for entry in entries)
-    print(f"{_counted(len(entries), 'token store')}, {total:,} bytes in {cache_folder()}")
+    print(f"{counted(len(entries), 'token store')}, {total:,} bytes in {cache_folder()}")
     caches = live_caches()
     for path in caches:
         print(path.name)
         for name, text in live_rows(path).items():
             print(f"    {name:<10}{text}")
     if caches:
-        print(
-            f"{_counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}"
-        )
+        print(f"{counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}")
     if entries or caches:
         prune = ["lerobot-lam-tokens", "cache", "prune", "--older_than_days=30"]
         print(next_step(prune, "Next, remove what is no longer used"))
 
 
 def cache_path(config: CachePathConfig) -> None:
-    print(cache_folder())
+    print(cache_folder().parent)
 
 
 def prune_cache(config: CachePruneConfig) -> None:
@@ -83,15 +82,11 @@ def prune_cache(config: CachePruneConfig) -> None:
             print(f"removed {entry.name} ({told}), {num_bytes:,} bytes")
         elif builder := entry.builder():
             print(f"kept    {entry.name} ({told}): {builder} is at it")
-    print(f"{_counted(removed, 'token store')} removed, {freed:,} bytes")
+    print(f"{counted(removed, 'token store')} removed, {freed:,} bytes")
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
-    if pruned:
-        print(f"{_counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
+    if pruned or not removed:
+        print(f"{counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
     print(next_step(["lerobot-lam-tokens", "cache", "list"], "Next, see what is left"))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:

@@ -67,11 +67,20 @@ def run_command(
         if {"-h", "--help"} & set(arguments):
             print(told.help(), end="")
             sys.exit(0)
+        _refuse_missing_config(arguments)
         command(draccus.parse(config_class, args=arguments, exit_on_error=False))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
         refuse(_as_flag_error(_told_by(error), told))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse_missing_config(arguments: Sequence[str]) -> None:
+    for word in arguments:
+        path = Path(word.removeprefix("--config_path="))
+        if word.startswith("--config_path=") and not path.is_file():
+            beside = [str(each) for each in path.parent.glob("*.y*ml")]
+            raise FlagError(f"{word}: there is no such file{did_you_mean(str(path), beside)}")
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -81,6 +90,11 @@ def refuse(error: BaseException) -> NoReturn:
         sys.exit(text)
     print(text, file=sys.stderr)
     sys.exit(2)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -47,7 +47,8 @@ class FitLamConfig:
         output_dir: Where the LAM will stand.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
         frame_stride: Gap of a frame pair, in frames.
-        holdout_episodes: How many of the last episodes only measure the LAM; if left out a tenth, at least 5.
+        holdout_episodes: How many of the last episodes only measure the LAM; if left out a
+            tenth, at least 5 and at most half.
         tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
 
     The fit:
@@ -117,6 +118,10 @@ def fit_lam(config: FitLamConfig) -> None:
     dataset = open_dataset(config.dataset, config.tolerance_s)
     data = _load_data(dataset, camera, model_config.resolution, config)
 
+    print(
+        f"Fitting to {dataset.num_episodes - data.holdout_episodes} episodes; "
+        f"the last {data.holdout_episodes} measure the LAM."
+    )
     fit = Fit(model_config, recipe, data, device)
     if config.resume:
         fit.resume(config.output_dir)

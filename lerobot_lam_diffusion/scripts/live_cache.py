@@ -1,36 +1,45 @@
 """`lerobot-lam-tokens info|verify|merge` of a live cache, which `--policy.lam_live_cache` fills."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lerobot.configs.default import DatasetConfig
 
-from lerobot_lam_diffusion.constants import AUTO
+from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
 from lerobot_lam_diffusion.scripts.cache import live_rows
-from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, training, verify_against
+from lerobot_lam_diffusion.scripts.command_line import LamSource, counted
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
 from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
 from lerobot_lam_diffusion.tokens.pair_cache import TABLES, LiveCacheError, PairCache, is_pair_cache
-from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.scripts.tokens import MergeConfig, VerifyConfig
 
 
 def means_live_cache(name: str | None) -> Path | None:
-    """The folder of the live cache that `name` means: a path, or a name that `cache list` shows."""
+    """The folder of the live cache that `name` means: a path, or a name that `cache list` shows.
+
+    Raises:
+        LiveCacheError: it is a folder of several caches, as `--policy.lam_live_cache=FOLDER` fills it.
+    """
     if name is None:
         return None
     for folder in (Path(name).expanduser(), live_cache_folder() / name):
         if is_pair_cache(folder):
             return folder
-    return None
+    inside = [cache for cache in sorted(Path(name).expanduser().glob("*")) if is_pair_cache(cache)]
+    if len(inside) > 1:
+        listed = "".join(f"\n  {cache}" for cache in inside)
+        raise LiveCacheError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
+    return inside[0] if inside else None
 
 
 def print_live_cache(folder: Path) -> None:
@@ -62,12 +71,7 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if config.lam is None:
         print(_use_next(cache, known, config.dataset))
         return
-    from lerobot_lam_diffusion.lam import load_lam
-
-    dtype = getattr(torch, cache.provenance.dtype)
-    lam = load_lam(
-        config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
-    )
+    lam = _open_lam(config.lam, cache, config.device)
     result, others = recompute_kept(cache, dataset, lam, config.num_samples, config.seed)
     if others:
         print(
@@ -82,44 +86,41 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
 
 
 def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
-    """Of a full cache a store is made, another one training goes on to fill."""
-    flags = dataset_flags(dataset.repo_id, dataset.root)
-    if known == cache.num_pairs:
-        merge = ["lerobot-lam-tokens", "merge", str(cache.path), *flags, "--output_dir=lam_tokens"]
-        return next_step(merge, "Next, make a store of it")
-    told = cache.provenance
-    is_own = cache.path.parent == live_cache_folder()
-    train = training(
-        dataset.repo_id,
-        dataset.root,
-        f"--policy.lam_model_path={told.lam.path}",
-        f"--policy.lam_camera_key={told.camera_key}",
-        *([] if told.frame_stride == 1 else [f"--policy.lam_frame_stride={told.frame_stride}"]),
-        *([] if told.token_kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
-        f"--policy.lam_live_cache={AUTO if is_own else cache.path.parent}",
-    )
-    return next_step(train, "Next, train on it; the pairs that it lacks are added")
+    merge = ["lerobot-lam-tokens", "merge", str(cache.path), *dataset_flags(dataset.repo_id, dataset.root)]
+    lacks = cache.num_pairs - known
+    lam = [f"--lam.path={cache.provenance.lam.path}"] if lacks else []
+    why = f", for which the LAM encodes {counted(lacks, 'pair')} more" if lacks else ""
+    return next_step([*merge, *lam, "--output_dir=lam_tokens"], f"Next, make a store of it{why}")
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
     """Its complete episodes as a token store, of those tokens that are of the dataset's own pixels."""
-    missing = [f"--{name}" for name in ("output_dir", "dataset.repo_id") if _is_unset(config, name)]
-    if missing:
+    if config.dataset is None:
         raise LiveCacheError(
-            f"{' and '.join(missing)} unset: a live cache becomes a store with its dataset, whose pixels are "
-            "compared, and --output_dir, where the store will stand"
+            "--dataset.repo_id is missing: the dataset whose pixels merge compares with the cache's"
         )
-    assert config.output_dir is not None
-    assert config.dataset is not None
-    made = store_of_live_cache(PairCache.open(folder), open_dataset(config.dataset), config.output_dir)
+    if config.output_dir is None:
+        raise LiveCacheError(
+            "--output_dir is missing: the folder where the store of the cache's tokens will stand"
+        )
+    refuse_existing(config.output_dir)
+    cache, dataset = PairCache.open(folder), open_dataset(config.dataset)
+    lam = None if config.lam is None else _open_lam(config.lam, cache, cache.provenance.device)
+    made = store_of_live_cache(cache, dataset, config.output_dir, lam)
+    if made.encoded:
+        print(f"{counted(made.encoded, 'pair')} {'was' if made.encoded == 1 else 'were'} encoded now")
     for count, why in (
-        (made.incomplete, "lack pairs"),
-        (made.other_pixels, "have tokens of other pixels (augmentation, another decoder)"),
+        (made.incomplete, "lack pairs; --lam.path has them encoded"),
+        (
+            made.other_pixels,
+            "have tokens of other pixels (augmentation, another decoder); --lam.path has those encoded",
+        ),
     ):
         if count:
             print(f"left out: {count} episodes, which {why}")
     return made.store
 
 
-def _is_unset(config: "MergeConfig", name: str) -> bool:
-    return getattr(config, name.partition(".")[0]) is None
+def _open_lam(source: LamSource, cache: PairCache, device: str | None) -> Any:
+    dtype = getattr(torch, cache.provenance.dtype)
+    return load_lam(source.path, revision=source.revision, device=usable_device(device), dtype=dtype)

@@ -14,19 +14,29 @@ from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 
 UNKNOWN_ROOT = "DIR"
-SMALL_TRAINING = ("--policy.down_dims=[64,128]", "--batch_size=8", "--steps=100")
+SMALL_TRAINING = (
+    "--policy.down_dims=[64,128]", "--batch_size=8", "--steps=100", "--num_workers=0", "--log_freq=10",
+)  # fmt: skip
 """A network and a training that two CPU cores finish in minutes."""
+
+EVALUATION = (
+    "lerobot-eval",
+    "--policy.path=OUTPUT_DIR/checkpoints/last/pretrained_model",
+    "--env.type=pusht",
+)
 
 
 def next_step(command: Sequence[str], why: str = "Next") -> str:
-    """The closing lines: the command, and in parentheses before it what the user may have to change in it."""
+    """The closing lines: what the user may have to know of the command, then the command."""
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
-        notes.append(f"{UNKNOWN_ROOT} is the dataset's folder")
-    if command[0] == "lerobot-train" and usable_device(None) == "cpu":
-        notes.append(f"for a first try on a CPU add {' '.join(SMALL_TRAINING)}")
-    heading = f"{why} ({'; '.join(notes)})" if notes else why
-    return f"\n{heading}:\n{indent(shell_text(command), '  ')}"
+        notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
+    if command[0] == "lerobot-train":
+        if usable_device(None) == "cpu":
+            notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
+        notes.append(f"What it has trained: {shlex.join(EVALUATION)}, or lerobot-rollout on a robot.")
+    told = "".join(f"\n{note}" for note in notes)
+    return f"{told}\n\n{why}:\n{indent(shell_text(command), '  ')}"
 
 
 def shell_text(argv: Sequence[str], width: int = 100) -> str:

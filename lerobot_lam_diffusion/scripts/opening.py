@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from lerobot.configs.default import DatasetConfig
@@ -44,6 +45,11 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             root = config.root or HF_LEROBOT_HOME / config.repo_id
+            if config.root is not None and not Path(config.root).is_dir():
+                raise DatasetError(
+                    f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
+                    "Hub or in LeRobot's home"
+                ) from error
             raise DatasetError(
                 f"dataset {config.repo_id!r} cannot be opened at {root} nor "
                 f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"

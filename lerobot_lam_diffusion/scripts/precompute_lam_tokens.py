@@ -13,7 +13,6 @@ the tasks of a SLURM array share the work:
     lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=32
 """
 
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, preco
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
-from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
@@ -188,14 +187,15 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         return (
             f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "
             f"{summary.shards_total} shards are finished; whoever finishes the last one merges them.\n"
-            "If the others have stopped, run the same command again, or merge finished shards with\n"
-            f"  lerobot-lam-tokens merge {shlex.quote(str(config.output_dir))}"
+            "Should the others have stopped: the same command without --shard_index and --num_shards makes "
+            "the rest."
         )
     assert store.provenance is not None
     usage = ", ".join(f"{perplexity:.1f}" for perplexity in summary.code_usage)
     lines = [
         f"frames    {summary.frames} in {summary.episodes} episodes",
-        f"missing   {summary.missing} tokens (no frame {store.frame_stride} before them)",
+        f"missing   {summary.missing} tokens: the first {counted(store.frame_stride, 'frame')} of an episode "
+        "have none",
         f"tokens    {store.kind}, {store.token_dim} numbers a frame, camera {store.provenance.camera_key}",
         *_times(summary),
         f"size      {summary.num_bytes:,} bytes",

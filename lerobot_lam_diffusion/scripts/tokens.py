@@ -4,7 +4,7 @@
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
-    lerobot-lam-tokens merge ./live_cache --dataset.repo_id=lerobot/pusht --output_dir=./data/pusht_lam
+    lerobot-lam-tokens merge ./live --dataset.repo_id=lerobot/pusht --lam.path=./my_lam --output_dir=./store
     lerobot-lam-tokens export ./data/pusht_lam --format=parquet --output=./pusht_lam.parquet
     lerobot-lam-tokens add-column ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output_dir=./pusht_col
     lerobot-lam-tokens verify ./pusht_col   # a dataset that has a column of tokens
@@ -115,10 +115,13 @@ class MergeConfig:
             cache, alone.
         output_dir: Where the new store will stand; not for an extraction.
         dataset: With a live cache: the dataset that it was filled from, whose pixels are compared.
+        lam: With a live cache: the LAM that filled it encodes what is missing; if left out, the store has the
+            complete episodes only.
     """
 
     output_dir: Path | None = None
     dataset: DatasetConfig | None = None
+    lam: LamSource | None = None
     stores: list[str] = field(default_factory=list)
 
 
@@ -290,6 +293,8 @@ def merge(config: MergeConfig) -> None:
 
 
 def export(config: ExportConfig) -> None:
+    if config.format == "pt" and config.output.suffix not in (".pt", ".pth"):
+        raise UserError(f"--output={config.output} must end in .pt, by which a token file is known")
     store = TokenStore.open(config.store)
     export_store(store, config.output, config.format)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")

@@ -50,7 +50,8 @@ def find_folder(path: Path) -> Path:
     folder = path.parent if path.name in (TENSORS_FILE, PROVENANCE_FILE) else path
     if is_file(folder):
         raise TokenStoreError(
-            f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made"
+            f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made, "
+            "or a .pt file"
         )
     absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not is_file(folder / name)]
     if not absent:

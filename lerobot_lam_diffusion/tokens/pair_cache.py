@@ -42,7 +42,7 @@ PAIRS_FILE = "pairs.bin"
 class LiveCacheError(TokenStoreError):
     """A live cache that is missing, damaged or empty."""
 
-    section = "extraction"
+    section = "the-live-cache"
 
 
 class Found(NamedTuple):

@@ -17,6 +17,7 @@ from lerobot.configs import parser
 from lerobot.configs.eval import EvalPipelineConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.scripts.lerobot_edit_dataset import EditDatasetConfig
+from lerobot.scripts.lerobot_rollout import RolloutConfig
 from torch.distributed.run import get_args_parser
 
 from lerobot_lam_diffusion import DiffusionLamConfig
@@ -83,6 +84,13 @@ def _train(words: list[str]) -> object:
 
 def _evaluate(words: list[str]) -> object:
     def checked(config: EvalPipelineConfig) -> EvalPipelineConfig:
+        return config
+
+    return _by_lerobot(checked, words)
+
+
+def _roll_out(words: list[str]) -> object:
+    def checked(config: RolloutConfig) -> RolloutConfig:
         return config
 
     return _by_lerobot(checked, words)
@@ -178,6 +186,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "lerobot-lam-tokens": _tokens,
     "lerobot-train": _train,
     "lerobot-eval": _evaluate,
+    "lerobot-rollout": _roll_out,
     "lerobot-edit-dataset": _edit,
     "torchrun": _torchrun,
     "accelerate": _accelerate,

@@ -28,7 +28,11 @@ def test_rows_are_found_in_messages():
     assert matches("… lacks episode …, which frame", "… lacks episode …, which frame … belongs to")
     assert not matches("lacks frame … of", "… of … lacks frame …")
     assert len(rows()) > 100
-    assert rows(foreign=True) == ["invalid choice: 'diffusion_lam'", "unrecognized arguments: …"]
+    assert rows(foreign=True) == [
+        "invalid choice: 'diffusion_lam'",
+        "unrecognized arguments: …",
+        "Repo id must be in the form",
+    ]
 
 
 def test_every_error_has_a_row():

@@ -149,8 +149,10 @@ def usage_error(argv, capsys) -> str:
     return told
 
 
-def test_yaml_that_is_not_there():
-    assert "/no/such.yaml" in exit_of(["--config_path=/no/such.yaml"])
+def test_yaml_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "train_demo.yaml").touch()
+    told = usage_error([f"--config_path={tmp_path / 'train_dmo.yaml'}"], capsys)
+    assert f"train_dmo.yaml: there is no such file; did you mean {tmp_path / 'train_demo.yaml'}?" in told
 
 
 def test_yaml_with_unknown_flags(tmp_path, capsys):
