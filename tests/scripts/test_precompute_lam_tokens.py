@@ -210,7 +210,9 @@ def test_no_dataset(flags, tmp_path):
     with pytest.raises(SystemExit, match=r"there is no folder .*nowhere: correct --dataset.root"):
         main(flags(dataset__root=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"cannot be opened at .*correct --dataset.repo_id or --dataset.root"):
+    with pytest.raises(
+        SystemExit, match=r"cannot be opened at .*correct --dataset.repo_id or --dataset.root"
+    ):
         main(flags(dataset__root=tmp_path / "empty"))
     assert not (tmp_path / "store").exists()
 
