@@ -191,7 +191,7 @@ def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, datase
         tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
 
 
-def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, tmp_path):
+def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, lam, tmp_path):
     policy, batch, _ = live()
     policy.forward(batch(ALL[:40]))  # episodes 0, 1 and 2
     one = batch([30])  # in episode 2
@@ -202,6 +202,12 @@ def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, tmp_
     assert made.store.missing_episodes == [2, 3, 4]
     index = torch.arange(23)
     assert torch.equal(made.store.window(index, [-1, 0]), store.window(index, [-1, 0]))
+
+    whole = store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "whole", lam, show_progress=False)
+    assert (whole.incomplete, whole.other_pixels) == (0, 0)
+    assert whole.encoded == 1 + (8 - 1) + (12 - 1)  # frame 30 and two episodes
+    index = torch.arange(60)
+    assert torch.equal(whole.store.window(index, [-1, 0]), store.window(index, [-1, 0]))
 
     policy, batch, _ = live(lam_frame_stride=2)
     one = batch(ALL)
