@@ -187,6 +187,8 @@ def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, datase
     assert "it covers all 5 episodes" in capsys.readouterr().out
     for name in (TENSORS_FILE, PROVENANCE_FILE):
         assert (tmp_path / "store" / name).read_bytes() == (store.path / name).read_bytes()
+    with pytest.raises(SystemExit, match=r"for the merging of one live cache, and .*store is none"):
+        tokens_command(["merge", str(tmp_path / "store"), *data, f"--output_dir={tmp_path / 'another'}"])
     with pytest.raises(SystemExit, match=r"--dataset.repo_id is missing: the dataset whose pixels"):
         tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
 

@@ -10,6 +10,7 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
+from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.cache import live_rows
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
@@ -105,7 +106,7 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
         )
     refuse_existing(config.output_dir)
     cache, dataset = PairCache.open(folder), open_dataset(config.dataset)
-    lam = None if config.lam is None else _open_lam(config.lam, cache, cache.provenance.device)
+    lam = None if config.lam is None else _open_lam(config.lam, cache, _device_of(cache))
     made = store_of_live_cache(cache, dataset, config.output_dir, lam)
     if made.encoded:
         print(f"{counted(made.encoded, 'pair')} {'was' if made.encoded == 1 else 'were'} encoded now")
@@ -119,6 +120,17 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
         if count:
             print(f"left out: {count} episodes, which {why}")
     return made.store
+
+
+def _device_of(cache: PairCache) -> str:
+    """Where its tokens were made: another kind of device may round otherwise."""
+    try:
+        return usable_device(cache.provenance.device)
+    except UserError as error:
+        raise LiveCacheError(
+            f"{cache.path} was filled on {cache.provenance.device}, which is not to be had here: merge it on "
+            "such a machine, or without --lam.path, which leaves out incomplete episodes"
+        ) from error
 
 
 def _open_lam(source: LamSource, cache: PairCache, device: str | None) -> Any:

@@ -279,6 +279,11 @@ def merge(config: MergeConfig) -> None:
     live_cache = means_live_cache(paths[0]) if len(paths) == 1 else None
     if live_cache is not None:
         store = merge_live_cache(live_cache, config)
+    elif config.dataset is not None or config.lam is not None:
+        raise UserError(
+            f"--dataset and --lam are for the merging of one live cache, and {', '.join(paths) or 'nothing'} "
+            "is none: leave them out, or correct the path"
+        )
     elif config.output_dir is None:
         if len(paths) != 1:
             raise UserError(
