@@ -2,10 +2,11 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lerobot.scripts import lerobot_eval
+from lerobot.scripts import lerobot_edit_dataset, lerobot_eval
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.lam import load_lam
@@ -120,6 +121,7 @@ SHORT = {
     "lerobot-lam-precompute": ["--device=cpu", "--compile=false"],
     "lerobot-lam-tokens": [],
     "lerobot-lam-demo": [],
+    "lerobot-edit-dataset": [],
     "lerobot-train": [
         "--steps=2", "--save_freq=2", "--batch_size=4", "--num_workers=0", "--policy.device=cpu",
         "--policy.pretrained_backbone_weights=null", "--policy.down_dims=[16,32]", "--policy.n_groups=4",
@@ -132,9 +134,9 @@ SHORT = {
 }  # fmt: skip
 """Flags that are added so that a run takes seconds."""
 
-NOT_HERE = ("merge", "push", "pull", "…")
-"""Commands that need partial stores or the Hub (tests/scripts runs them), and those that
-are not written out."""
+NOT_HERE = {"merge", "push", "pull", "…", "lerobot-rollout"}
+"""Commands that need partial stores or the Hub (tests/scripts runs them) or a robot, and those that are not
+written out."""
 
 
 @pytest.fixture
@@ -150,16 +152,20 @@ def execute(monkeypatch, pusht, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
 
-    def evaluate(words: list[str]) -> None:
-        monkeypatch.setattr(sys, "argv", ["lerobot-eval", *words])
-        lerobot_eval.main()
+    def by_lerobot(main: Callable[[], None]) -> Callable[[list[str]], None]:
+        def run(words: list[str]) -> None:
+            monkeypatch.setattr(sys, "argv", ["lerobot", *words])
+            main()
+
+        return run
 
     run = {
         "lerobot-lam-precompute": precompute_lam_tokens.main,
         "lerobot-lam-tokens": tokens.main,
         "lerobot-lam-demo": demo.main,
         "lerobot-train": lambda words: train(monkeypatch, *words),
-        "lerobot-eval": evaluate,
+        "lerobot-eval": by_lerobot(lerobot_eval.main),
+        "lerobot-edit-dataset": by_lerobot(lerobot_edit_dataset.main),
     }
 
     def execute(words: list[str], *more: str) -> None:
@@ -196,12 +202,13 @@ def test_the_readmes_story_and_the_guides_commands_on_its_store(execute, capsys,
     tokens.main(["export", "./data/pusht_lam", "--format=pt", "--output=pusht_lam.pt"])  # the guide has one
     for _, commands in blocks(ROOT / "docs" / "PRECOMPUTED_LAM_TOKENS.md"):
         for words in commands:
-            if words[0].startswith("lerobot-") and words[1] not in NOT_HERE and words not in done:
+            if words[0].startswith("lerobot-") and not NOT_HERE & set(words[:2]) and words not in done:
                 run(words)
     assert len(done) >= 12
     told = capsys.readouterr().out
     assert "sampled tokens agree with the LAM" in told
     assert (tmp_path / "pusht_lam.parquet").exists()
+    assert (tmp_path / "data" / "pusht_plain" / "meta" / "info.json").exists()
 
 
 @pytest.mark.slow
