@@ -152,7 +152,7 @@ class LiveTokens:
                 for source, model in zip(self._config.token_sources, models, strict=True)
             ]
             for source in self._config.token_sources:
-                logger.info("LAM tokens: live, by %s from %s.", source.model_path, source.camera_key)
+                logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
         return self._lams
 
     def keep(self, dataset_meta: Any) -> None:

@@ -108,7 +108,6 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
         )
         if dataset_meta is not None:
             known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")
-            logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
         settled.append(known)
     _write(config, settled)
 
@@ -266,7 +265,9 @@ def _contradictions(
             ("lam_action_latent_dim", source.action_latent_dim, lam.action_latent_dim),
         ]
         camera = source.camera_key
-        if dataset_meta is not None and camera in dataset_meta.camera_keys:
+        known = [] if dataset_meta is None else _cameras_in_sight(config, dataset_meta)
+        # Another name of the store's camera is what a `rename_map` gives, and then the policy knows it.
+        if dataset_meta is not None and (camera in dataset_meta.camera_keys or camera not in known):
             told.append(("lam_camera_key", camera, store.provenance.camera_key))
     elif store.token_dim != source.token_dim:
         told.append(("lam_num_learned_tokens * lam_action_latent_dim", source.token_dim, store.token_dim))

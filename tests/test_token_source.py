@@ -259,11 +259,15 @@ def test_a_lam_that_is_not_here_is_told_before_training(dataset, store, with_col
     build(lam_config(lam_tokens_path=str(store.path), lam_model_path="/nowhere/lam"), dataset)
     assert "not at /nowhere/lam. Training goes on" in caplog.text
     caplog.clear()
-    build(lam_config(lam_tokens_path=str(store.path), lam_camera_key="observation.images.tpo"), dataset)
-    assert "lam_camera_key=observation.images.tpo is not among the policy's cameras" in caplog.text
     build(lam_config(), with_column)
     assert "is not known. Training goes on" in caplog.text
     assert "--policy.lam_model_path" in caplog.text
+
+
+def test_a_misspelt_camera_beside_a_store_is_refused(dataset, store):
+    config = lam_config(lam_tokens_path=str(store.path), lam_camera_key="observation.images.tpo")
+    with pytest.raises(ValueError, match=f"observation.images.tpo, the store has {TOP}: leave that flag out"):
+        build(config, dataset)
 
 
 @pytest.mark.parametrize("with_stats", [False, True])

@@ -206,7 +206,10 @@ def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: Fit
 def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
     print("\n".join(report.lines()))
     if min(report.perplexity) < 2 or (report.probe is not None and report.probe.token < 0.2):
-        print("\nIts tokens say little so far: fit it with more --steps, more frames or another stride.")
+        print(
+            "\nIts tokens say little so far: fit it again, into another --output_dir, with more --steps, "
+            "more frames or another stride."
+        )
     command = [
         "lerobot-lam-precompute",
         *dataset_flags(config.dataset.repo_id, config.dataset.root),

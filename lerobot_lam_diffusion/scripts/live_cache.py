@@ -91,7 +91,8 @@ def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
     lacks = cache.num_pairs - known
     lam = [f"--lam.path={cache.provenance.lam.path}"] if lacks else []
     why = f", for which the LAM encodes {counted(lacks, 'pair')} more" if lacks else ""
-    return next_step([*merge, *lam, "--output_dir=lam_tokens"], f"Next, make a store of it{why}")
+    beside = "data/live_tokens" if cache.path.parent == live_cache_folder() else f"{cache.path.parent}_tokens"
+    return next_step([*merge, *lam, f"--output_dir={beside}"], f"Next, make a store of it{why}")
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:

@@ -19,24 +19,33 @@ SMALL_TRAINING = (
 )  # fmt: skip
 """A network and a training that two CPU cores finish in minutes."""
 
-EVALUATION = (
-    "lerobot-eval",
-    "--policy.path=OUTPUT_DIR/checkpoints/last/pretrained_model",
-    "--env.type=pusht",
-)
-
 
 def next_step(command: Sequence[str], why: str = "Next") -> str:
     """The closing lines: what the user may have to know of the command, then the command."""
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
         notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
+    if command[0] == "lerobot-train" and usable_device(None) == "cpu":
+        notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
     if command[0] == "lerobot-train":
-        if usable_device(None) == "cpu":
-            notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
-        notes.append(f"What it has trained: {shlex.join(EVALUATION)}, or lerobot-rollout on a robot.")
+        (run,) = _values(command, "--output_dir")
+        notes.append(f"After it: {_use_of(run, command)}")
     told = "".join(f"\n{note}" for note in notes)
     return f"{told}\n\n{why}:\n{indent(shell_text(command), '  ')}"
+
+
+def _use_of(run: str, command: Sequence[str]) -> str:
+    """What to do with the policy that a `lerobot-train` leaves in `run`."""
+    policy = f"--policy.path={run}/checkpoints/last/pretrained_model"
+    if not any("pusht" in repo_id for repo_id in _values(command, "--dataset.repo_id")):
+        return f"lerobot-rollout {policy} and the flags of your robot"
+    few = ["--eval.n_episodes=1", "--eval.batch_size=1", "--policy.num_inference_steps=10"]
+    flags = [policy, "--env.type=pusht", *(few if usable_device(None) == "cpu" else [])]
+    return shlex.join(["lerobot-eval", *flags])
+
+
+def _values(command: Sequence[str], flag: str) -> list[str]:
+    return [word.removeprefix(f"{flag}=") for word in command if word.startswith(f"{flag}=")]
 
 
 def shell_text(argv: Sequence[str], width: int = 100) -> str:
@@ -72,6 +81,7 @@ def training(repo_id: str, root: str | Path | None, *source: str) -> list[str]:
         *source,
         "--policy.push_to_hub=false",
         *without_network(),
+        f"--output_dir=outputs/{repo_id.rpartition('/')[2]}_lam",
     ]
 
 

@@ -204,6 +204,12 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
+    if summary.shards_total < config.num_shards:
+        idle = counted(config.num_shards - summary.shards_total, "task")
+        lines.append(
+            f"shards    {summary.shards_total} in all, so {idle} of {config.num_shards} had nothing to do; "
+            "--shard_frames makes more, smaller ones"
+        )
     for episode, reason in store.skipped.items():
         lines.append(f"SKIPPED   episode {episode}: {reason}")
     training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)

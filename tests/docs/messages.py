@@ -82,8 +82,9 @@ def _texts(tree: ast.Module, errors: set[str]) -> Iterator[tuple[ast.expr, str]]
             name = ast.unparse(node.func)
             if name in errors | LISTING or name.endswith("problems.append"):
                 told = node.args[:1]
-        elif isinstance(node, ast.AugAssign) and ast.unparse(node.target).endswith("problems"):
-            told = _elements(node.value)
+        elif isinstance(node, ast.Assign | ast.AugAssign):
+            target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
+            told = _elements(node.value) if ast.unparse(target).endswith("problems") else []
         elif isinstance(node, ast.FunctionDef) and ("problems" in node.name or node.name in REASONS):
             returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]
             told = [element for value in returned for element in _elements(value) or [value]]

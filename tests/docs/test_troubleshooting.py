@@ -31,7 +31,9 @@ def test_rows_are_found_in_messages():
     assert rows(foreign=True) == [
         "invalid choice: 'diffusion_lam'",
         "unrecognized arguments: …",
+        "No such file or directory: '….yaml'",
         "Repo id must be in the form",
+        "offline mode is enabled",
     ]
 
 

@@ -128,6 +128,7 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
         f"--policy.lam_tokens_path={place}",
         "--policy.push_to_hub=false",
         *without_network(),
+        "--output_dir=outputs/squares_lam",
     ]
     assert "--dataset.episodes" not in printed
     assert "lam_use_vq_tokens" not in printed
