@@ -30,8 +30,8 @@ def next_step(command: Sequence[str], why: str = "Next") -> str:
     if command[0] == "lerobot-train":
         (run,) = _values(command, "--output_dir")
         notes.append(f"After it: {_use_of(run, command)}")
-    told = "".join(f"\n{note}" for note in notes)
-    return f"{told}\n\n{why}:\n{indent(shell_text(command), '  ')}"
+    told = "\n".join(["", *notes, ""]) if notes else ""
+    return f"{told}\n{why}:\n{indent(shell_text(command), '  ')}"
 
 
 def _use_of(run: str, command: Sequence[str]) -> str:
