@@ -1,5 +1,6 @@
 """What a command prints last: the command that comes next, ready to be run."""
 
+import itertools
 import os
 import shlex
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ SMALL_TRAINING = (
 
 
 def next_step(command: Sequence[str], why: str = "Next") -> str:
-    """The closing lines: what the user may have to know of the command, then the command."""
+    """The closing lines: the command, then what the user may have to know of it."""
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
         notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
@@ -30,8 +31,7 @@ def next_step(command: Sequence[str], why: str = "Next") -> str:
     if command[0] == "lerobot-train":
         (run,) = _values(command, "--output_dir")
         notes.append(f"After it: {_use_of(run, command)}")
-    told = "\n".join(["", *notes, ""]) if notes else ""
-    return f"{told}\n{why}:\n{indent(shell_text(command), '  ')}"
+    return "\n".join(["", f"{why}:", indent(shell_text(command), "  "), *notes])
 
 
 def _use_of(run: str, command: Sequence[str]) -> str:
@@ -81,8 +81,15 @@ def training(repo_id: str, root: str | Path | None, *source: str) -> list[str]:
         *source,
         "--policy.push_to_hub=false",
         *without_network(),
-        f"--output_dir=outputs/{repo_id.rpartition('/')[2]}_lam",
+        f"--output_dir={_new_run(repo_id)}",
     ]
+
+
+def _new_run(repo_id: str) -> Path:
+    """A folder that is not there: LeRobot trains into no other."""
+    run = Path("outputs") / f"{repo_id.rpartition('/')[2]}_lam"
+    numbered = (run.with_name(f"{run.name}_{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([run], numbered) if not folder.exists())
 
 
 def without_network() -> list[str]:

@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, without_network
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, training, without_network
 from lerobot_lam_diffusion.scripts.tokens import main
 from tests.docs.commands import commands_in, parse
 
 
 def next_of(told: str) -> list[str]:
-    """The command after the last heading; it is the end of what was told."""
-    ends = re.search(r"\n\n[A-Z][^\n]*:\n((?:  .*\n)+)\Z", told)
+    """The command after the last heading; it is the end of what was told, but for notes on it."""
+    ends = re.search(r"\n\n[A-Z][^\n]*:\n((?:  .*\n)+)(?:[A-Z].*\n)*\Z", told)
     assert ends is not None, told
     (words,) = commands_in(ends[1])
     return words
@@ -59,6 +59,15 @@ def test_a_column_leads_to_training_and_so_does_its_check(store, flags, tmp_path
     assert f"--dataset.root={root}" in after_writing
     assert f"--dataset.root={root}" in after_checking
     assert parse(after_writing, tmp_path).policy.use_precomputed_lam_tokens
+
+
+def test_trainings_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for _ in range(3):
+        told += [word for word in training("user/data", None) if word.startswith("--output_dir=")]
+        (tmp_path / told[-1].partition("=")[2]).mkdir(parents=True)
+    assert told == [f"--output_dir=outputs/data_lam{end}" for end in ("", "_2", "_3")]
 
 
 @pytest.mark.parametrize(("offline", "kept", "expected"), [("1", 0, 1), ("1", 1, 0), ("0", 0, 0)])

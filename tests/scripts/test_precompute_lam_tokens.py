@@ -119,7 +119,8 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
         f"store     {place}",
     ):
         assert line in printed
-    assert shlex.split(re.split(r"Train on it.*:\n", printed)[1].replace("\\\n", "")) == [
+    command = re.search(r"Train on it:\n((?:  .*\n)+)", printed)[1]
+    assert shlex.split(command.replace("\\\n", "")) == [
         "lerobot-train",
         "--policy.type=diffusion_lam",
         "--dataset.repo_id=local/squares",
