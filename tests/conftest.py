@@ -1,6 +1,7 @@
 """What the tests share: real LeRobot datasets with encoded video, and a LAM with many codes on them."""
 
 import os
+import sys
 import tempfile
 
 _HOME = tempfile.TemporaryDirectory(prefix="lerobot-home-")
@@ -10,7 +11,7 @@ os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
@@ -27,6 +29,7 @@ from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
+from tests.torchcodec_states import without_ffmpeg
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
@@ -43,6 +46,13 @@ SMALL_LAM = LamConfig(
     action_latent_dim=32, num_learned_tokens=2, map_heads=4, decoder_depth=1, decoder_embed_dim=16,
     decoder_n_heads=2, n_codes=16,
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing = [item for item in items if item.get_closest_marker("torchcodec")]
+    if needing and get_safe_default_video_backend() != "torchcodec":
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="torchcodec needs FFmpeg's shared libraries"))
 
 
 def record_dataset(
@@ -177,6 +187,27 @@ def store(dataset, make_store) -> TokenStore:
 @pytest.fixture(scope="session")
 def continuous_store(dataset, make_store) -> TokenStore:
     return make_store(dataset, use_vq_tokens=False)
+
+
+@pytest.fixture(scope="session")
+def _torchcodec_copy(tmp_path_factory) -> Path:
+    return without_ffmpeg(tmp_path_factory.mktemp("torchcodec"))
+
+
+@pytest.fixture
+def torchcodec_without_ffmpeg(_torchcodec_copy, monkeypatch) -> Iterator[None]:
+    """Importing torchcodec fails as it does on a machine that lacks FFmpeg's shared libraries."""
+
+    def modules() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]
+
+    with monkeypatch.context() as patch:
+        for name in modules():
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(_torchcodec_copy)
+        yield
+        for name in modules():
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

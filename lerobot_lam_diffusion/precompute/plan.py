@@ -15,9 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lerobot_lam_diffusion.precompute.files import partial_name, write_durably
+from lerobot_lam_diffusion.precompute.files import write_durably
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.provenance import Provenance
+from lerobot_lam_diffusion.utils.files import partial_name
 
 FORMAT = "lerobot_lam_diffusion.extraction_plan"
 FORMAT_VERSION = 1

@@ -19,6 +19,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 from tqdm import tqdm
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
@@ -227,4 +228,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.fit()

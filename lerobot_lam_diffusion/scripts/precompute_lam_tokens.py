@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from lerobot.configs.default import DatasetConfig
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
@@ -244,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.precompute()

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from lerobot.configs.default import DatasetConfig
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
@@ -403,4 +404,4 @@ def _with_flags(words: list[str], config_class: type) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.tokens()

@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origi
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.files import partial_folder, spread_mode
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,8 @@ def add_column(
     )
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    partial = partial_folder(output)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         _write_dataset(store, meta, partial, key)
         for path in partial.rglob("*"):
             fsync(path)
@@ -193,6 +192,7 @@ def _write_dataset(store: TokenStore, meta: Any, root: Path, key: str) -> None:
         root / "meta",
         ignore=lambda folder, _: ignore if Path(folder) == meta.root / "meta" else [],
     )
+    spread_mode(root)  # the original may be read-only
     stats = _write_data(store, meta, root, key, info.features)
     _write_episodes(meta, root, key, stats)
     write_info(info, root)

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from lerobot.utils.constants import HF_LEROBOT_HOME
+
+from lerobot_lam_diffusion.utils.files import partial_name
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,12 @@ def remember(folder: Path, stamp: str) -> None:
     _checked_here[place] = stamp
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{place.name[:16]}-", dir=place.parent)
+        partial = partial_name(place)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(stamp)
-            os.replace(partial, place)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+            partial.write_text(stamp, encoding="utf-8")
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         logger.debug("%s will be checked again by the next process: %s", folder, error)
 

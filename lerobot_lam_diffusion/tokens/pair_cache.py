@@ -17,7 +17,6 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +33,7 @@ from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
 from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 TABLES = "tables"
 PAIRS_FILE = "pairs.bin"
@@ -107,9 +107,8 @@ class PairCache:
                 os.utime(folder / PAIRS_FILE)
             return cls.open(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        partial = partial_folder(folder)
         try:
-            partial.chmod(0o755)  # mkdtemp makes private folders
             nothing = torch.zeros(len(episode_from), dtype=torch.bool)
             provenance = replace(provenance, storage_dtype="")
             tables = write_store(

@@ -1,7 +1,6 @@
 """A token store on the Hub → a folder of one's own."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from lerobot_lam_diffusion.tokens.checked import remember
@@ -9,6 +8,7 @@ from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, c
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 
 def pull_store(hub_id: str, folder: Path) -> TokenStore:
@@ -30,9 +30,8 @@ def pull_store(hub_id: str, folder: Path) -> TokenStore:
     store = TokenStore.open(hub_id if hub_id.startswith("hf:") else f"hf://datasets/{hub_id}")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    partial = partial_folder(folder)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         for name in (TENSORS_FILE, PROVENANCE_FILE):
             shutil.copyfile(store.path / name, partial / name)
             fsync(partial / name)

@@ -4,7 +4,6 @@ import glob
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from lerobot_lam_diffusion.tokens.storage import (
 )
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import TensorFileWriter, fsync
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 
 def refuse_existing(folder: Path) -> None:
@@ -119,9 +119,8 @@ def write_rows(
             raise TokenStoreError("the LAM's codebook holds NaN or Inf; its weights are damaged")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    partial = partial_folder(folder)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         shapes = tensor_layout(provenance, int(lengths.sum()))
         max_error = _write_tensors(partial / TENSORS_FILE, shapes, known, rows)
         provenance = replace(
@@ -131,7 +130,6 @@ def write_rows(
         )
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
         for name in (TENSORS_FILE, PROVENANCE_FILE):
-            (partial / name).chmod(0o644)
             fsync(partial / name)
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
         _into_place(partial, folder)

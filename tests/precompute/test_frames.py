@@ -48,11 +48,8 @@ def test_frames_are_those_of_random_access(two_cameras, camera_key, return_uint8
     assert all(not torch.equal(*pair) for pair in zip(chunk[1:], chunk[:-1], strict=True))
 
 
+@pytest.mark.torchcodec
 def test_frames_by_torchcodec_are_those_of_its_random_access(two_cameras):
-    try:
-        import torchcodec  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        pytest.skip("torchcodec needs FFmpeg's shared libraries")
     dataset = LeRobotDataset(
         two_cameras.repo_id, root=two_cameras.root, video_backend="torchcodec", return_uint8=True
     )
