@@ -268,6 +268,11 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         problems,
         StoreExistsError,
     )
+    if store.skipped and not store.num_tokens:
+        raise StoreExistsError(
+            f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
+            f"{output_dir} and extract again"
+        )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
     remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store

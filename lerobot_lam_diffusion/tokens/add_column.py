@@ -44,7 +44,7 @@ from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +112,11 @@ def add_column(
         for path in partial.rglob("*"):
             fsync(path)
         linked, copied = _bring_videos(meta, partial, copy_videos)
-        _into_place(partial, output)
+        into_place(partial, output)
+        fsync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return NewDataset(output, linked, copied)
-
-
-def _into_place(partial: Path, output: Path) -> None:
-    try:
-        partial.rename(output)
-    except OSError:
-        refuse_existing(output)  # something else was written there meanwhile: it stays
-        raise
-    fsync(output.parent)
 
 
 def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:

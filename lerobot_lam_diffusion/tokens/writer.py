@@ -134,7 +134,7 @@ def write_rows(
             (partial / name).chmod(0o644)
             fsync(partial / name)
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-        _into_place(partial, folder)
+        into_place(partial, folder)
         fsync(folder.parent)
     except OSError as error:
         if error.errno and error.filename is None:  # a write does not say of which file
@@ -164,12 +164,21 @@ def _write_tensors(
     return max_error
 
 
-def _into_place(partial: Path, folder: Path) -> None:
+def into_place(partial: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, where nothing or an empty folder is.
+
+    Raises:
+        FileExistsError: something was written there meanwhile, and stays.
+        OSError: it cannot be renamed.
+    """
     try:
         partial.rename(folder)
     except OSError:
-        refuse_existing(folder)  # another process was faster: its store stays
-        raise
+        refuse_existing(folder)
+        if not folder.exists():
+            raise
+        folder.rmdir()  # some file systems rename nothing onto an empty folder
+        partial.rename(folder)
 
 
 def remove_partial(folder: Path) -> None:
