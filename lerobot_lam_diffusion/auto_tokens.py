@@ -18,9 +18,10 @@ from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.config import read_config
 from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
+from lerobot_lam_diffusion.precompute.dataset import open_whole
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
-from lerobot_lam_diffusion.problems import ExtractionError
+from lerobot_lam_diffusion.problems import DatasetError, ExtractionError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
@@ -111,8 +112,9 @@ def _build(
             )
     except DecodeError as error:
         raise ExtractionError(
-            f"the store of --policy.lam_tokens_path=auto cannot be built: {error} (a flag of "
-            "lerobot-lam-precompute, whose store you can name instead of auto)"
+            f"the store of --policy.lam_tokens_path=auto cannot be built: {error.what}. Repair the file; or "
+            "make a store with lerobot-lam-precompute, which has flags for such episodes (--on_error=skip, "
+            "--tolerance_s), and name it instead of auto"
         ) from error
     except BaseException:
         told = how_to_go_on(folder)
@@ -127,19 +129,16 @@ def _build(
 def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
     """All episodes, whichever of them are trained on; what is not on this machine yet is fetched."""
     try:
-        return LeRobotDataset(
-            dataset_meta.repo_id,
+        return open_whole(
+            dataset_meta,
             root=getattr(
                 dataset_meta, "_requested_root", dataset_meta.root
             ),  # None: the Hub's cache, not in it
             revision=dataset_meta.revision,
             video_backend=video_backend,
-            return_uint8=True,
         )
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except DatasetError as error:
         raise ExtractionError(
-            "--policy.lam_tokens_path=auto needs all episodes of a dataset on this machine, and "
-            f"{dataset_meta.repo_id!r} cannot be opened at {dataset_meta.root} nor fetched from the Hub "
-            f"({reason}); complete it, or name a token store instead of auto"
+            "--policy.lam_tokens_path=auto needs all episodes of a dataset on this machine: "
+            f"{error}, or name a token store instead of auto"
         ) from error

@@ -23,6 +23,7 @@ from lerobot_lam_diffusion.problems import (
 from lerobot_lam_diffusion.sources import LamSource
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
+from lerobot_lam_diffusion.tokens.dataset_check import check_metadata, not_rgb
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.writer import codebook_scale
@@ -53,6 +54,8 @@ def settle_precomputed_source(
     if dataset_meta is None and (None in paths or trained_before):
         return None
 
+    if dataset_meta is not None:
+        check_metadata(dataset_meta)
     column = dataset_meta.features.get(config.lam_tokens_key) if dataset_meta is not None else None
     if None in paths:
         _settle_column(config, column, dataset_meta)
@@ -88,6 +91,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
     Raises:
         UserError: the dataset brings tokens of its own as well, or there is no such camera.
     """
+    if dataset_meta is not None:
+        check_metadata(dataset_meta)
     sources = config.token_sources
     problems = _camera_problems(config, sources, dataset_meta)
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
@@ -312,11 +317,17 @@ def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -
     Raises:
         UserError: it is not known which camera of the dataset that is.
     """
-    cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
+    others = not_rgb(dataset_meta)
+    cameras = [key for key in dataset_meta.camera_keys if key not in others]
     if camera in cameras:
         return camera
     if len(cameras) == 1 and list(config.image_features) == [camera]:
         return cameras[0]
+    if camera in others:
+        raise DatasetError(
+            f"--policy.lam_camera_key={camera} {others[camera]}, and a LAM looks at RGB: dataset "
+            f"{dataset_meta.repo_id!r} has the RGB cameras {cameras}; name one of them"
+        )
     raise DatasetError(
         f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
         f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, it cannot be known "
@@ -336,10 +347,18 @@ def _camera_problems(
     if not cameras or (dataset_meta is None and config.lam_source is not None):
         return []
     unknown = dict.fromkeys(source.camera_key for source in sources if source.camera_key not in cameras)
-    return [
+    others = {} if dataset_meta is None else not_rgb(dataset_meta)
+    looked_at = dict.fromkeys(str(source.camera_key) for source in sources if source.camera_key in cameras)
+    problems = [
+        f"--policy.lam_camera_key={camera} {others[camera]}, and a LAM looks at RGB; pass another camera"
+        for camera in looked_at
+        if camera in others
+    ]
+    problems += [
         f"--policy.lam_camera_key={camera} is not among the policy's cameras {cameras}; pass one of them"
         for camera in unknown
     ]
+    return problems
 
 
 def _cameras_in_sight(config: DiffusionLamConfig, dataset_meta: Any) -> list[str]:

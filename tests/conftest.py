@@ -1,6 +1,10 @@
 """What the tests share: real LeRobot datasets with encoded video, and a LAM with many codes on them."""
 
+import errno
+import fcntl
+import mmap
 import os
+import stat
 import sys
 import tempfile
 
@@ -28,7 +32,7 @@ from lerobot_lam_diffusion.lam.decoder import Decoder
 from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens import TokenStore, layout
 from tests.torchcodec_states import without_ffmpeg
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
@@ -216,6 +220,40 @@ def pusht(tmp_path_factory) -> LeRobotDataset:
     root = tmp_path_factory.mktemp("pusht") / "data"
     record_pusht(root, "local/pusht", 2, near_goal=True)
     return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
+
+
+@pytest.fixture
+def without_maps(monkeypatch) -> None:
+    """Files cannot be mapped, as on some network disks; whoever maps one is refused as there."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)  # of Python and NumPy
+    monkeypatch.setattr(layout, "safe_open", refuse)
+
+
+@pytest.fixture
+def without_locks(monkeypatch) -> None:
+    """Files cannot be locked, as on network disks whose server has no lock service."""
+
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.fixture
+def without_folder_sync(monkeypatch) -> None:
+    """`fsync` of a folder is refused, as by CIFS."""
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

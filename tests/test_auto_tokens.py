@@ -304,7 +304,8 @@ def test_a_dataset_that_is_not_all_here_is_told(auto, tmp_path, builds):
     meta = copy.copy(bare.meta)
     shutil.rmtree(bare.root / "data")
     with pytest.raises(
-        UserError, match=r"auto needs all episodes .*'local/squares' cannot be opened at .*bare"
+        UserError,
+        match=r"auto needs all episodes .*'local/squares' at .*bare is not whole: data/.*is not there",
     ):
         make_policy(lam_config(**auto), ds_meta=meta)
     assert not builds

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.precompute.collect import ShardCollector
+from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
+from lerobot_lam_diffusion.precompute.dataset import check_dataset
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
@@ -81,6 +82,7 @@ def precompute_tokens(
     compile: bool = False,
     shard_frames: int | None = None,
     skip_unreadable: bool = False,
+    unreadable: Mapping[int, str] | None = None,
     video_backend: str | None = None,
     process: Process | None = None,
     show_progress: bool = True,
@@ -104,16 +106,19 @@ def precompute_tokens(
         compile: Compile the LAM's encoder for that batch size.
         shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
         skip_unreadable: Record an episode that cannot be read as missing instead of stopping.
+        unreadable: Episodes to be recorded as missing, which `dataset` was opened without → why.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
         process: Which part of the work is this process's; None: all.
         show_progress: Draw a progress bar.
 
     Raises:
         FileExistsError: `output_dir` exists and is not the store of this very extraction.
-        UserError: unfinished work of another extraction lies there (every difference is listed), or an
-            episode cannot be read.
+        UserError: unfinished work of another extraction lies there (every difference is listed), the dataset
+            contradicts itself, or an episode cannot be read.
     """
     started = time.perf_counter()
+    unreadable = unreadable or {}
+    check_dataset(dataset)
     extraction = _extraction(
         dataset,
         lam,
@@ -124,6 +129,7 @@ def precompute_tokens(
         storage_dtype,
         video_backend,
         shard_frames,
+        unreadable,
     )
     if (output_dir / PROVENANCE_FILE).is_file():
         return _summary(_same_store(output_dir, extraction))
@@ -138,20 +144,27 @@ def precompute_tokens(
         plan, shards = extraction.plan, extraction.shards(folder)
         mine = _shards_to_make(shards, present, process)
         if mine:
+            positions = [position for shard in mine for position in range(*plan.shards[shard])]
+            readable = [position for position in positions if plan.episodes[position] not in unreadable]
+            frames = EpisodeFrames(dataset, camera_key, video_backend)
+            frames.check((plan.episodes[position] for position in readable), skip_unreadable)
             num_frames = sum(plan.shard_sizes()[shard] for shard in mine)
             batch_size = batch_size or find_batch_size(lam, num_frames)
             if compile:
                 lam.compile()
             workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
+            collector = ShardCollector(shards, mine, frame_stride)
+            for position in sorted({*positions} - {*readable}):
+                collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(
-                    [position for shard in mine for position in range(*plan.shards[shard])],
+                    readable,
                     plan,
                     lambda: EpisodeFrames(dataset, camera_key, video_backend),
                     lam,
                     PairEncoder(lam, batch_size, use_vq_tokens),
-                    ShardCollector(shards, mine, frame_stride),
+                    collector,
                     frame_stride=frame_stride,
                     batch_size=batch_size,
                     num_workers=workers,
@@ -202,6 +215,7 @@ def _extraction(
     storage_dtype: str,
     video_backend: str | None,
     shard_frames: int | None,
+    unreadable: Mapping[int, str],
 ) -> Extraction:
     provenance = provenance_of(
         dataset.meta,
@@ -214,6 +228,7 @@ def _extraction(
         decoder=decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend),
     )
     start, stop, covered = _episode_table(dataset)
+    covered[list(unreadable)] = True
     episodes = covered.nonzero().flatten().tolist()
     lengths = (stop - start)[covered].tolist()
     plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
@@ -268,6 +283,11 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         problems,
         StoreExistsError,
     )
+    if store.skipped and not store.num_tokens:
+        raise StoreExistsError(
+            f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
+            f"{output_dir} and extract again"
+        )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
     remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store

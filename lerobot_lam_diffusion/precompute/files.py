@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
+from lerobot_lam_diffusion.tokens.tensor_file import fsync, sync_file
 from lerobot_lam_diffusion.utils.files import partial_name
 
 
@@ -17,7 +17,7 @@ def write_durably(path: Path, content: bytes) -> Path:
         with path.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}: writing {len(content):,} bytes", str(path)) from error

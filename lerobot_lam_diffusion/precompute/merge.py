@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.files import write_atomically
 from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, identity_of
 from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
+from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, sha256_of, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
@@ -79,9 +80,9 @@ class Extraction:
         try:
             if sha256_of(path) != digest:
                 raise ValueError("its SHA-256 is not the plan's")
-            with safe_open(path, framework="pt") as file:
-                codebook, start, stop = (file.get_tensor(name) for name in ("codebook", "from", "to"))
-        except (SafetensorError, OSError, ValueError) as error:
+            tables = load(path.read_bytes())
+            codebook, start, stop = (tables[name] for name in ("codebook", "from", "to"))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(path, str(error)) from error
         return cls(provenance, codebook, start, stop, plan)
 
@@ -117,6 +118,8 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
         The store; None: another process is at it.
 
     Raises:
+        ExtractionError: every token was skipped; the shards are removed, so that the same command extracts
+            them once the files are repaired.
         ShardError: a shard is damaged; extract again, which makes that shard anew.
         OSError: the disk is full or not writable.
     """
@@ -190,6 +193,10 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
     covered = torch.zeros(len(extraction.episode_from), dtype=torch.bool)
     covered[plan.episodes] = True
     covered[list(skipped)] = False
+    lengths = extraction.episode_to - extraction.episode_from
+    if skipped and not bool((covered & (lengths > extraction.provenance.frame_stride)).any()):
+        remove_shards(shards.path)  # else the next run would find its work done
+        raise nothing_readable(skipped)
     reasons = {str(episode): skipped[episode] for episode in sorted(skipped)}
     return write_store(
         output_dir,
@@ -199,6 +206,15 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
         extraction.episode_from,
         extraction.episode_to,
         covered,
+    )
+
+
+def nothing_readable(skipped: dict[int, str]) -> ExtractionError:
+    """Of an extraction that skipped every episode that has tokens."""
+    first = min(skipped)
+    return ExtractionError(
+        f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "
+        f"{skipped[first]}). There is no store; repair the files and run the same command again"
     )
 
 

@@ -31,7 +31,12 @@ from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
-from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.opening import (
+    open_dataset,
+    open_metadata,
+    open_readable_dataset,
+    usable_device,
+)
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
@@ -138,7 +143,11 @@ def precompute(config: PrecomputeConfig) -> None:
     device = usable_device(config.device)
     camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
     process = Process.launched(device, config.shard_index, config.num_shards)
-    dataset = open_dataset(config.dataset, config.tolerance_s)
+    unreadable: dict[int, str] = {}
+    if config.on_error == "skip":
+        dataset, unreadable = open_readable_dataset(config.dataset, config.tolerance_s)
+    else:
+        dataset = open_dataset(config.dataset, config.tolerance_s)
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
@@ -160,6 +169,7 @@ def precompute(config: PrecomputeConfig) -> None:
             compile=config.compile,
             shard_frames=config.shard_frames,
             skip_unreadable=config.on_error == "skip",
+            unreadable=unreadable,
             video_backend=config.dataset.video_backend,
             process=process,
         )
@@ -171,6 +181,11 @@ def precompute(config: PrecomputeConfig) -> None:
         told = None if isinstance(error, FileExistsError) else how_to_go_on(output_dir)
         if told:
             print(f"Stopped. {told}.", file=sys.stderr)
+        if isinstance(error, DecodeError):
+            raise DecodeError(
+                error.what,
+                f"{error.remedy}, or pass --on_error=skip to record such episodes as missing",
+            ) from error
         raise
     print(report(summary, config))
 

@@ -94,6 +94,7 @@ class VerifyConfig:
         camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
         num_samples: Tokens in that sample.
         seed: Of the sample.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
         device: Where the LAM runs; the best there is if left out.
     """
 
@@ -104,6 +105,7 @@ class VerifyConfig:
     camera_key: str | None = None
     num_samples: int = 64
     seed: int = 0
+    tolerance_s: float = 1e-4
     device: str | None = None
 
 
@@ -118,11 +120,14 @@ class MergeConfig:
         dataset: With a live cache: the dataset that it was filled from, whose pixels are compared.
         lam: With a live cache: the LAM that filled it encodes what is missing; if left out, the store has the
             complete episodes only.
+        tolerance_s: With a live cache, as in lerobot-train: how far a frame may lie from its timestamp, in
+            seconds.
     """
 
     output_dir: Path | None = None
     dataset: DatasetConfig | None = None
     lam: LamSource | None = None
+    tolerance_s: float = 1e-4
     stores: list[str] = field(default_factory=list)
 
 
@@ -227,7 +232,7 @@ def verify(config: VerifyConfig) -> None:
                 next_step(verify_with_its_lam(store, config.store), "Next, compare with its dataset and LAM")
             )
         return
-    dataset = open_dataset(config.dataset)
+    dataset = open_dataset(config.dataset, config.tolerance_s)
     if store.provenance is not None:
         TokenStore.open(store.path, dataset.meta)
         print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")

@@ -9,7 +9,7 @@ What belongs to one dataset alone (its digest, all else that its token store kne
 was encoded) stands in `meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or is
 not true of the dataset any more, the column is *derived*. Its rows still are those of their frames.
 
-There is no list of missing tokens: they are the rows with `frame_index < frame_stride`, and zero.
+There is no list of missing tokens: they are the first `frame_stride` rows of each episode, and zero.
 """
 
 import dataclasses

@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import logging
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.problems import TokenStoreError
 from lerobot_lam_diffusion.reading import is_file, open_regular, shown
-from lerobot_lam_diffusion.safetensors_header import read_header
+from lerobot_lam_diffusion.safetensors_header import Entry, read_header, read_tensor
 from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance, ProvenanceError
 from lerobot_lam_diffusion.tokens.storage import row_tensors
 from lerobot_lam_diffusion.tokens.tensor_file import read_blocks
+
+logger = logging.getLogger(__name__)
 
 TENSORS_FILE = "lam_tokens.safetensors"
 PROVENANCE_FILE = "lam_tokens.json"
@@ -94,15 +98,26 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     path = folder / TENSORS_FILE
     try:
         with open_regular(path) as opened:
-            read_header(opened, HEADER_BYTES, for_map=True)  # stricter than what `safe_open` believes
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Stricter than what `safe_open` believes.
+            entries = read_header(opened, HEADER_BYTES, for_map=True)
+            tensors = _tensors(path, opened, entries)
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:
         raise _damaged(path, "; ".join(problems))
     return provenance, tensors
+
+
+def _tensors(path: Path, opened: BinaryIO, entries: dict[str, Entry]) -> dict[str, Tensor]:
+    """Mapped, or read where the file system cannot map files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        tensors = {name: read_tensor(opened, entry) for name, entry in entries.items()}
+        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
+        return tensors
 
 
 def _damaged(path: Path, what: str) -> TokenStoreError:

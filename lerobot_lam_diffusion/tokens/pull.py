@@ -7,7 +7,7 @@ from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content, stamp_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
 from lerobot_lam_diffusion.utils.files import partial_folder
 
 
@@ -38,7 +38,7 @@ def pull_store(hub_id: str, folder: Path) -> TokenStore:
         check_content(partial)
         stamp = stamp_of(partial)
         refuse_existing(folder)  # fetching may have taken long
-        partial.rename(folder)
+        into_place(partial, folder)
         fsync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -132,7 +132,7 @@ def write_rows(
         for name in (TENSORS_FILE, PROVENANCE_FILE):
             fsync(partial / name)
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-        _into_place(partial, folder)
+        into_place(partial, folder)
         fsync(folder.parent)
     except OSError as error:
         if error.errno and error.filename is None:  # a write does not say of which file
@@ -162,12 +162,21 @@ def _write_tensors(
     return max_error
 
 
-def _into_place(partial: Path, folder: Path) -> None:
+def into_place(partial: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, where nothing or an empty folder is.
+
+    Raises:
+        FileExistsError: something was written there meanwhile, and stays.
+        OSError: it cannot be renamed.
+    """
     try:
         partial.rename(folder)
     except OSError:
-        refuse_existing(folder)  # another process was faster: its store stays
-        raise
+        refuse_existing(folder)
+        if not folder.exists():
+            raise
+        folder.rmdir()  # some file systems rename nothing onto an empty folder
+        partial.rename(folder)
 
 
 def remove_partial(folder: Path) -> None:

@@ -84,7 +84,13 @@ def test_image_transforms_of_training_do_not_reach_the_lam(two_cameras):
 
 
 def meta(cameras=(TOP, WRIST), depth=()):
-    return SimpleNamespace(repo_id="local/x", camera_keys=[*cameras, *depth], depth_keys=[*depth])
+    shapes = {**dict.fromkeys(cameras, (48, 48, 3)), **dict.fromkeys(depth, (48, 48, 1))}
+    features = {
+        key: {"shape": shape, "names": ["height", "width", "channels"]} for key, shape in shapes.items()
+    }
+    return SimpleNamespace(
+        repo_id="local/x", camera_keys=[*cameras, *depth], depth_keys=[*depth], features=features
+    )
 
 
 DEPTH = "observation.images.depth"

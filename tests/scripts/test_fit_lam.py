@@ -57,6 +57,11 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
     assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
 
 
+def test_fits_where_files_cannot_be_mapped(arguments, tmp_path, without_maps, without_folder_sync):
+    main(arguments(steps=2))
+    assert load_lam(tmp_path / "lam")
+
+
 @pytest.mark.slow
 def test_resume_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     main(arguments(save_every=4))

@@ -271,7 +271,7 @@ def test_a_dataset_that_is_not_whole(dataset, store, tmp_path):
     copy = shutil.copytree(dataset.root, tmp_path / "copy")
     next(copy.rglob("*.mp4")).unlink()
     meta = LeRobotDatasetMetadata("local/x", root=copy)
-    refused(UserError, r"1 files of dataset .* the first is videos/", store, meta, tmp_path / "x")
+    refused(UserError, r"1 files of dataset .* the first: videos/", store, meta, tmp_path / "x")
 
 
 def test_nothing_is_left_where_the_disk_is_full(dataset, store, tmp_path, monkeypatch):

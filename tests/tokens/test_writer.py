@@ -1,6 +1,8 @@
 """A store appears whole or not at all."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def test_vq_costs_a_byte_a_slot(write_random, tmp_path):
     assert abs(large - small - 2 * 10_000) < 64
 
 
-@pytest.mark.parametrize("where", ["TensorFileWriter", "sha256_of", "fsync", "_into_place"])
+@pytest.mark.parametrize("where", ["TensorFileWriter", "sha256_of", "fsync", "into_place"])
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
 )
@@ -58,6 +60,19 @@ def test_what_a_killed_writer_left_is_no_hindrance(write_random, tmp_path):
 
 
 def test_an_empty_folder_is_filled(write_random, tmp_path):
+    (tmp_path / "store").mkdir()
+    assert len(write_random(tmp_path / "store", LENGTHS).values) == 9
+
+
+def test_an_empty_folder_onto_which_nothing_can_be_renamed(write_random, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def onto_nothing(self, target):
+        if Path(target).exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", onto_nothing)
     (tmp_path / "store").mkdir()
     assert len(write_random(tmp_path / "store", LENGTHS).values) == 9
 
