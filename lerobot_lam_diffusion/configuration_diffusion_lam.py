@@ -65,6 +65,8 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_token_scale: RMS of the codebook's entries; a source's tokens are divided by its own. Written by
             training.
         lam_source: Where training took its tokens from. Written by training.
+        lam_fps: Frames per second of the training dataset: the time base of `lam_frame_stride`, and the rate
+            at which a robot should run the policy. Written by training.
         lam_live_cache: On the fly in training: keep each token that the LAM computes, so that a frame pair is
             encoded once; later epochs and runs read it, for the very pixels that it was made of. "auto": in
             LeRobot's home, or a folder.
@@ -98,6 +100,7 @@ class DiffusionLamConfig(DiffusionConfig):
     lam_fingerprint: list[str | None] | str | None = None
     lam_token_scale: list[float | None] | float | None = None
     lam_source: list[str | None] | str | None = None
+    lam_fps: float | None = None
     lam_live_cache: str | None = None
     lam_allow_mismatch: bool = False
     lam_token_dropout: float = 0.0

@@ -52,6 +52,8 @@ def settle_precomputed_source(
     trained_before = config.lam_source is not None
     if dataset_meta is None and (None in paths or trained_before):
         return None
+    if dataset_meta is not None:
+        config.lam_fps = float(dataset_meta.fps)
 
     column = dataset_meta.features.get(config.lam_tokens_key) if dataset_meta is not None else None
     if None in paths:
@@ -98,6 +100,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
         )
     raise_problems("tokens cannot be computed on the fly", problems)
     config.lam_frame_stride = config.lam_frame_stride or 1
+    if dataset_meta is not None:
+        config.lam_fps = float(dataset_meta.fps)
     settled = []
     for source, lam in zip(sources, lams, strict=True):
         known = replace(
