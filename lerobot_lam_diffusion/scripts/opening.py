@@ -44,11 +44,16 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
             meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            root = config.root or HF_LEROBOT_HOME / config.repo_id
+            root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
             if config.root is not None and not Path(config.root).is_dir():
                 raise DatasetError(
                     f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
                     "Hub or in LeRobot's home"
+                ) from error
+            if any(root.glob("*.lance")) or any((root / "data").glob("**/*.lance")):
+                raise DatasetError(
+                    f"dataset {config.repo_id!r} at {root} is in the Lance layout (*.lance), which LeRobot "
+                    "0.6 cannot read: name the dataset in LeRobot's own layout that it was converted from"
                 ) from error
             raise DatasetError(
                 f"dataset {config.repo_id!r} cannot be opened at {root} nor "
