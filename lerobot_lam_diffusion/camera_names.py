@@ -30,13 +30,17 @@ def may_be_exchanged(config: DiffusionLamConfig, dataset_meta: Any) -> bool:
 
 
 def check_cameras(
-    config: DiffusionLamConfig, names: Mapping[str, str], of_tokens: Sequence[str | None]
+    config: DiffusionLamConfig,
+    names: Mapping[str, str],
+    of_tokens: Sequence[str | None],
+    are_all: bool = True,
 ) -> None:
     """Check that the tokens of each source are of the camera that the policy knows as `lam_camera_key`.
 
     Args:
         names: The policy's name of each camera in a batch → the dataset's.
         of_tokens: The dataset's name of the camera that each source's tokens are of, None if it is not known.
+        are_all: Whether there are no other names than these.
 
     Raises:
         TrainingError: they are of another camera.
@@ -47,10 +51,11 @@ def check_cameras(
         if camera is None or key is None:
             continue
         if key not in names:
-            problems.append(
-                f"--policy.lam_camera_key={key} is not among the policy's cameras {sorted(names)}; pass one "
-                "of them"
-            )
+            if are_all:
+                problems.append(
+                    f"--policy.lam_camera_key={key} is not among the policy's cameras {sorted(names)}; pass "
+                    "one of them"
+                )
         elif names[key] != camera:
             right = [name for name, of_dataset in names.items() if of_dataset == camera]
             instead = f", or pass --policy.lam_camera_key={right[0]}" if right else ""
@@ -60,6 +65,13 @@ def check_cameras(
                 f"(lerobot-lam-precompute --camera_key={names[key]}){instead}"
             )
     raise_problems("tokens of another camera than the policy's", problems, TrainingError)
+
+
+def presumed_names(config: DiffusionLamConfig, dataset_meta: Any) -> dict[str, str]:
+    """The policy's names of cameras → the dataset's where no batch tells: the same, or the only one."""
+    cameras = rgb_cameras(dataset_meta)
+    only = dict.fromkeys(config.image_features, cameras[0]) if len(cameras) == 1 else {}
+    return {**only, **{camera: camera for camera in cameras}}
 
 
 def named_by_policy(names: Mapping[str, str], camera: str | None) -> str | None:

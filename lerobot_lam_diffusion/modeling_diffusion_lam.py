@@ -27,7 +27,7 @@ from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.camera_names import may_be_exchanged, rgb_cameras
+from lerobot_lam_diffusion.camera_names import may_be_exchanged
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS_LAM_TOKENS
@@ -183,16 +183,18 @@ class DiffusionLamPolicy(DiffusionPolicy):
             return
         names = batch.get(OBS_LAM_CAMERAS)
         exchanged = may_be_exchanged(self.config, meta)
-        if names is None:
-            names = {camera: camera for camera in rgb_cameras(meta)}
-            if exchanged and (self.config.use_precomputed_lam_tokens or self.config.lam_live_cache):
-                logger.warning(
-                    "The batch does not tell which of the dataset's cameras are which of the policy's (no "
-                    "%r: the pre-processor is not this policy's, or of a checkpoint of an earlier version). "
-                    "They are taken to have the same names; under a --rename_map that exchanges cameras the "
-                    "tokens would be of another camera than the policy's: train without one.",
-                    OBS_LAM_CAMERAS,
-                )
+        if (
+            names is None
+            and exchanged
+            and (self.config.use_precomputed_lam_tokens or self.config.lam_live_cache)
+        ):
+            logger.warning(
+                "The batch does not tell which of the dataset's cameras are which of the policy's (no %r: "
+                "the pre-processor is not this policy's, or of a checkpoint of an earlier version). They are "
+                "taken to have the same names; under a --rename_map that exchanges cameras the tokens would "
+                "be of another camera than the policy's: train without one.",
+                OBS_LAM_CAMERAS,
+            )
         self.token_store = settle_first_batch(self.config, self.token_store, meta, names, self._given_sources)
         if exchanged and self.config.lam_live_cache and not self.config.use_precomputed_lam_tokens:
             self.live_tokens.keep(meta, names)

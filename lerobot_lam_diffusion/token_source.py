@@ -11,7 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lerobot_lam_diffusion.camera_names import check_cameras, frame_size, may_be_exchanged, named_by_policy
+from lerobot_lam_diffusion.camera_names import (
+    check_cameras,
+    frame_size,
+    may_be_exchanged,
+    named_by_policy,
+    presumed_names,
+)
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.problems import (
     ColumnError,
@@ -94,14 +100,14 @@ def settle_first_batch(
     config: DiffusionLamConfig,
     store: TokenStore | JoinedStores | None,
     dataset_meta: Any,
-    names: Mapping[str, str],
+    names: Mapping[str, str] | None,
     given: Sequence[LamSource],
 ) -> TokenStore | JoinedStores | None:
     """Settle what the first batch of a training tells: which camera of the dataset is which of the policy's.
 
     Args:
         store: What `settle_precomputed_source` returned.
-        names: The policy's name of each camera → the dataset's.
+        names: The policy's name of each camera → the dataset's; None if the batch does not tell.
         given: The sources as they were before they were settled.
 
     Returns:
@@ -110,6 +116,7 @@ def settle_first_batch(
     Raises:
         UserError: the tokens are of another camera than the policy's.
     """
+    are_told, names = names is not None, names or presumed_names(config, dataset_meta)
     if store is None and config.use_precomputed_lam_tokens and config.token_sources[0].is_auto:
         store = settle_precomputed_source(config, dataset_meta, names)
     cameras = _cameras_of_tokens(config, store, dataset_meta)
@@ -121,7 +128,7 @@ def settle_first_batch(
             for source, before, camera in zip(config.token_sources, given, cameras, strict=True)
         ]
     )
-    check_cameras(config, names, cameras)
+    check_cameras(config, names, cameras, are_all=are_told)
     config.set_token_sources(
         [
             replace(
