@@ -5,6 +5,7 @@ that a path names imports no LAM.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,24 @@ from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 logger = logging.getLogger(__name__)
 
 
-def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenStore]:
+def resolved_lams(config: DiffusionLamConfig) -> list[str]:
+    """The fingerprint of each source's LAM, which is checked to fit `config` without loading its weights."""
+    folders = find_lams(config)
+    fingerprints = [fingerprint_of(folder) for folder in folders]
+    check_lams(config, fingerprints, [read_config(folder) for folder in folders])
+    return fingerprints
+
+
+def cached_stores(
+    config: DiffusionLamConfig, dataset_meta: Any, names: Mapping[str, str] | None = None
+) -> list[TokenStore]:
     """For each source of tokens the store of all of the dataset's tokens, as `config` wants them.
 
     Args:
         config: With `lam_model_path` and `lam_camera_key`; fields that contradict a LAM are refused before
             anything is built.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+        names: The policy's names of cameras → the dataset's, as far as they are known.
 
     Raises:
         UserError: no dataset, no such camera or LAM, contradicting fields, or an episode cannot be read.
@@ -47,10 +59,8 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
             "the policy with LeRobot's make_policy(config, ds_meta=dataset.meta), or name a token store"
         )
     sources = config.token_sources
-    cameras = [dataset_camera(config, str(source.camera_key), dataset_meta) for source in sources]
-    folders = find_lams(config)
-    fingerprints = [fingerprint_of(folder) for folder in folders]
-    check_lams(config, fingerprints, [read_config(folder) for folder in folders])
+    cameras = [dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in sources]
+    fingerprints = resolved_lams(config)
     video_backend = get_safe_default_video_backend()
     stores = []
     for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):

@@ -65,6 +65,10 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_token_scale: RMS of the codebook's entries; a source's tokens are divided by its own. Written by
             training.
         lam_source: Where training took its tokens from. Written by training.
+        lam_frame_size: Height x width of the camera's frames in training, such as "480x640". Written by
+            training.
+        lam_fps: Frames per second of the training dataset: the time base of `lam_frame_stride`, and the rate
+            at which a robot should run the policy. Written by training.
         lam_live_cache: On the fly in training: keep each token that the LAM computes, so that a frame pair is
             encoded once; later epochs and runs read it, for the very pixels that it was made of. "auto": in
             LeRobot's home, or a folder.
@@ -98,6 +102,8 @@ class DiffusionLamConfig(DiffusionConfig):
     lam_fingerprint: list[str | None] | str | None = None
     lam_token_scale: list[float | None] | float | None = None
     lam_source: list[str | None] | str | None = None
+    lam_frame_size: list[str | None] | str | None = None
+    lam_fps: float | None = None
     lam_live_cache: str | None = None
     lam_allow_mismatch: bool = False
     lam_token_dropout: float = 0.0
@@ -240,10 +246,15 @@ class DiffusionLamConfig(DiffusionConfig):
                 "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for example "
                 "observation.images.top"
             )
-        if self.n_obs_steps < 2 and self.lam_conditioning_steps is None:
+        if (
+            self.n_obs_steps < 2
+            and self.lam_conditioning_steps is None
+            and self.lam_temporal_aggregation == "concat"
+        ):
             problems.append(
-                f"tokens on the fly need n_obs_steps >= 2 to see a frame pair, got {self.n_obs_steps}; raise "
-                "--policy.n_obs_steps or train on precomputed tokens"
+                "tokens on the fly need n_obs_steps >= 2 with lam_temporal_aggregation=concat, which has "
+                f"n_obs_steps - 1 of them, got {self.n_obs_steps}; raise --policy.n_obs_steps, set "
+                "--policy.lam_temporal_aggregation=latest or train on precomputed tokens"
             )
         return problems
 

@@ -8,7 +8,7 @@ stands between the dataset and the policy (augmentation, another decoder, an edi
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ ANY_DECODER = "any"  # pixels are compared themselves
 
 
 def open_live_caches(
-    config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[LatentActionModel]
+    config: DiffusionLamConfig,
+    dataset_meta: Any,
+    lams: Sequence[LatentActionModel],
+    names: Mapping[str, str] | None = None,
 ) -> "list[LiveCache]":
     """Open or make the cache of each source's tokens of a training dataset.
 
@@ -43,12 +46,13 @@ def open_live_caches(
         config: With `lam_live_cache`, "auto" or a folder.
         dataset_meta: `LeRobotDatasetMetadata`.
         lams: The LAM of each source.
+        names: The policy's names of cameras → the dataset's, as far as they are known.
 
     Raises:
         UserError: a camera is not known in the dataset, or a cache is damaged or cannot be made.
     """
     cameras = [
-        dataset_camera(config, str(source.camera_key), dataset_meta) for source in config.token_sources
+        dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in config.token_sources
     ]
     root = live_cache_folder() if config.lam_live_cache == AUTO else Path(str(config.lam_live_cache))
     caches = []

@@ -8,7 +8,7 @@ tokens side by side.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +155,11 @@ class LiveTokens:
                 logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
         return self._lams
 
-    def keep(self, dataset_meta: Any) -> None:
+    def keep(self, dataset_meta: Any, names: Mapping[str, str] | None = None) -> None:
         """Keep the tokens of this dataset's frames where `lam_live_cache` says, and take kept ones there.
+
+        Args:
+            names: The policy's names of cameras → the dataset's, as far as they are known.
 
         Raises:
             UserError: the cache is damaged, or a camera is not one of the dataset's.
@@ -165,7 +168,8 @@ class LiveTokens:
         from lerobot_lam_diffusion.live_cache import open_live_caches  # nothing else here needs datasets
 
         models = [live.lam for live in self.lams]
-        for live, cache in zip(self.lams, open_live_caches(self._config, dataset_meta, models), strict=True):
+        caches = open_live_caches(self._config, dataset_meta, models, names)
+        for live, cache in zip(self.lams, caches, strict=True):
             live.cache = cache
 
     @property

@@ -27,13 +27,20 @@ from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lerobot_lam_diffusion.camera_names import may_be_exchanged
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
+from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.model_card import add_lam_section
 from lerobot_lam_diffusion.problems import DatasetError, LamNotFoundError, TrainingError
 from lerobot_lam_diffusion.streaming import StreamingGuard
-from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
+from lerobot_lam_diffusion.tick_clock import TickClock, drives_a_robot
+from lerobot_lam_diffusion.token_source import (
+    settle_first_batch,
+    settle_live_source,
+    settle_precomputed_source,
+    warn_of_pauses,
+)
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
 
@@ -76,6 +83,12 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self._streaming = StreamingGuard(config, dataset_meta)
         self.token_store: TokenStore | JoinedStores | None = None
         self._live_tokens: LiveTokens | None = None
+        self._clock = TickClock(config)
+        self._frame_sizes_seen = False
+        self._dataset_meta = dataset_meta if config.use_lam_conditioning else None  # until the first batch
+        self._given_sources = config.token_sources if config.use_lam_conditioning else []
+        if self._dataset_meta is not None:
+            warn_of_pauses(dataset_meta)
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
             self.token_store = settle_precomputed_source(config, dataset_meta)
         elif config.use_lam_conditioning:
@@ -98,7 +111,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 raise
         else:
             settle_live_source(self.config, dataset_meta, lams)
-            if self.config.lam_live_cache is not None and dataset_meta is not None:
+            if (
+                self.config.lam_live_cache is not None
+                and dataset_meta is not None
+                and not may_be_exchanged(self.config, dataset_meta)  # then the first batch tells the cameras
+            ):
                 self.live_tokens.keep(dataset_meta)
 
     @property
@@ -113,6 +130,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def reset(self) -> None:
         super().reset()
         self._history: dict[str, FrameHistory] | None = None  # of each camera that a LAM looks at
+        self._clock.reset()
         self._can_compute: bool | None = None  # whether there is a LAM; found out when it matters
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
@@ -132,7 +150,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """Actions `(B, n_action_steps, action_dim)`, from the queues or, while they are empty, the batch."""
         if not any(self._queues.values()):
-            batch = self._with_window_tokens(batch)
+            batch = self._with_window_tokens(self._with_missing_tokens(batch))
         return super().predict_action_chunk(batch, noise=noise)
 
     @torch.no_grad()
@@ -146,10 +164,47 @@ class DiffusionLamPolicy(DiffusionPolicy):
             batch = self._with_current_tokens(batch)
         return super().select_action(batch, noise=noise)
 
+    def _with_missing_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch of a chunk, with zeros where there are no tokens and the user wants to act without."""
+        config = self.config
+        if not config.use_lam_conditioning or config.lam_missing != "zero" or config.lam_tokens_key in batch:
+            return batch
+        is_at_hand = self.token_store is not None if config.use_precomputed_lam_tokens else self._computable()
+        if is_at_hand:
+            return batch
+        state = batch[OBS_STATE]
+        shape = (len(state), len(config.lam_token_deltas), config.lam_token_dim)
+        return {**batch, config.lam_tokens_key: torch.zeros(shape, device=state.device)}
+
+    def _settle_first_batch(self, batch: dict[str, Any]) -> None:
+        """Before the first step of a training: the tokens are of the camera that the policy knows (once)."""
+        meta = self._dataset_meta
+        if meta is None:
+            return
+        names = batch.get(OBS_LAM_CAMERAS)
+        exchanged = may_be_exchanged(self.config, meta)
+        if (
+            names is None
+            and exchanged
+            and (self.config.use_precomputed_lam_tokens or self.config.lam_live_cache)
+        ):
+            logger.warning(
+                "The batch does not tell which of the dataset's cameras are which of the policy's (no %r: "
+                "the pre-processor is not this policy's, or of a checkpoint of an earlier version). They are "
+                "taken to have the same names; under a --rename_map that exchanges cameras the tokens would "
+                "be of another camera than the policy's: train without one.",
+                OBS_LAM_CAMERAS,
+            )
+        self.token_store = settle_first_batch(self.config, self.token_store, meta, names, self._given_sources)
+        if exchanged and self.config.lam_live_cache and not self.config.use_precomputed_lam_tokens:
+            self.live_tokens.keep(meta, names)
+        self._dataset_meta = None
+
     def _with_window_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its conditioning tokens `(B, lam_conditioning_steps, n·a)` under a fixed key."""
         if not self.config.use_lam_conditioning:
             return batch
+        self._settle_first_batch(batch)
         tokens = self._window_tokens(batch)
         if self.training and self.config.lam_token_dropout:
             tokens = drop_tokens(tokens, self.config.lam_token_dropout)
@@ -207,20 +262,39 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if given is not None:
             self._history = None  # frames of this tick are not kept: a later pair must not bridge the gap
             return {**batch, OBS_LAM_TOKENS: given}
+        self._clock.tick()
         if self._history is None:
             from lerobot_lam_diffusion.live_tokens import FrameHistory
 
             self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
             self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}
-        for camera, frames in self._raw_frames(batch).items():
-            self._history[camera].append(frames)
+        frames = self._raw_frames(batch, is_deployed=True)
+        self._compare_sizes(frames)
+        for camera, seen in frames.items():
+            self._history[camera].append(seen)
         if self._queues[ACTION]:
             return batch
+        self._clock.predict()
         tokens = self.live_tokens.newest(self._history)
         queue = self._queues[OBS_LAM_TOKENS]
         queue.clear()
         queue.extend(tokens[:, :-1].unbind(1))
         return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
+
+    def _compare_sizes(self, frames: dict[str, Tensor]) -> None:
+        """Warn, once, of a camera whose frames have another size than those of the training dataset."""
+        if self._frame_sizes_seen:
+            return
+        self._frame_sizes_seen = True
+        for source in self.config.token_sources:
+            height, width = frames[str(source.camera_key)].shape[-2:]
+            if source.frame_size not in (None, f"{height}x{width}"):
+                logger.warning(
+                    "The frames of the LAM's camera %r are %dx%d (height x width), those of the training "
+                    "dataset were %s: the LAM gives other tokens for them. Set the camera, or the "
+                    "environment, to the size of the dataset.",
+                    source.camera_key, height, width, source.frame_size,
+                )  # fmt: skip
 
     def _given_tokens(self, batch: dict[str, Any]) -> Tensor | None:
         """Tokens `(B, n·a)` that need no LAM: the batch's own, or zeros if the user wants to act without."""
@@ -248,7 +322,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 self._can_compute = False
         return self._can_compute
 
-    def _raw_frames(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _raw_frames(self, batch: dict[str, Any], is_deployed: bool = False) -> dict[str, Tensor]:
         """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on."""
         from lerobot_lam_diffusion.lam.preprocess import as_uint8
 
@@ -269,9 +343,17 @@ class DiffusionLamPolicy(DiffusionPolicy):
             frames = {cameras[0]: frames}
         unknown = [camera for camera in cameras if camera not in frames]
         if unknown:
+            named = ", ".join(map(repr, unknown))
+            if is_deployed:
+                raise DatasetError(
+                    f"the robot or environment gives no frames of the LAM's camera {named}, only "
+                    f"{sorted(frames)}: it needs the camera that the policy was trained with, under that "
+                    "name (--rename_map renames it; PushT gives pictures with "
+                    "--env.obs_type=pixels_agent_pos)"
+                )
             raise DatasetError(
-                f"the LAM's camera {', '.join(map(repr, unknown))} is not among the cameras "
-                f"{sorted(frames)}; name one of them by --policy.lam_camera_key"
+                f"the LAM's camera {named} is not among the cameras {sorted(frames)}; name one of them by "
+                "--policy.lam_camera_key"
             )
         return {camera: as_uint8(frames[camera]) for camera in cameras}
 
@@ -302,6 +384,37 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Plain names of the parameters that a stock Diffusion Policy does not have."""
         names = {plain(name) for name, _ in self.named_parameters()}
         return {name for name in names if "lam_projection" in name or "cond_encoder.lam." in name}
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """What `lerobot-train --peft.method_type=…` adapts: the layers by which the U-Net is conditioned."""
+        lam = r"|cond_encoder\.lam|lam_projection" if self.config.use_lam_conditioning else ""
+        return {"target_modules": rf".*\.(cond_encoder\.1|diffusion_step_encoder\.\d+{lam})"}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: Any, *, config: Any = None, **kwargs: Any
+    ) -> "DiffusionLamPolicy":
+        """LeRobot's, and for deployment the LAMs are opened, so that what is wrong with them is told early.
+
+        That is where LeRobot's commands give a config without a dataset: before they connect a robot.
+        """
+        policy = super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+        if config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None:
+            policy._open_lams_for_deployment()
+        return policy
+
+    def _open_lams_for_deployment(self) -> None:
+        if not self.config.use_lam_conditioning:
+            return
+        if self.config.lam_missing == "zero":
+            self._computable()
+            return
+        try:
+            self.diffusion.lam_model = self.live_tokens.models
+        except LamNotFoundError as error:
+            if drives_a_robot():
+                raise
+            logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
 
     @classmethod
     def _load_as_safetensor(

@@ -31,6 +31,7 @@ class LamSource:
     fingerprint: str | None = None
     token_scale: float | None = None
     origin: str | None = None
+    frame_size: str | None = None
 
     @property
     def token_dim(self) -> int:
@@ -54,6 +55,7 @@ FIELDS = {
     "fingerprint": "lam_fingerprint",
     "token_scale": "lam_token_scale",
     "origin": "lam_source",
+    "frame_size": "lam_frame_size",
 }
 """Attribute of a source → field of the config."""
 

@@ -6,11 +6,18 @@ that the checkpoint knows how it was fed. At deployment there is no dataset, and
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lerobot_lam_diffusion.camera_names import (
+    check_cameras,
+    frame_size,
+    may_be_exchanged,
+    named_by_policy,
+    presumed_names,
+)
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.problems import (
     ColumnError,
@@ -32,17 +39,19 @@ logger = logging.getLogger(__name__)
 
 
 def settle_precomputed_source(
-    config: DiffusionLamConfig, dataset_meta: Any
+    config: DiffusionLamConfig, dataset_meta: Any, names: Mapping[str, str] | None = None
 ) -> TokenStore | JoinedStores | None:
     """Open the stores that `config` names, check them, and copy their provenance into `config`.
 
     Args:
         config: Of a policy in precomputed mode; fields that are unset are filled in.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+        names: The policy's names of cameras → the dataset's, as far as they are known (`camera_names`).
 
     Returns:
         The store, several as one, or None if the tokens come with the batch (native column,
-        `LamTokenDataset`) or the policy is not being trained from a dataset.
+        `LamTokenDataset`), the policy is not being trained from a dataset, or the stores of `auto` have to
+        wait for the names of the cameras (`settle_first_batch`).
 
     Raises:
         ValueError: no source, two kinds of source, or sources that contradict the config or one another.
@@ -53,6 +62,8 @@ def settle_precomputed_source(
     trained_before = config.lam_source is not None
     if dataset_meta is None and (None in paths or trained_before):
         return None
+    if dataset_meta is not None:
+        config.lam_fps = float(dataset_meta.fps)
 
     if dataset_meta is not None:
         check_metadata(dataset_meta)
@@ -67,9 +78,16 @@ def settle_precomputed_source(
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
         )
     if sources[0].is_auto:
-        from lerobot_lam_diffusion.auto_tokens import cached_stores  # a named store needs no LAM
+        from lerobot_lam_diffusion.auto_tokens import (
+            cached_stores,
+            resolved_lams,
+        )  # no other store needs a LAM
 
-        stores = cached_stores(config, dataset_meta)
+        if names is None and dataset_meta is not None and may_be_exchanged(config, dataset_meta):
+            resolved_lams(config)
+            logger.info("LAM tokens: the first batch tells which cameras they are of (--rename_map).")
+            return None
+        stores = cached_stores(config, dataset_meta, names)
     else:
         try:
             stores = open_stores([str(path) for path in paths], dataset_meta)
@@ -79,6 +97,65 @@ def settle_precomputed_source(
         logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _settle_stores(config, stores, dataset_meta)
     return join_stores(stores)
+
+
+def settle_first_batch(
+    config: DiffusionLamConfig,
+    store: TokenStore | JoinedStores | None,
+    dataset_meta: Any,
+    names: Mapping[str, str] | None,
+    given: Sequence[LamSource],
+) -> TokenStore | JoinedStores | None:
+    """Settle what the first batch of a training tells: which camera of the dataset is which of the policy's.
+
+    Args:
+        store: What `settle_precomputed_source` returned.
+        names: The policy's name of each camera → the dataset's; None if the batch does not tell.
+        given: The sources as they were before they were settled.
+
+    Returns:
+        The store, or that of `auto`, which had to wait.
+
+    Raises:
+        UserError: the tokens are of another camera than the policy's.
+    """
+    are_told, names = names is not None, names or presumed_names(config, dataset_meta)
+    if store is None and config.use_precomputed_lam_tokens and config.token_sources[0].is_auto:
+        store = settle_precomputed_source(config, dataset_meta, names)
+    cameras = _cameras_of_tokens(config, store, dataset_meta)
+    config.set_token_sources(
+        [
+            source
+            if camera is None or before.camera_key is not None
+            else replace(source, camera_key=named_by_policy(names, camera))
+            for source, before, camera in zip(config.token_sources, given, cameras, strict=True)
+        ]
+    )
+    check_cameras(config, names, cameras, are_all=are_told)
+    config.set_token_sources(
+        [
+            replace(
+                source,
+                frame_size=frame_size(dataset_meta, camera or names.get(str(source.camera_key))),
+            )
+            for source, camera in zip(config.token_sources, cameras, strict=True)
+        ]
+    )
+    return store
+
+
+def _cameras_of_tokens(
+    config: DiffusionLamConfig, store: TokenStore | JoinedStores | None, dataset_meta: Any
+) -> list[str | None]:
+    """The dataset's name of the camera that each source's tokens are of; None if it is not known."""
+    provenances: list[Provenance | None] = [None] * len(config.token_sources)
+    if store is not None:
+        stores = store.stores if isinstance(store, JoinedStores) else (store,)
+        provenances = [each.provenance for each in stores]
+    elif config.use_precomputed_lam_tokens and config.lam_tokens_key in dataset_meta.features:
+        column = read_column(dataset_meta, config.lam_tokens_key)
+        provenances = [column.provenance if column is not None else None]
+    return [told.camera_key if told is not None else None for told in provenances]
 
 
 def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[Any]) -> None:
@@ -103,6 +180,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
         )
     raise_problems("tokens cannot be computed on the fly", problems)
     config.lam_frame_stride = config.lam_frame_stride or 1
+    if dataset_meta is not None:
+        config.lam_fps = float(dataset_meta.fps)
     settled = []
     for source, lam in zip(sources, lams, strict=True):
         known = replace(
@@ -271,8 +350,9 @@ def _contradictions(
         ]
         camera = source.camera_key
         known = [] if dataset_meta is None else _cameras_in_sight(config, dataset_meta)
-        # Another name of the store's camera is what a `rename_map` gives, and then the policy knows it.
-        if dataset_meta is not None and (camera in dataset_meta.camera_keys or camera not in known):
+        # Another name of the store's camera is what a `rename_map` gives; the first batch tells.
+        is_certain = dataset_meta is not None and not may_be_exchanged(config, dataset_meta)
+        if is_certain and (camera in dataset_meta.camera_keys or camera not in known):
             told.append(("lam_camera_key", camera, store.provenance.camera_key))
     elif store.token_dim != source.token_dim:
         told.append(("lam_num_learned_tokens * lam_action_latent_dim", source.token_dim, store.token_dim))
@@ -309,16 +389,24 @@ def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str, dataset_m
     return cameras[0] if only_one else None
 
 
-def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str:
+def dataset_camera(
+    config: DiffusionLamConfig, camera: str, dataset_meta: Any, names: Mapping[str, str] | None = None
+) -> str:
     """The dataset's own name of a camera of `lam_camera_key`, which is the policy's name.
 
-    A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
+    A `rename_map` is not shown to the policy: without `names` its new name is understood where there is but
+    one camera.
+
+    Args:
+        names: The policy's names of cameras → the dataset's, from a batch.
 
     Raises:
         UserError: it is not known which camera of the dataset that is.
     """
     others = not_rgb(dataset_meta)
     cameras = [key for key in dataset_meta.camera_keys if key not in others]
+    if names is not None and camera in names:
+        camera = names[camera]
     if camera in cameras:
         return camera
     if len(cameras) == 1 and list(config.image_features) == [camera]:
@@ -372,6 +460,18 @@ def _cameras_in_sight(config: DiffusionLamConfig, dataset_meta: Any) -> list[str
         return cameras
     hidden = {*cameras, *dataset_meta.depth_keys}
     return cameras + [key for key in dataset_meta.camera_keys if key not in hidden]
+
+
+def warn_of_pauses(dataset_meta: Any) -> None:
+    """Warn of a recording whose neighbouring rows need not be neighbours in time."""
+    if "intervention" in dataset_meta.features:
+        logger.warning(
+            "Dataset %r has a column 'intervention', as DAgger recordings of lerobot-rollout have. If it was "
+            "recorded with --strategy.record_autonomous=true, its episodes go on over pauses that were not "
+            "recorded: the token of the first frame after a pause is not motion. Without that flag each "
+            "correction is an episode of its own, and all is well.",
+            dataset_meta.repo_id,
+        )
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -16,6 +16,7 @@ from tests.test_lerobot_train import SMALL_FLAGS, train
 
 @pytest.mark.slow
 def test_lerobot_eval_computes_the_tokens_live(monkeypatch, pusht, tmp_path):
+    """In two environments, which LeRobot runs in processes of their own."""
     store = precompute_tokens(
         pusht, load_lam("pusht-compact"), tmp_path / "store", camera_key=IMAGE_KEY, lam_path="pusht-compact"
     ).store
@@ -39,7 +40,6 @@ def test_lerobot_eval_computes_the_tokens_live(monkeypatch, pusht, tmp_path):
         "--env.episode_length=12",
         "--eval.n_episodes=2",
         "--eval.batch_size=2",
-        "--eval.use_async_envs=false",
         f"--output_dir={tmp_path / 'eval'}",
     ]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=400)

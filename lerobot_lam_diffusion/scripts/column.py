@@ -70,7 +70,7 @@ def add_token_column(config: AddColumnConfig) -> None:
             "The linked videos are the original's own files; to re-encode them in place "
             "(lerobot-edit-dataset --operation.type=reencode_videos), add the column with --copy_videos=true"
         )
-    print(next_step(_train_on_column(repo_id, made.root, config.column)))
+    print(next_step(_train_on_column(repo_id, made.root, config.column), fps=meta.fps))
 
 
 def _train_on_column(repo_id: str, root: Path | str | None, column: str) -> list[str]:
@@ -117,7 +117,7 @@ def verify_dataset(config: Any) -> None:
         print(_compared(column, sample))
     made_of = column.provenance.dataset.repo_id
     repo_id = _named_as(Path(config.store), made_of) if config.dataset is None else source.repo_id
-    print(next_step(_train_on_column(repo_id, source.root, config.column)))
+    print(next_step(_train_on_column(repo_id, source.root, config.column), fps=meta.fps))
 
 
 def _named_as(root: Path, made_of: str) -> str:

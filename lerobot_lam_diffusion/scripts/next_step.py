@@ -21,8 +21,12 @@ SMALL_TRAINING = (
 """A network and a training that two CPU cores finish in minutes."""
 
 
-def next_step(command: Sequence[str], why: str = "Next") -> str:
-    """The closing lines: the command, then what the user may have to know of it."""
+def next_step(command: Sequence[str], why: str = "Next", fps: float | None = None) -> str:
+    """The closing lines: the command, then what the user may have to know of it.
+
+    Args:
+        fps: Of the dataset to train on, at which a robot has to run the policy.
+    """
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
         notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
@@ -30,15 +34,16 @@ def next_step(command: Sequence[str], why: str = "Next") -> str:
         notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
     if command[0] == "lerobot-train":
         (run,) = _values(command, "--output_dir")
-        notes.append(f"After it: {_use_of(run, command)}")
+        notes.append(f"After it: {_use_of(run, command, fps)}")
     return "\n".join(["", f"{why}:", indent(shell_text(command), "  "), *notes])
 
 
-def _use_of(run: str, command: Sequence[str]) -> str:
+def _use_of(run: str, command: Sequence[str], fps: float | None) -> str:
     """What to do with the policy that a `lerobot-train` leaves in `run`."""
     policy = f"--policy.path={run}/checkpoints/last/pretrained_model"
     if not any("pusht" in repo_id for repo_id in _values(command, "--dataset.repo_id")):
-        return f"lerobot-rollout {policy} and the flags of your robot"
+        rate = "" if fps is None else f" --fps={fps:g}"
+        return f"lerobot-rollout {policy}{rate} and the flags of your robot"
     few = ["--eval.n_episodes=1", "--eval.batch_size=1", "--policy.num_inference_steps=10"]
     flags = [policy, "--env.type=pusht", *(few if usable_device(None) == "cpu" else [])]
     return shlex.join(["lerobot-eval", *flags])

@@ -51,6 +51,7 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
     local = config.root is not None and is_local(config.root)
     with _refusing_old_formats(config):
         try:
+            _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
             if local:
                 _refuse_absent_metadata(config.repo_id, Path(str(config.root)))
             meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
@@ -76,6 +77,14 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
     check_metadata(meta)
     _refuse_unknown_episodes(config.episodes, meta)
     return meta
+
+
+def _refuse_lance(repo_id: str, root: Path) -> None:
+    if any(root.glob("*.lance")) or any((root / "data").glob("**/*.lance")):
+        raise DatasetError(
+            f"dataset {repo_id!r} at {root} is in the Lance layout (*.lance), which LeRobot 0.6 cannot read: "
+            "name the dataset in LeRobot's own layout that it was converted from"
+        )
 
 
 def _has_metadata(root: Path) -> bool:

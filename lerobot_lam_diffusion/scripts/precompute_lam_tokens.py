@@ -229,7 +229,7 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
     for episode, reason in store.skipped.items():
         lines.append(f"SKIPPED   episode {episode}: {reason}")
     training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)
-    return "\n".join([*lines, next_step(training, "Train on it")])
+    return "\n".join([*lines, next_step(training, "Train on it", store.provenance.dataset.fps)])
 
 
 def _times(summary: Summary) -> list[str]:

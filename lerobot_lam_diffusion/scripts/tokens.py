@@ -262,7 +262,8 @@ def verify(config: VerifyConfig) -> None:
 def _train_next(config: VerifyConfig, store: TokenStore) -> str:
     assert config.store is not None
     assert config.dataset is not None
-    return next_step(train_on(store, config.store, config.dataset.repo_id, config.dataset.root))
+    training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
+    return next_step(training, fps=store.provenance and store.provenance.dataset.fps)
 
 
 def _read_again(config: VerifyConfig) -> TokenStore:
