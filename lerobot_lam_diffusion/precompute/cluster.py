@@ -11,7 +11,6 @@ import os
 import pkgutil
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +90,8 @@ def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_d
         What was, or would be, submitted; None: the store is there.
 
     Raises:
-        ExtractionError: the engine's package is not installed, or tasks failed; names their logs.
+        ExtractionError: tasks failed; names their logs.
     """
-    if cluster.engine == "ray" and find_spec("ray") is None:
-        raise ModuleNotFoundError("No module named 'ray'", name="ray")
     assert cluster.tasks is not None
     logs = (cluster.logs or output_dir.with_name(f"{output_dir.name}.logs")).expanduser().absolute()
     if cluster.dry_run:

@@ -75,9 +75,11 @@ class ClusterConfig:
                 knowing = " and ".join(engine for engine in ENGINES if name in FLAGS[engine])
                 problems.append(f"--cluster.{name} is for {knowing}, not for {self.engine}")
         required = ["tasks", "partition", "time"] if self.engine == "slurm" else ["tasks"]
-        for name in required:
-            if getattr(self, name) is None:
-                problems.append(f"--cluster.engine={self.engine} needs --cluster.{name}")
+        problems += [
+            f"--cluster.engine={self.engine} needs --cluster.{name}"
+            for name in required
+            if getattr(self, name) is None
+        ]
         for name in ("tasks", "workers", "cpus_per_task", "mem_per_cpu_gb"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -93,8 +95,8 @@ class ClusterConfig:
             problems.append("--device=cuda needs --cluster.gpus_per_task=1; leave out one of them")
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){1,2}", self.time):
             problems.append(
-                f"--cluster.time={self.time} must be hours, as 04:00:00 or 1-12:00:00 (in YAML in quotes, else "
-                "it is read as a number)"
+                f"--cluster.time={self.time} must be hours, as 04:00:00 or 1-12:00:00 (in YAML in quotes, "
+                "else it is read as a number)"
             )
         if is_job_array:
             problems.append(

@@ -22,6 +22,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +211,16 @@ def _by_cluster(config: PrecomputeConfig) -> None:
     refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
     camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
-    try:
-        from lerobot_lam_diffusion.precompute.cluster import submit
-
-        told = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
-    except ModuleNotFoundError as error:
+    needed = ("datatrove", "ray") if config.cluster.engine == "ray" else ("datatrove",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
         raise ExtractionError(
-            f"--cluster.engine={config.cluster.engine} needs {error.name}, not installed here: pip install "
-            "'lerobot_policy_diffusion_lam[cluster]'"
-        ) from error
+            f"--cluster.engine={config.cluster.engine} needs {' and '.join(missing)}, not installed here: "
+            "pip install 'lerobot_policy_diffusion_lam[cluster]'"
+        )
+    from lerobot_lam_diffusion.precompute.cluster import submit
+
+    told = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
     print(told or report(summary_of(output_dir), config))
 
 
