@@ -275,6 +275,35 @@ def test_a_task_that_fails_is_told_with_its_log(flags, tmp_path):
     assert "--on_error=neither" in (tmp_path / "store.logs/extract/logs/task_00000.log").read_text()
 
 
+@pytest.mark.slow
+def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
+    """Tasks out of order, one killed; no merge. The same command again: that one is sent, and runs twice."""
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    monkeypatch.setenv("PATH", f"{Path(__file__).parent / 'slurm'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
+    logs = tmp_path / "store.logs"
+    arguments = (cluster_tasks.DIES, flags, tmp_path / "store")
+    would_be = submit(replace(SLURM, dry_run=True), *arguments)
+
+    monkeypatch.setenv("SLURM_ORDER", "2,0,1")
+    told = submit(SLURM, *arguments)
+    assert told.startswith("Extraction: job 1; merge: job 2, which begins once all tasks have ended well")
+    scripts = [(logs / name / "launch_script.slurm").read_text() for name in ("extract", "merge")]
+    assert would_be == "\n".join(scripts)
+    assert (jobs / "job-1").read_text().endswith(scripts[0])
+    assert "--dependency=afterok:1" in (jobs / "job-2").read_text()
+    assert [path.name for path in sorted(jobs.glob("failed-*"))] == ["failed-1", "failed-2"]
+    assert sorted(os.listdir(logs / "extract" / "completions")) == ["00000", "00002"]
+    assert not (tmp_path / "store").exists()
+
+    monkeypatch.setenv("SLURM_ORDER", "0,0")
+    submit(SLURM, *arguments)
+    assert "#SBATCH --array=0-0\n" in (jobs / "job-3").read_text()
+    assert len(list(jobs.glob("failed-*"))) == 2
+    assert same_values(tmp_path / "store", single)
+
+
 @pytest.fixture(scope="module")
 def ray_of_two_cores(tmp_path_factory):
     ray = pytest.importorskip("ray")
