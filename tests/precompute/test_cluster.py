@@ -17,7 +17,7 @@ from lerobot_lam_diffusion.precompute.cluster import ExtractShards, MergeStore, 
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.plan import PlanError
 from lerobot_lam_diffusion.precompute.shards import ShardError
-from lerobot_lam_diffusion.problems import ExtractionError
+from lerobot_lam_diffusion.problems import DatasetError, ExtractionError
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import EXTRACT_SHARE, main
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from tests.conftest import EPISODE_LENGTHS, TOP
@@ -269,10 +269,10 @@ def test_a_local_task_is_killed_and_the_command_run_again(flags, single, tmp_pat
 
 @pytest.mark.slow
 def test_a_task_that_fails_is_told_with_its_log(flags, tmp_path):
-    flags["on_error"] = "neither"
-    with pytest.raises(ValueError, match="--on_error=neither must be fail or skip"):
+    flags["dataset"]["root"] = str(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match="there is no folder"):
         submit(replace(LOCAL, workers=1), EXTRACT_SHARE, flags, tmp_path / "store")
-    assert "--on_error=neither" in (tmp_path / "store.logs/extract/logs/task_00000.log").read_text()
+    assert "there is no folder" in (tmp_path / "store.logs/extract/logs/task_00000.log").read_text()
 
 
 @pytest.mark.slow
@@ -336,6 +336,6 @@ def test_ray_sends_a_task_again_whose_node_died(ray_of_two_cores, flags, single,
 
 @pytest.mark.slow
 def test_failed_tasks_on_ray_are_named(ray_of_two_cores, flags, tmp_path):
-    flags["on_error"] = "neither"
+    flags["dataset"]["root"] = str(tmp_path / "nowhere")
     with pytest.raises(ExtractionError, match=r"1 of 1 tasks failed, see task_00000\.log in"):
         submit(replace(RAY, tasks=1), EXTRACT_SHARE, flags, tmp_path / "store")
