@@ -5,10 +5,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 ENGINES = ("slurm", "ray", "local")
-NO_JOBS = (
-    "--cluster.engine=jobs: tasks on Hugging Face Jobs share no file system with this machine, and datatrove "
-    "0.10 cannot mount one; docs/PRECOMPUTE_AT_SCALE.md has the commands that mount a bucket in each job"
-)
 DEFAULT_CPUS, DEFAULT_MEM_PER_CPU_GB = 8, 4
 
 _COMMON = {"engine", "tasks", "workers", "logs", "dry_run"}
@@ -66,7 +62,10 @@ class ClusterConfig:
         if self.engine is None:
             return [f"--cluster.{name} needs --cluster.engine ({', '.join(ENGINES)})" for name in given]
         if self.engine == "jobs":
-            return [NO_JOBS]
+            return [
+                "--cluster.engine=jobs: tasks on Hugging Face Jobs share no file system with this machine, "
+                "and datatrove 0.10 cannot mount one; docs/PRECOMPUTE_AT_SCALE.md tells how to extract there"
+            ]
         if self.engine not in FLAGS:
             return [f"--cluster.engine={self.engine} must be one of {', '.join(ENGINES)}"]
         problems = []
