@@ -85,6 +85,7 @@ def precompute_tokens(
     unreadable: Mapping[int, str] | None = None,
     video_backend: str | None = None,
     process: Process | None = None,
+    merge: bool = True,
     show_progress: bool = True,
 ) -> Summary:
     """Encode every frame pair of a dataset (or of the episodes it was opened with) into a token store.
@@ -109,6 +110,7 @@ def precompute_tokens(
         unreadable: Episodes to be recorded as missing, which `dataset` was opened without → why.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
         process: Which part of the work is this process's; None: all.
+        merge: Make the store once all shards are there.
         show_progress: Draw a progress bar.
 
     Raises:
@@ -173,7 +175,7 @@ def precompute_tokens(
                     clock=clock,
                     advance=bar.update,
                 )
-        if len(shards.present()) == len(plan.shards):
+        if merge and len(shards.present()) == len(plan.shards):
             with clock("merge"):
                 store = merge_shards(extraction, folder, output_dir)
     except (FileNotFoundError, FileExistsError):
@@ -189,6 +191,11 @@ def precompute_tokens(
         shards_finished=len(shards.present()) if store is None else len(plan.shards),
         shards_total=len(plan.shards),
     )
+
+
+def summary_of(output_dir: Path) -> Summary:
+    """Of a finished store."""
+    return _summary(TokenStore.open(output_dir))
 
 
 def how_to_go_on(output_dir: Path) -> str | None:

@@ -90,6 +90,10 @@ class ShardFolder:
         """Shards that have a manifest; nothing is read."""
         return [shard for shard in range(len(self.plan.shards)) if self._manifest(shard).is_file()]
 
+    def discard(self, shard: int) -> None:
+        """Make a finished shard an unfinished one."""
+        self._manifest(shard).unlink(missing_ok=True)
+
     def check(self, shard: int) -> dict[int, str]:
         """Read a finished shard from end to end; its skipped episodes.
 

@@ -11,22 +11,31 @@ the tasks of a SLURM array share the work:
 
     torchrun --nproc_per_node=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
     lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=32
+
+Or an engine starts the tasks, records what is finished and merges (SLURM, Ray, processes of this machine):
+
+    lerobot-lam-precompute … --cluster.engine=slurm --cluster.tasks=64 --cluster.partition=gpu \
+        --cluster.time=04:00:00
 """
 
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import draccus
 import torch
 from lerobot.configs.default import DatasetConfig
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
-from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
+from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
+from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
-from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
@@ -42,6 +51,7 @@ from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
@@ -53,6 +63,7 @@ class PrecomputeConfig:
         dataset: As in lerobot-train; `--dataset.episodes=[0,1]` extracts those only.
         lam: Which LAM.
         output_dir: Where the store will stand.
+        cluster: Extraction by the tasks of an engine that a cluster runs, through datatrove.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
 
     Tokens:
@@ -80,6 +91,7 @@ class PrecomputeConfig:
     dataset: DatasetConfig
     lam: LamSource
     output_dir: Path
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     camera_key: str | None = None
     frame_stride: int = 1
     use_vq_tokens: bool = True
@@ -128,6 +140,7 @@ class PrecomputeConfig:
             problems.append(
                 f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
             )
+        problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
         raise_problems("these flags do not work", problems)
 
 
@@ -136,13 +149,25 @@ COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
 
 def precompute(config: PrecomputeConfig) -> None:
     """Check everything that can be checked quickly, then extract, then say what was made."""
+    if config.cluster.engine is not None:
+        _by_cluster(config)
+    else:
+        print(report(_extract(config), config))
+
+
+def _extract(
+    config: PrecomputeConfig,
+    process: Process | None = None,
+    merge: bool = True,
+    show_progress: bool = True,
+) -> Summary:
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
     device = usable_device(config.device)
     camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
-    process = Process.launched(device, config.shard_index, config.num_shards)
+    process = process or Process.launched(device, config.shard_index, config.num_shards)
     unreadable: dict[int, str] = {}
     if config.on_error == "skip":
         dataset, unreadable = open_readable_dataset(config.dataset, config.tolerance_s)
@@ -155,7 +180,7 @@ def precompute(config: PrecomputeConfig) -> None:
         dtype=getattr(torch, config.dtype),
     )
     try:
-        summary = precompute_tokens(
+        return precompute_tokens(
             dataset,
             lam,
             output_dir,
@@ -172,6 +197,8 @@ def precompute(config: PrecomputeConfig) -> None:
             unreadable=unreadable,
             video_backend=config.dataset.video_backend,
             process=process,
+            merge=merge,
+            show_progress=show_progress,
         )
     except torch.OutOfMemoryError as error:
         raise ExtractionError(
@@ -187,7 +214,55 @@ def precompute(config: PrecomputeConfig) -> None:
                 f"{error.remedy}, or pass --on_error=skip to record such episodes as missing",
             ) from error
         raise
-    print(report(summary, config))
+
+
+def _by_cluster(config: PrecomputeConfig) -> None:
+    """Check what this machine can check, then have the tasks of an engine extract."""
+    output_dir = config.output_dir.expanduser().absolute()
+    if (output_dir / PROVENANCE_FILE).is_file():
+        raise ExtractionError(
+            f"{output_dir} holds a finished token store, so nothing was submitted; lerobot-lam-tokens info "
+            "tells what it holds. Choose another --output_dir, or remove it to extract again"
+        )
+    refuse_existing(output_dir)
+    resolve_lam(config.lam.path, config.lam.revision)
+    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    needed = ("datatrove", "ray") if config.cluster.engine == "ray" else ("datatrove",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ExtractionError(
+            f"--cluster.engine={config.cluster.engine} needs {' and '.join(missing)}, not installed here: "
+            "pip install 'lerobot_policy_diffusion_lam[cluster]'"
+        )
+    from lerobot_lam_diffusion.precompute.cluster import submit
+
+    told = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
+    print(told or report(summary_of(output_dir), config))
+
+
+def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
+    """Names, paths and numbers for `extract_share`; tasks run in other folders, so paths are absolute."""
+    flags = draccus.encode(config)
+    del flags["cluster"]
+    flags["camera_key"] = camera_key
+    flags["output_dir"] = str(config.output_dir.expanduser().absolute())
+    flags["lam"]["path"] = recorded_path(config.lam.path)
+    if config.dataset.root is not None:
+        flags["dataset"]["root"] = str(Path(config.dataset.root).expanduser().absolute())
+    if config.cluster.engine == "local":
+        flags["device"] = usable_device(config.device)
+    elif config.cluster.gpus_per_task == 0:
+        flags["device"] = config.device or "cpu"
+    else:
+        flags["device"] = config.device or "cuda"  # a node whose GPU is broken fails, and mixes no tokens
+    return flags
+
+
+def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> int:
+    """What task `rank` of `tasks` does with `cpus` cores; the pairs that it encoded. Merges nothing."""
+    config = draccus.decode(PrecomputeConfig, flags)
+    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
+    return _extract(config, process, merge=False, show_progress=False).encoded
 
 
 def recorded_path(lam_path: str) -> str:
@@ -213,14 +288,14 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         f"missing   {summary.missing} tokens: the first {counted(store.frame_stride, 'frame')} of an episode "
         "have none",
         f"tokens    {store.kind}, {store.token_dim} numbers a frame, camera {store.provenance.camera_key}",
-        *_times(summary),
+        *(_times(summary) if config.cluster.engine is None else []),
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",
     ]
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
-    if summary.shards_total < config.num_shards:
+    if 0 < summary.shards_total < config.num_shards:
         idle = counted(config.num_shards - summary.shards_total, "task")
         lines.append(
             f"shards    {summary.shards_total} in all, so {idle} of {config.num_shards} had nothing to do; "

@@ -29,6 +29,9 @@ from tests.test_lerobot_train import train
 
 PRECOMPUTE = "precompute_lam_tokens"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CLUSTERS = ("slurm", "ray")
+"""Configs that need a cluster."""
+
 OTHERS_FLAGS = {
     "--policy.path", "--env", "--force-reinstall", "--no-deps", "--cpu", "--cpus-per-task", "--gres",
     "--array",
@@ -237,7 +240,7 @@ def test_the_config_that_fitted_the_shipped_lam(pusht, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stem", sorted({path.stem.partition("_")[2] for path in CONFIGS} - {"", "pusht_compact"})
+    "stem", sorted({path.stem.partition("_")[2] for path in CONFIGS} - {"", "pusht_compact", *CLUSTERS})
 )
 def test_configs_run_offline(stem, execute, tmp_path):
     """As they are, but for the LAM of the Hub and the flags of `SHORT`."""
@@ -257,6 +260,15 @@ def test_configs_run_offline(stem, execute, tmp_path):
         named = [f"{flag}={offline}" for ours, offline in OFFLINE.items() if ours in text]
         run(words, *named, *(["--num_episodes=2"] if words[0] == "lerobot-lam-demo" else []))
     assert list(tmp_path.glob("outputs/*/checkpoints/last/pretrained_model/model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CLUSTERS)
+def test_configs_of_a_cluster_would_be_submitted(engine, execute, capsys):
+    run, _ = execute
+    (words,) = config_comment(ROOT / "configs" / f"precompute_{engine}.yaml")
+    run(words, "--lam.path=pusht-compact", "--cluster.dry_run=true")
+    assert "cpus" in capsys.readouterr().out
 
 
 def test_elided_commands_are_whole(checkpoint, at_the_root):
