@@ -14,8 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
-from lerobot_lam_diffusion.lam.config import read_config
+from lerobot_lam_diffusion.lam import fingerprint_of, load_lam, read_config
 from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens

@@ -25,7 +25,6 @@ from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
-from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             source,
             num_learned_tokens=lam.num_learned_tokens,
             action_latent_dim=lam.action_latent_dim,
-            token_scale=_scale(source, codebook_scale(lam.codebook.cpu())),
+            token_scale=_scale(source, lam.token_scale),
         )
         if dataset_meta is not None:
             known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")

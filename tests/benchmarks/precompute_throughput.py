@@ -31,10 +31,10 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
+from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.encode import find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
