@@ -109,7 +109,7 @@ class TokenConfig:
         problems = []
         for field in dataclasses.fields(self):
             value, kinds = getattr(self, field.name), get_args(hints[field.name]) or (hints[field.name],)
-            least = 0 if field.default == 0 else 1
+            least = field.metadata.get("least", 0 if field.default == 0 else 1)
             if value is None and type(None) in kinds:
                 continue
             if int in kinds:

@@ -23,6 +23,8 @@ from .weights import Weights, open_weights
 
 FAMILIES = {
     "IgorModel": "lerobot_lam_diffusion.lam.villa_x:VillaXLam",
+    "LapaLaq": "lerobot_lam_diffusion.lam.lapa:LapaLam",
+    "UniVlaLam": "lerobot_lam_diffusion.lam.univla:UniVlaLam",
 }
 """Architecture in `model_config.json` → the family's class, imported when such a folder is opened."""
 
