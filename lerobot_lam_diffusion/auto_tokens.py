@@ -14,7 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import fingerprint_of, load_lam, read_config
+from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, load_lam, proposed_stride, read_config
 from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
@@ -48,7 +48,10 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
     cameras = [dataset_camera(config, str(source.camera_key), dataset_meta) for source in sources]
     folders = find_lams(config)
     fingerprints = [fingerprint_of(folder) for folder in folders]
-    check_lams(config, fingerprints, [read_config(folder) for folder in folders])
+    shapes = [read_config(folder) for folder in folders]
+    check_lams(config, fingerprints, shapes)
+    if config.lam_frame_stride is None:
+        config.lam_frame_stride = _proposed_stride(shapes, float(dataset_meta.fps))
     video_backend = get_safe_default_video_backend()
     stores = []
     for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
@@ -74,6 +77,18 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
         )
         stores.append(CacheEntry.of(key).open(dataset_meta, build))
     return stores
+
+
+def _proposed_stride(lams: list[TokenShape], fps: float) -> int:
+    """The stride where the user names none; told, since it decides what the tokens mean."""
+    stride = proposed_stride(lams, fps)
+    if stride is None:
+        return 1
+    logger.info(
+        "lam_frame_stride is %d: the LAM was trained on pairs some %.2g s apart, and the dataset has %g fps.",
+        stride, stride / fps, fps,
+    )  # fmt: skip
+    return stride
 
 
 def _build(

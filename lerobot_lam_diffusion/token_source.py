@@ -96,6 +96,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             "--policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
+    if config.lam_frame_stride is None and dataset_meta is not None:
+        _propose_stride(lams, dataset_meta.fps)
     config.lam_frame_stride = config.lam_frame_stride or 1
     settled = []
     for source, lam in zip(sources, lams, strict=True):
@@ -109,6 +111,19 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")
         settled.append(known)
     _write(config, settled)
+
+
+def _propose_stride(lams: Sequence[Any], fps: float) -> None:
+    """Frames are asked for before the LAM is known, so on the fly its own stride can only be told."""
+    from lerobot_lam_diffusion.lam import proposed_stride  # a store needs no LAM
+
+    stride = proposed_stride(lams, fps)
+    if stride is not None and stride > 1:
+        logger.warning(
+            "lam_frame_stride is unset, so the frames of a pair are 1 frame = %.2g s apart; the LAM was "
+            "trained on pairs %.2g s apart. Pass --policy.lam_frame_stride=%d for that.",
+            1 / fps, stride / fps, stride,
+        )  # fmt: skip
 
 
 def _write(config: DiffusionLamConfig, settled: list[LamSource]) -> None:

@@ -8,7 +8,7 @@ tokens.quantized  # (B, n·a)
 from .base import LamTokens, LatentActionModel, proposed_stride
 from .config import TokenConfig, TokenShape
 from .errors import LamError
-from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam
+from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam, write_lam
 from .locating import resolve_lam, shipped_lams
 from .villa_x.config import LamConfig
 
@@ -27,4 +27,5 @@ __all__ = [
     "resolve_lam",
     "save_lam",
     "shipped_lams",
+    "write_lam",
 ]

@@ -16,21 +16,21 @@ from torch import Tensor
 from lerobot_lam_diffusion.hub import HubError, fetch
 from lerobot_lam_diffusion.reading import is_file, shown
 
-from .config import config_document
+from .base import LatentActionModel
 from .converting import Dims, check_tensors, open_checkpoint
 from .errors import LamError
 from .lapa import LapaLam
 from .lapa import convert as lapa
-from .loading import load_lam, write_folder
+from .loading import load_lam, write_lam
 from .published import CHECKPOINT_SUFFIXES, PUBLISHED, file_on_the_hub
 from .univla import UniVlaLam
 from .univla import convert as univla
 
-FAMILIES: dict[str, tuple[str, ModuleType]] = {
-    "lapa": (LapaLam.architecture, lapa),
-    "univla": (UniVlaLam.architecture, univla),
+FAMILIES: dict[str, tuple[type[LatentActionModel], ModuleType]] = {
+    "lapa": (LapaLam, lapa),
+    "univla": (UniVlaLam, univla),
 }
-"""Name of `--family` → architecture, and the module that translates its checkpoints."""
+"""Name of `--family` → its class, and the module that translates its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def locate_checkpoint(source: str, revision: str | None = None) -> Source:
         if is_file(local):
             return Source(local)
         raise LamError(
-            f"There is no checkpoint at {shown(source, 500)}, expected a file ({', '.join(CHECKPOINT_SUFFIXES)}), "
+            f"There is no checkpoint at {shown(source, 500)}, expected a file "
+            f"({', '.join(CHECKPOINT_SUFFIXES)}), "
             f"a Hub id of published weights ({', '.join(PUBLISHED)}) or owner/name/path/to/file.pt. Correct "
             "the name."
         )
@@ -105,7 +106,7 @@ def convert_lam(
     path = source.path
     state = open_checkpoint(path)
     family = recognised(path, state, family)
-    architecture, translator = FAMILIES[family]
+    lam, translator = FAMILIES[family]
     state = translator.own_keys(state)
     told = dims or Dims()
     unused = [f"--dims.{name}" for name in vars(told) if vars(told)[name] and name not in translator.DIMS]
@@ -125,10 +126,9 @@ def convert_lam(
         licence=source.licence,
     )
     about = f"converted from {path.name}" + (f" of {source.repository}" if source.repository else "")
-    document = config_document(architecture, config.to_dict(), about, 1)
-    folder = write_folder(output_dir, document, translation.state(state))
-    load_lam(folder)
-    return folder
+    write_lam(output_dir, lam, config, translation.state(state), description=about, version=1)
+    load_lam(output_dir)
+    return output_dir
 
 
 def recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> str:
@@ -142,7 +142,8 @@ def recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> s
         raise LamError(f"--family={wanted} is unknown, expected one of {', '.join(FAMILIES)}. Choose one.")
     if not found:
         raise LamError(
-            f"{path} is a checkpoint of no family known here (its keys begin {shown(sorted(state)[:4], 200)}), "
+            f"{path} is a checkpoint of no family known here (its keys begin "
+            f"{shown(sorted(state)[:4], 200)}), "
             f"expected one of {', '.join(FAMILIES)}. Name another checkpoint."
         )
     if wanted not in (None, *found):

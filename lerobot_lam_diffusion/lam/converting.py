@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _EMA = "ema_model."
 _NOISE = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules, anywhere in a key
 _MOST_TOLD = 30
+_NAMES_CODE = re.compile(r"GLOBAL|[Uu]nsupported (global|class)|Trying to (load|instantiate|call)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         document = _load(path)
     except pickle.UnpicklingError as error:
         named = str(error)
-        if "Unsupported" in named or "GLOBAL" in named or "weights_only" in named.lower():
+        if _NAMES_CODE.search(named):
             raise LamError(
                 f"{path} holds more than tensors ({_line(named)}), expected a checkpoint that opens with "
                 "torch.load(weights_only=True): opening it would run code out of the file. Where you trust "
@@ -90,7 +92,7 @@ def _unreadable(path: Path, reason: str) -> LamError:
 
 
 def _line(text: str) -> str:
-    useful = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    useful = [line.strip() for line in text.splitlines() if _NAMES_CODE.search(line)]
     line = (useful or text.splitlines() or ["it cannot be parsed"])[0].strip()
     return line if len(line) <= 200 else f"{line[:199]}…"
 

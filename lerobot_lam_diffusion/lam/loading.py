@@ -176,22 +176,36 @@ def save_lam(
     Returns:
         The folder.
     """
+    from .villa_x import VillaXLam
+
     modules = {"encoder": encoder, "vq": vq, "decoder": decoder}
     state = {
-        f"{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()
+        f"{part}.{name}": tensor
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
     }
-    return write_folder(
-        Path(folder), config_document("IgorModel", config.to_dict(), description, version), state
-    )
+    return write_lam(Path(folder), VillaXLam, config, state, description=description, version=version)
 
 
-def write_folder(folder: Path, document: str, state: Mapping[str, Tensor]) -> Path:
-    """Write a model folder; each of its two files appears whole.
+def write_lam(
+    folder: Path,
+    family: type[LatentActionModel],
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    description: str = "",
+    version: int = 0,
+) -> Path:
+    """Write a model folder of any family; each of its two files appears whole.
 
     Args:
         folder: Made if it is not there.
-        document: Text of `model_config.json`, see `config_document`.
-        state: Key in `model.safetensors` → tensor; kept as float32.
+        family: Whose `architecture` opens it again.
+        config: Of the family's `config_class`.
+        state: Key in `model.safetensors` (`part.name`) → tensor; kept as float32. May be empty.
+
+    Returns:
+        The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
@@ -199,6 +213,7 @@ def write_folder(folder: Path, document: str, state: Mapping[str, Tensor]) -> Pa
     save_file(tensors, partial)
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f".{CONFIG_FILE}.partial"
+    document = config_document(family.architecture, config.to_dict(), description, version)
     partial.write_text(document, encoding="utf-8")
     os.replace(partial, folder / CONFIG_FILE)
     return folder

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from lerobot.configs.default import DatasetConfig
 
-from lerobot_lam_diffusion.lam import load_lam, resolve_lam
+from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
@@ -50,8 +50,10 @@ class PrecomputeConfig:
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
 
     Tokens:
-        frame_stride: Gap of a frame pair, in frames.
-        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
+        frame_stride: Gap of a frame pair, in frames; if left out, that on which the LAM was trained where it
+            says so (LAPA 0.6 s, UniVLA 0.9 s), else 1.
+        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false); if left out, true
+            where the LAM has a codebook.
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
 
@@ -75,8 +77,8 @@ class PrecomputeConfig:
     lam: LamSource
     output_dir: Path
     camera_key: str | None = None
-    frame_stride: int = 1
-    use_vq_tokens: bool = True
+    frame_stride: int | None = None
+    use_vq_tokens: bool | None = None
     dtype: str = "float32"
     storage_dtype: str = "float32"
     batch_size: int | None = None
@@ -91,7 +93,7 @@ class PrecomputeConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.frame_stride < 1:
+        if self.frame_stride is not None and self.frame_stride < 1:
             problems.append(f"--frame_stride={self.frame_stride} must be at least 1")
         for name, least in (("batch_size", 1), ("num_workers", 0), ("shard_frames", 1)):
             value = getattr(self, name)
@@ -107,7 +109,7 @@ class PrecomputeConfig:
             problems.append(
                 f"--storage_dtype={self.storage_dtype} must be one of {', '.join(CONTINUOUS_STORAGE)}"
             )
-        elif self.use_vq_tokens and self.storage_dtype != "float32":
+        elif self.use_vq_tokens is not False and self.storage_dtype != "float32":
             problems.append(
                 f"--storage_dtype={self.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
                 "tokens are kept as code indices, exactly"
@@ -133,9 +135,12 @@ def precompute(config: PrecomputeConfig) -> None:
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
-    resolve_lam(config.lam.path, config.lam.revision)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
-    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    metadata = open_metadata(config.dataset)
+    camera_key = choose_camera(metadata, config.camera_key)
+    frame_stride = config.frame_stride or _proposed_stride(shape, metadata.fps)
+    use_vq_tokens = shape.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
     process = Process.launched(device, config.shard_index, config.num_shards)
     dataset = open_dataset(config.dataset, config.tolerance_s)
     lam = load_lam(
@@ -151,8 +156,8 @@ def precompute(config: PrecomputeConfig) -> None:
             output_dir,
             camera_key=camera_key,
             lam_path=recorded_path(config.lam.path),
-            frame_stride=config.frame_stride,
-            use_vq_tokens=config.use_vq_tokens,
+            frame_stride=frame_stride,
+            use_vq_tokens=use_vq_tokens,
             storage_dtype=config.storage_dtype,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
@@ -172,6 +177,18 @@ def precompute(config: PrecomputeConfig) -> None:
             print(f"Stopped. {told}.", file=sys.stderr)
         raise
     print(report(summary, config))
+
+
+def _proposed_stride(lam: TokenShape, fps: float) -> int:
+    """The stride where the user names none; told, since it decides what the tokens mean."""
+    stride = proposed_stride([lam], fps)
+    if stride is None:
+        return 1
+    print(
+        f"--frame_stride={stride} is taken: the LAM was trained on pairs {lam.stride_seconds:g} s apart, "
+        f"which is {counted(stride, 'frame')} at {fps:g} fps."
+    )
+    return stride
 
 
 def recorded_path(lam_path: str) -> str:

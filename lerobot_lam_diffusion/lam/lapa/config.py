@@ -54,8 +54,6 @@ class LapaConfig(TokenConfig):
     licence: str | None = None
 
     def problems(self) -> list[str]:
-        if self.n_codes < 1:
-            return [f"n_codes is {self.n_codes}, expected at least 1: this LAM has a codebook"]
         if self.image_size % self.patch_size:
             return [
                 f"image_size is {self.image_size}, expected a multiple of patch_size, "

@@ -52,8 +52,6 @@ class UniVlaConfig(TokenConfig):
         ]
         if self.model_dim % 2:
             problems.append(f"model_dim is {self.model_dim}, expected an even number (sines and cosines)")
-        if self.n_codes < 1:
-            problems.append(f"n_codes is {self.n_codes}, expected at least 1: this LAM has a codebook")
         return problems
 
     @property
