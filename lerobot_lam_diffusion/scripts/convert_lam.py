@@ -104,12 +104,15 @@ def convert(config: ConvertConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
+    run_command(ConvertConfig, convert, with_flags(sys.argv[1:] if argv is None else argv), COMMAND)
+
+
+def with_flags(words: Sequence[str]) -> list[str]:
+    """The SOURCE that stands before the first flag, as a flag."""
     count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
     if count > 1:
         refuse(FlagError(f"expected one SOURCE, found {', '.join(words[:count])}"))
-    source = [f"--source={words[0]}"] if count else []
-    run_command(ConvertConfig, convert, [*source, *words[count:]], COMMAND)
+    return [*(f"--source={word}" for word in words[:count]), *words[count:]]
 
 
 if __name__ == "__main__":

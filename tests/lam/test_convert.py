@@ -1,6 +1,11 @@
 """Published checkpoints become LAM folders, or are refused with all that is wrong."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import ThreadingHTTPServer
 from math import prod
 
 import pytest
@@ -15,6 +20,7 @@ from lerobot_lam_diffusion.lam.univla import UniVlaConfig
 from lerobot_lam_diffusion.lam.univla.convert import _expected as expected_of_univla
 
 from .conftest import DATA
+from .test_locating import COMMIT, Hub
 
 LAPA = DATA / "lapa_laq" / "golden_public" / "laq.pt"
 UNIVLA = DATA / "univla" / "golden_public" / "lam-stage-2.ckpt"
@@ -228,3 +234,40 @@ def test_a_damaged_folder_is_refused(convert):
         path.write_text(json.dumps(document | {"config": document["config"] | {key: value}}))
         with pytest.raises(LamError, match=message):
             load_lam(folder)
+
+
+_CONVERT = """
+import sys
+from lerobot_lam_diffusion.lam import LamError
+from lerobot_lam_diffusion.lam.convert import locate_checkpoint
+for name in sys.argv[1:]:
+    try:
+        source = locate_checkpoint(name)
+        snapshot = source.path.parents[1]
+        files = sorted(str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file())
+        print("found", source.repository, source.revision, source.path.name, files)
+    except LamError as error:
+        print("error", error)
+"""
+
+
+@pytest.mark.slow
+def test_of_a_hub_repository_the_one_file_is_fetched(tmp_path):
+    Hub.files = {"laq/laq.pt": LAPA.read_bytes(), "labels.bin": b"x" * 1000, "laq/other.pt": b"x" * 1000}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    names = ["someone/a-lam/laq/laq.pt", "someone/a-lam/laq/none.pt"]
+    try:
+        command = [sys.executable, "-c", _CONVERT, *names]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"found someone/a-lam {COMMIT} laq.pt ['laq/laq.pt']"
+    assert "has no file laq/none.pt" in lines[1]
