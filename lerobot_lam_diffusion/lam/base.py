@@ -4,10 +4,10 @@ A family subclasses `LatentActionModel`: it names its config and its modules, an
 vectors. Checks, quantisation, precision, devices, loading and fingerprints are here and in `loading.py`.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -177,7 +177,8 @@ class LatentActionModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self._tensors(), torch.empty(0, device=self._device)).device
+        first = next(self._tensors(), None)
+        return self._device if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,7 +213,8 @@ class LatentActionModel(ABC):
             prev, cur = (self.resize_frames(frames.to(self.device)) for frames in (prev, cur))
             if not len(prev):
                 return self._quantised(torch.empty(0, self.token_dim, device=self.device))
-            alone = lambda row: self.continuous(prev[row : row + 1], cur[row : row + 1])  # noqa: E731
+            plain = self._uncompiled()
+            alone = lambda row: plain.continuous(prev[row : row + 1], cur[row : row + 1])  # noqa: E731
             return self._quantised(self.continuous(prev, cur), alone)
 
     def _quantised(self, continuous: Tensor, alone: Callable[[int], Tensor] | None = None) -> LamTokens:
@@ -233,16 +235,13 @@ class LatentActionModel(ABC):
         """
         tied = self.vq.nearly_tied(continuous).flatten(1).any(1)
         for row in tied.nonzero().flatten().tolist():
-            with self._uncompiled():
-                indices[row] = self.vq.indices(alone(row).float())[0]
+            indices[row] = self.vq.indices(alone(row).float())[0]
 
-    @contextmanager
-    def _uncompiled(self) -> Iterator[None]:
-        batch_encoder, self._batch_encoder = self._batch_encoder, self.encoder
-        try:
-            yield
-        finally:
-            self._batch_encoder = batch_encoder
+    def _uncompiled(self) -> Self:
+        """The same model without what `compile` did. A twin, since several threads encode with one model."""
+        plain = copy.copy(self)
+        plain._batch_encoder = self.encoder
+        return plain
 
     def resize(self, frames: Tensor) -> Tensor:
         """Frames at the model's own size, for callers that use each frame in several pairs.
