@@ -25,6 +25,10 @@ def fit(argv: Sequence[str] | None = None) -> None:
     _run("lerobot-lam-fit", "fit_lam", argv)
 
 
+def convert(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-convert", "convert_lam", argv)
+
+
 def tokens(argv: Sequence[str] | None = None) -> None:
     _run("lerobot-lam-tokens", "tokens", argv)
 

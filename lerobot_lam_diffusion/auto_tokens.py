@@ -15,8 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
-from lerobot_lam_diffusion.lam.config import read_config
+from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, load_lam, proposed_stride, read_config
 from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
 from lerobot_lam_diffusion.precompute.dataset import open_whole
@@ -31,12 +30,13 @@ from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 logger = logging.getLogger(__name__)
 
 
-def resolved_lams(config: DiffusionLamConfig) -> list[str]:
-    """The fingerprint of each source's LAM, which is checked to fit `config` without loading its weights."""
+def resolved_lams(config: DiffusionLamConfig) -> tuple[list[str], list[TokenShape]]:
+    """Fingerprint and token shape of each source's LAM, checked to fit `config` without loading weights."""
     folders = find_lams(config)
     fingerprints = [fingerprint_of(folder) for folder in folders]
-    check_lams(config, fingerprints, [read_config(folder) for folder in folders])
-    return fingerprints
+    shapes = [read_config(folder) for folder in folders]
+    check_lams(config, fingerprints, shapes)
+    return fingerprints, shapes
 
 
 def cached_stores(
@@ -60,7 +60,9 @@ def cached_stores(
         )
     sources = config.token_sources
     cameras = [dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in sources]
-    fingerprints = resolved_lams(config)
+    fingerprints, shapes = resolved_lams(config)
+    if config.lam_frame_stride is None:
+        config.lam_frame_stride = _proposed_stride(shapes, float(dataset_meta.fps))
     video_backend = get_safe_default_video_backend()
     stores = []
     for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
@@ -86,6 +88,18 @@ def cached_stores(
         )
         stores.append(CacheEntry.of(key).open(dataset_meta, build))
     return stores
+
+
+def _proposed_stride(lams: list[TokenShape], fps: float) -> int:
+    """The stride where the user names none; told, since it decides what the tokens mean."""
+    stride = proposed_stride(lams, fps)
+    if stride is None:
+        return 1
+    logger.info(
+        "lam_frame_stride is %d: the LAM was trained on pairs some %.2g s apart, and the dataset has %g fps.",
+        stride, stride / fps, fps,
+    )  # fmt: skip
+    return stride
 
 
 def _build(

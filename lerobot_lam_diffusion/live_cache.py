@@ -18,11 +18,10 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import AUTO
-from lerobot_lam_diffusion.lam import LatentActionModel
+from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
-from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
-from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -68,7 +67,7 @@ def open_live_caches(
         provenance = replace(provenance, device=torch.device(str(config.device)).type)
         folder = root.expanduser() / CacheKey.of(provenance, decoder=ANY_DECODER).name
         try:
-            pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
+            pairs = PairCache.make(folder, provenance, codebook_of(lam), *episode_bounds(dataset_meta))
         except OSError as error:
             raise LiveCacheError(
                 f"--policy.lam_live_cache={config.lam_live_cache} cannot be used: {folder} cannot be made or "
@@ -141,9 +140,8 @@ class LiveCache:
 
     def _of_kind(self, tokens: LamTokens, decoded: bool = False) -> Tensor:
         """What is kept of tokens; `decoded`: the tokens themselves."""
-        if self._pairs.provenance.token_kind != VQ:
-            return tokens.continuous
-        return tokens.quantized if decoded else tokens.indices
+        use_vq_tokens = self._pairs.provenance.token_kind == VQ
+        return tokens.of_kind(use_vq_tokens) if decoded else tokens.stored(use_vq_tokens)
 
     def _keep(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
         if not self._keeps:

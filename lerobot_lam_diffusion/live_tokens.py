@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import LamConfig, LamError, LatentActionModel, load_lam, resolve_lam
-from lerobot_lam_diffusion.lam.villa_x import LamTokens
+from lerobot_lam_diffusion.lam import (
+    LamError,
+    LamTokens,
+    LatentActionModel,
+    TokenShape,
+    load_lam,
+    resolve_lam,
+)
 from lerobot_lam_diffusion.problems import LamNotFoundError, raise_unfit
 from lerobot_lam_diffusion.sources import LamSource, twins
 
@@ -79,7 +85,7 @@ def find_lams(config: DiffusionLamConfig) -> list[Path]:
 def check_lams(
     config: DiffusionLamConfig,
     fingerprints: Sequence[str],
-    shapes: Sequence[LatentActionModel | LamConfig],
+    shapes: Sequence[TokenShape],
 ) -> None:
     """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
 
@@ -99,6 +105,10 @@ def check_lams(
             for k, (want, have) in told.items()
             if want not in (None, have)
         ]
+        if config.lam_use_vq_tokens and not shape.num_codes:
+            own.append(
+                "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
+            )
         if source.fingerprint not in (None, fingerprint):
             other = (
                 f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
@@ -219,7 +229,7 @@ class LiveLam:
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Tokens float32 `(P, n·a)` of uint8 frame pairs `(P, 3, H, W)`, without gradients."""
         tokens = self._ask(prev, cur)
-        return tokens.quantized if self._config.lam_use_vq_tokens else tokens.continuous
+        return tokens.of_kind(self._config.lam_use_vq_tokens)
 
     def _ask(self, prev: Tensor, cur: Tensor) -> LamTokens:
         if self.lam.device != prev.device:

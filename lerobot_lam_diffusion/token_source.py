@@ -33,7 +33,6 @@ from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata, not_rgb
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
-from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +178,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             "--policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
+    if config.lam_frame_stride is None and dataset_meta is not None:
+        _propose_stride(lams, dataset_meta.fps)
     config.lam_frame_stride = config.lam_frame_stride or 1
     if dataset_meta is not None:
         config.lam_fps = float(dataset_meta.fps)
@@ -188,12 +189,25 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             source,
             num_learned_tokens=lam.num_learned_tokens,
             action_latent_dim=lam.action_latent_dim,
-            token_scale=_scale(source, codebook_scale(lam.codebook.cpu())),
+            token_scale=_scale(source, lam.token_scale),
         )
         if dataset_meta is not None:
             known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")
         settled.append(known)
     _write(config, settled)
+
+
+def _propose_stride(lams: Sequence[Any], fps: float) -> None:
+    """Frames are asked for before the LAM is known, so on the fly its own stride can only be told."""
+    from lerobot_lam_diffusion.lam import proposed_stride  # a store needs no LAM
+
+    stride = proposed_stride(lams, fps)
+    if stride is not None and stride > 1:
+        logger.warning(
+            "lam_frame_stride is unset, so the frames of a pair are 1 frame = %.2g s apart; the LAM was "
+            "trained on pairs %.2g s apart. Pass --policy.lam_frame_stride=%d for that.",
+            1 / fps, stride / fps, stride,
+        )  # fmt: skip
 
 
 def _write(config: DiffusionLamConfig, settled: list[LamSource]) -> None:

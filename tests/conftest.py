@@ -28,9 +28,9 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
+from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore, layout
 from tests.torchcodec_states import without_ffmpeg

@@ -22,7 +22,7 @@ from lerobot_lam_diffusion.precompute.dataset import check_dataset
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
-from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
@@ -239,7 +239,7 @@ def _extraction(
     episodes = covered.nonzero().flatten().tolist()
     lengths = (stop - start)[covered].tolist()
     plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
-    return Extraction(provenance, lam.codebook.cpu(), start, stop, plan)
+    return Extraction(provenance, codebook_of(lam), start, stop, plan)
 
 
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:

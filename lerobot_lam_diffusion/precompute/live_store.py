@@ -119,7 +119,7 @@ def _values_of(
         missing += int(unknown.sum())
         if lam is not None and unknown.any():
             tokens = lam.encode_pairs(batch.prev[unknown], batch.cur[unknown])
-            computed = tokens.indices if cache.provenance.token_kind == VQ else tokens.continuous
+            computed = tokens.stored(cache.provenance.token_kind == VQ)
             found.values[unknown] = computed.cpu().to(found.values.dtype)
         values[batch.rows - first] = found.values
     return values, missing

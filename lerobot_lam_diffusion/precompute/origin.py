@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.provenance import (
     CONTINUOUS,
@@ -18,7 +19,6 @@ from lerobot_lam_diffusion.tokens.provenance import (
     Provenance,
 )
 from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
-from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 _PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
 
@@ -42,10 +42,18 @@ def provenance_of(
         camera_key: The dataset's name of the camera that the LAM looks at.
         lam_path: How the user named the LAM.
         frame_stride: Gap of a pair, in frames.
-        use_vq_tokens: VQ or continuous tokens.
+        use_vq_tokens: VQ or continuous tokens; a LAM without a codebook has only the latter.
         storage_dtype: How continuous tokens are kept; empty: float32.
         decoder: The way from files to pixels, see `Provenance`.
+
+    Raises:
+        ExtractionError: VQ tokens of a LAM without a codebook.
     """
+    if use_vq_tokens and lam.codebook is None:
+        raise ExtractionError(
+            f"the LAM {lam_path} has no codebook, so it makes no VQ tokens: extract continuous ones by "
+            "--use_vq_tokens=false"
+        )
     kind = VQ if use_vq_tokens else CONTINUOUS
     packages = [PACKAGE, "lerobot", "torch", "safetensors"]
     return Provenance(
@@ -64,7 +72,7 @@ def provenance_of(
             num_learned_tokens=lam.num_learned_tokens,
             action_latent_dim=lam.action_latent_dim,
             num_codes=lam.num_codes,
-            token_scale=codebook_scale(lam.codebook.cpu()),
+            token_scale=lam.token_scale,
         ),
         camera_key=camera_key,
         frame_stride=frame_stride,
@@ -85,6 +93,11 @@ def decoder_version(decoder: str) -> dict[str, str]:
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
+
+
+def codebook_of(lam: Any) -> Tensor:
+    """float32 `(K, a)` on the CPU; empty for a LAM without a codebook."""
+    return torch.empty(0) if lam.codebook is None else lam.codebook.cpu()
 
 
 def episode_bounds(meta: Any) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import load_lam, resolve_lam
+from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
@@ -67,8 +67,10 @@ class PrecomputeConfig:
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
 
     Tokens:
-        frame_stride: Gap of a frame pair, in frames.
-        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
+        frame_stride: Gap of a frame pair, in frames; if left out, that on which the LAM was trained where it
+            says so (LAPA 0.6 s, UniVLA 0.9 s), else 1.
+        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false); if left out, true
+            where the LAM has a codebook.
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
 
@@ -93,8 +95,8 @@ class PrecomputeConfig:
     output_dir: Path
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     camera_key: str | None = None
-    frame_stride: int = 1
-    use_vq_tokens: bool = True
+    frame_stride: int | None = None
+    use_vq_tokens: bool | None = None
     dtype: str = "float32"
     storage_dtype: str = "float32"
     batch_size: int | None = None
@@ -109,7 +111,7 @@ class PrecomputeConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.frame_stride < 1:
+        if self.frame_stride is not None and self.frame_stride < 1:
             problems.append(f"--frame_stride={self.frame_stride} must be at least 1")
         for name, least in (("batch_size", 1), ("num_workers", 0), ("shard_frames", 1)):
             value = getattr(self, name)
@@ -125,7 +127,7 @@ class PrecomputeConfig:
             problems.append(
                 f"--storage_dtype={self.storage_dtype} must be one of {', '.join(CONTINUOUS_STORAGE)}"
             )
-        elif self.use_vq_tokens and self.storage_dtype != "float32":
+        elif self.use_vq_tokens is not False and self.storage_dtype != "float32":
             problems.append(
                 f"--storage_dtype={self.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
                 "tokens are kept as code indices, exactly"
@@ -164,9 +166,12 @@ def _extract(
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
-    resolve_lam(config.lam.path, config.lam.revision)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
-    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    metadata = open_metadata(config.dataset)
+    camera_key = choose_camera(metadata, config.camera_key)
+    frame_stride = config.frame_stride or _proposed_stride(shape, metadata.fps)
+    use_vq_tokens = shape.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
     process = process or Process.launched(device, config.shard_index, config.num_shards)
     unreadable: dict[int, str] = {}
     if config.on_error == "skip":
@@ -186,8 +191,8 @@ def _extract(
             output_dir,
             camera_key=camera_key,
             lam_path=recorded_path(config.lam.path),
-            frame_stride=config.frame_stride,
-            use_vq_tokens=config.use_vq_tokens,
+            frame_stride=frame_stride,
+            use_vq_tokens=use_vq_tokens,
             storage_dtype=config.storage_dtype,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
@@ -263,6 +268,18 @@ def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> in
     config = draccus.decode(PrecomputeConfig, flags)
     process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
     return _extract(config, process, merge=False, show_progress=False).encoded
+
+
+def _proposed_stride(lam: TokenShape, fps: float) -> int:
+    """The stride where the user names none; told, since it decides what the tokens mean."""
+    stride = proposed_stride([lam], fps)
+    if stride is None:
+        return 1
+    print(
+        f"--frame_stride={stride} is taken: the LAM was trained on pairs {lam.stride_seconds:g} s apart, "
+        f"which is {counted(stride, 'frame')} at {fps:g} fps."
+    )
+    return stride
 
 
 def recorded_path(lam_path: str) -> str:

@@ -49,7 +49,8 @@ class DatasetOrigin:
 class LamOrigin:
     """The LAM that made the tokens, and their shape.
 
-    `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows.
+    `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows; of a LAM without a codebook,
+    `num_codes` is 0 and the LAM itself tells its scale.
     """
 
     path: str
@@ -226,7 +227,6 @@ def _value_problems(provenance: Provenance) -> list[str]:
         "frame_stride": provenance.frame_stride,
         "lam.num_learned_tokens": provenance.lam.num_learned_tokens,
         "lam.action_latent_dim": provenance.lam.action_latent_dim,
-        "lam.num_codes": provenance.lam.num_codes,
         "dataset.total_frames": provenance.dataset.total_frames,
         "dataset.total_episodes": provenance.dataset.total_episodes,
     }
@@ -235,6 +235,10 @@ def _value_problems(provenance: Provenance) -> list[str]:
         for name, value in counts.items()
         if not 0 < value < 2**63
     ]
+    least = 1 if provenance.token_kind == VQ else 0
+    if not least <= provenance.lam.num_codes < 2**63:
+        expected = "a positive integer" if least else "0 (no codebook) or a positive integer"
+        problems.append(f"lam.num_codes is {shown(provenance.lam.num_codes)}, expected {expected}")
     scale = provenance.lam.token_scale
     if scale <= 0:
         problems.append(f"lam.token_scale is {scale}, expected a positive number")

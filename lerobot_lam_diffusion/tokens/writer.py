@@ -1,7 +1,6 @@
 """Write a token store so that it appears whole or not at all."""
 
 import glob
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -184,8 +183,3 @@ def remove_partial(folder: Path) -> None:
     folder = folder.resolve()
     for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def codebook_scale(codebook: Tensor) -> float:
-    """RMS of the codebook's entries (1 for a codebook of zeros): what the policy divides tokens by."""
-    return math.sqrt(float(codebook.double().square().mean())) or 1.0

@@ -10,7 +10,7 @@ import torch
 from lerobot_lam_diffusion.tokens import TokenStore, writer
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
-from lerobot_lam_diffusion.tokens.writer import codebook_scale, refuse_existing, write_store
+from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
 
 LENGTHS = [4, 5]
 
@@ -192,8 +192,3 @@ def test_a_store_that_another_process_made_meanwhile_stays(make_provenance, writ
         blocks_to(make_provenance, tmp_path / "store", blocks())
     assert TokenStore.open(tmp_path / "store").values.any()
     assert os.listdir(tmp_path) == ["store"]
-
-
-def test_codebook_scale_is_the_root_mean_square():
-    assert codebook_scale(torch.tensor([[3.0, 0.0], [4.0, 5.0]])) == pytest.approx((50 / 4) ** 0.5)
-    assert codebook_scale(torch.zeros(2, 2)) == 1.0
