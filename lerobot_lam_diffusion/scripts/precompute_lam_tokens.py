@@ -11,8 +11,14 @@ the tasks of a SLURM array share the work:
 
     torchrun --nproc_per_node=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
     lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=32
+
+Videos become a store whose episodes they are; each then guides a policy as the video itself would:
+
+    lerobot-lam-precompute --videos=demos --fps=10 --lam.path=microsoft/villa-x --output_dir=demos_lam
+    lerobot-eval --policy.path=… '--policy.lam_guidance=demos_lam#0' …
 """
 
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,9 +29,11 @@ import torch
 from lerobot.configs.default import DatasetConfig
 
 from lerobot_lam_diffusion.lam import load_lam, resolve_lam
+from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
@@ -39,15 +47,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PrecomputeConfig:
-    """Dataset → token store.
+    """Dataset, or videos → token store.
 
     Args:
         dataset: As in lerobot-train; `--dataset.episodes=[0,1]` extracts those only.
         lam: Which LAM.
         output_dir: Where the store will stand.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
+
+    Videos instead of a dataset:
+        videos: A video, a part of it in seconds (`demo.mp4#t=1.5,9`), or a folder of videos in order.
+        fps: Frames per second of their tokens: that of the dataset which the policy is trained on.
 
     Tokens:
         frame_stride: Gap of a frame pair, in frames.
@@ -71,10 +83,12 @@ class PrecomputeConfig:
         num_shards: How many tasks the job array has.
     """
 
-    dataset: DatasetConfig
+    dataset: DatasetConfig | None = None
     lam: LamSource
     output_dir: Path
     camera_key: str | None = None
+    videos: str | None = None
+    fps: float | None = None
     frame_stride: int = 1
     use_vq_tokens: bool = True
     dtype: str = "float32"
@@ -114,15 +128,42 @@ class PrecomputeConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
-        if self.dataset.streaming:
-            problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
-        if self.dataset.episodes == []:
-            problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
-        if self.dataset.video_backend not in VIDEO_BACKENDS:
-            problems.append(
-                f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
-            )
+        problems += self._video_problems() if self.dataset is None else _dataset_problems(self.dataset)
+        if self.dataset is not None and self.videos is not None:
+            problems.append("--dataset.repo_id and --videos are two sources of frames; leave one out")
+        elif self.dataset is not None and self.fps is not None:
+            problems.append(f"--fps={self.fps:g} is for --videos; a dataset has its own, leave it out")
         raise_problems("these flags do not work", problems)
+
+    def _video_problems(self) -> list[str]:
+        if self.videos is None:
+            return [
+                "--dataset-repo-id or --dataset.repo_id is missing: the dataset, or --videos=<file or folder>"
+            ]
+        problems = []
+        if self.fps is None or not 0 < self.fps < math.inf:
+            told = "is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
+            problems.append(f"--fps {told}: how many frames per second the policy's dataset has")
+        if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
+            problems.append(
+                "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
+            )
+        if self.on_error != "fail":
+            problems.append("--on_error=skip is not for --videos: take the file that cannot be read away")
+        return problems
+
+
+def _dataset_problems(dataset: DatasetConfig) -> list[str]:
+    problems = []
+    if dataset.streaming:
+        problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
+    if dataset.episodes == []:
+        problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
+    if dataset.video_backend not in VIDEO_BACKENDS:
+        problems.append(
+            f"--dataset.video_backend={dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
+        )
+    return problems
 
 
 COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
@@ -135,6 +176,9 @@ def precompute(config: PrecomputeConfig) -> None:
         refuse_existing(output_dir)
     resolve_lam(config.lam.path, config.lam.revision)
     device = usable_device(config.device)
+    if config.dataset is None:
+        print(_precompute_videos(config, output_dir, device))
+        return
     camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
     process = Process.launched(device, config.shard_index, config.num_shards)
     dataset = open_dataset(config.dataset, config.tolerance_s)
@@ -174,6 +218,43 @@ def precompute(config: PrecomputeConfig) -> None:
     print(report(summary, config))
 
 
+def _precompute_videos(config: PrecomputeConfig, output_dir: Path, device: str) -> str:
+    """The videos' store, and what to say of it."""
+    assert config.videos is not None
+    assert config.fps is not None
+    refuse_existing(output_dir)
+    videos = videos_in(config.videos)
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=device, dtype=getattr(torch, config.dtype)
+    )
+    if config.compile:
+        lam.compile()
+    store = precompute_videos(
+        videos,
+        lam,
+        output_dir,
+        fps=config.fps,
+        camera_key=config.camera_key or VIDEO_CAMERA,
+        lam_path=recorded_path(config.lam.path),
+        frame_stride=config.frame_stride,
+        use_vq_tokens=config.use_vq_tokens,
+        storage_dtype=config.storage_dtype,
+        batch_size=config.batch_size or PAIRS_AT_A_TIME,
+    )
+    lengths = (store.episode_to - store.episode_from).tolist()
+    lines = [
+        f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
+        f"tokens    {store.kind}, {store.token_dim} numbers a frame",
+        f"store     {store.path.resolve()}",
+        *(
+            f"#{number:<8} {length / config.fps:6.1f} s  {video.name}"
+            for number, (length, video) in enumerate(zip(lengths, videos, strict=True))
+        ),
+    ]
+    guided = ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={store.path.resolve()}#0"]
+    return "\n".join([*lines, next_step(guided, "Follow one of them (or lerobot-rollout, on a robot)")])
+
+
 def recorded_path(lam_path: str) -> str:
     """How a store names its LAM: a folder absolutely, so that training from elsewhere finds it again."""
     folder = Path(lam_path).expanduser()
@@ -183,6 +264,7 @@ def recorded_path(lam_path: str) -> str:
 def report(summary: Summary, config: PrecomputeConfig) -> str:
     """The closing lines: what was made, where it lies, what to run next."""
     store = summary.store
+    assert config.dataset is not None
     if store is None:
         return (
             f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "
