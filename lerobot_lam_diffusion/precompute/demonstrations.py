@@ -168,6 +168,8 @@ class DemonstrationVideo:
                 if not container.streams.video:
                     raise VideoError(f"{self.path} has no video; name a file with pictures")
                 stream = container.streams.video[0]
+                if stream.codec_context is None:  # PyAV would crash
+                    raise ValueError("FFmpeg finds no codec for its pictures")
                 stream.thread_type = "AUTO"
                 rate = float(stream.average_rate or stream.base_rate or 0)
                 self.look.rate = rate

@@ -21,6 +21,8 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 
 VIDEO_CAMERA = "video"
+VIDEOS = "videos/"
+"""Begins what a store says of its dataset where that is a folder of videos."""
 
 
 def precompute_videos(
@@ -69,7 +71,7 @@ def precompute_videos(
         digest.update(video.digest().encode())
     named = videos[0].path.stem if len(videos) == 1 else videos[0].path.resolve().parent.name
     dataset = DatasetOrigin(
-        repo_id=f"videos/{named}",
+        repo_id=f"{VIDEOS}{named}",
         revision=None,
         total_frames=sum(lengths),
         total_episodes=len(lengths),

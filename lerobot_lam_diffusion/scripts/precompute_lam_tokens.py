@@ -37,7 +37,7 @@ from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precomput
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
+from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
@@ -142,8 +142,8 @@ class PrecomputeConfig:
             ]
         problems = []
         if self.fps is None or not 0 < self.fps < math.inf:
-            told = "is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
-            problems.append(f"--fps {told}: how many frames per second the policy's dataset has")
+            told = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
+            problems.append(f"--fps{told}: how many frames per second the policy's dataset has")
         if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
             problems.append(
                 "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
@@ -251,8 +251,12 @@ def _precompute_videos(config: PrecomputeConfig, output_dir: Path, device: str) 
             for number, (length, video) in enumerate(zip(lengths, videos, strict=True))
         ),
     ]
-    guided = ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={store.path.resolve()}#0"]
-    return "\n".join([*lines, next_step(guided, "Follow one of them (or lerobot-rollout, on a robot)")])
+    return "\n".join(
+        [
+            *lines,
+            next_step(follow(store.path.resolve()), "Follow one of them (or lerobot-rollout, on a robot)"),
+        ]
+    )
 
 
 def recorded_path(lam_path: str) -> str:

@@ -489,18 +489,20 @@ def draw(path: Path, folder: Path, trial: Trial, store: Path, files: list[Path])
     import matplotlib.pyplot as plt
 
     pilot = Pilot(folder)
-    start = trial.starts[0]
-    shown = {side: trial.videos[trial.sides.index(side)] for side in SIDES}
+    tracks, films = tracks_of(store), {}
+    for number in range(0, len(trial.starts), 2):  # the first start from which it follows both
+        follows = []
+        for side, video in list(zip(trial.sides, trial.videos, strict=True))[number : number + 2]:
+            pilot.policy.guide = Guide([Track(side, tracks[video])])
+            acted, moved = film(pilot, trial.starts[number], len(tracks[video]))
+            films[side] = pictures_of(files[video]), acted
+            follows.append(moved * SIDES[side] > MOVED)
+        if all(follows):
+            break
     figure, axes = plt.subplots(2, 6, figsize=(9.6, 3.5))
-    for row, (side, video) in zip(axes, shown.items(), strict=True):
-        pictures = pictures_of(files[video])
-        pilot.policy.guide = Guide([Track(side, tracks_of(store)[video])])
-        acted = film(pilot, start)
-        cells = [
-            *(pictures[int(k * (len(pictures) - 1))] for k in (0, 0.6, 1)),
-            *(acted[k] for k in (0, 20, 36)),
-        ]
-        titles = ["video: starts", "60 %", "ends", "rollout: starts", "after 2.0 s", "3.6 s"]
+    titles = ["video: starts", "60 %", "ends", "rollout: starts", "60 %", "as the video ends"]
+    for row, (side, shown) in zip(axes, films.items(), strict=True):
+        cells = [pictures[int(part * (len(pictures) - 1))] for pictures in shown for part in (0, 0.6, 1)]
         for cell, picture, title in zip(row, cells, titles, strict=True):
             cell.imshow(picture)
             cell.set_xticks([])
@@ -517,12 +519,13 @@ def draw(path: Path, folder: Path, trial: Trial, store: Path, files: list[Path])
     figure.savefig(path, dpi=80)
 
 
-def film(pilot: Pilot, start: Start) -> list[np.ndarray]:
+def film(pilot: Pilot, start: Start, ticks: int) -> tuple[list[np.ndarray], float]:
+    """Pictures of a rollout, and how far the block moved to the right."""
     torch.manual_seed(0)
     pilot.policy.reset()
     env, observation = start.env(pictures=True)
-    pictures = [observation["pixels"]]
-    for _ in range(TICKS):
+    pictures, before = [observation["pixels"]], middle_of(block_pose(env))
+    for _ in range(ticks):
         batch = {key: torch.from_numpy(value)[None] for key, value in seen(env).items()}
         if pilot.pictures:
             del batch[ENV]
@@ -531,7 +534,7 @@ def film(pilot: Pilot, start: Start) -> list[np.ndarray]:
         action = pilot.postprocess(pilot.policy.select_action(pilot.preprocess(batch))).numpy()[0]
         observation, *_ = env.step(np.clip(action, 0, 512))
         pictures.append(observation["pixels"])
-    return pictures
+    return pictures, float((middle_of(block_pose(env)) - before)[0])
 
 
 def arguments() -> argparse.Namespace:
