@@ -199,7 +199,11 @@ class LiveTokens:
         return self._joined(lambda live: live.window(frames[live.camera_key], deltas, is_pad, index))
 
     def newest(self, history: "dict[str, FrameHistory]") -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` at this tick, camera → frames."""
+        """Tokens of offsets up to 0, `(B, steps, lam_token_dim)`, at this tick.
+
+        Args:
+            history: Camera → its frames.
+        """
         return self._joined(lambda live: history[live.camera_key].tokens(live))
 
     def _joined(self, tokens: "Callable[[LiveLam], Tensor]") -> Tensor:
@@ -253,7 +257,10 @@ class LiveLam:
         steps = self._config.lam_token_deltas
         cur = frames[:, [at[delta] for delta in steps]].flatten(0, 1)  # (B * steps, 3, H, W)
         prev = frames[:, [at[delta - stride] for delta in steps]].flatten(0, 1)
-        exists = ~is_pad[:, [at[delta - stride] for delta in steps]].flatten()
+        padded = (
+            is_pad[:, [at[delta - stride] for delta in steps]] | is_pad[:, [at[delta] for delta in steps]]
+        )
+        exists = ~padded.flatten()
         tokens = torch.zeros(len(cur), self.token_dim, device=frames.device)
         if exists.any():
             pair_index = None
@@ -288,26 +295,29 @@ class LiveLam:
 
 
 class FrameHistory:
-    """A camera's real frames since the last reset, just long enough for the tokens of one window."""
+    """A camera's real frames since the last reset, just long enough for the tokens of one window.
+
+    Those of offsets up to 0, that is: what comes next no camera has seen.
+    """
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._stride = config.lam_frame_stride or 1
-        self._steps = len(config.lam_token_deltas)
-        self._frames: deque[Tensor] = deque(maxlen=self._steps + self._stride)
+        self._deltas = [delta for delta in config.lam_token_deltas if delta <= 0]
+        self._frames: deque[Tensor] = deque(maxlen=1 - self._deltas[0] + self._stride)
 
     def append(self, frames: Tensor) -> None:
         """Add this tick's frames, uint8 `(B, 3, H, W)`."""
         self._frames.append(frames)
 
     def tokens(self, live: LiveLam) -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, n·a)` at this tick; zero before the first pair."""
-        newest = self._frames[-1]
-        tokens = torch.zeros(len(newest), self._steps, live.token_dim, device=newest.device)
-        known = min(self._steps, len(self._frames) - self._stride)
-        if known > 0:
-            frames = list(self._frames)
-            cur = torch.cat(frames[-known:])
-            prev = torch.cat(frames[-known - self._stride : len(frames) - self._stride])
-            encoded = live.encode(prev, cur).unflatten(0, (known, -1))  # (known, B, n·a)
-            tokens[:, -known:] = encoded.transpose(0, 1)
+        """Tokens `(B, number of offsets up to 0, n·a)` at this tick; zero before the first pair."""
+        frames = list(self._frames)
+        newest = frames[-1]
+        tokens = torch.zeros(len(newest), len(self._deltas), live.token_dim, device=newest.device)
+        known = [delta for delta in self._deltas if len(frames) > self._stride - delta]
+        if known:
+            cur = torch.cat([frames[delta - 1] for delta in known])
+            prev = torch.cat([frames[delta - 1 - self._stride] for delta in known])
+            encoded = live.encode(prev, cur).unflatten(0, (len(known), -1))  # (known, B, n·a)
+            tokens[:, -len(known) :] = encoded.transpose(0, 1)
         return tokens

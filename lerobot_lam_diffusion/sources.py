@@ -6,6 +6,7 @@ is None.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,25 @@ def parse_lists(config: Any) -> None:
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             with contextlib.suppress(yaml.YAMLError):
                 setattr(config, field, yaml.safe_load(value))
+
+
+def parse_guidance(config: Any) -> None:
+    """`lam_guidance` as None, one entry, or a list of entries, also where it is a list's text.
+
+    Unquoted, the comma of `demo.mp4#t=1.5,9` in a list looks as if it parted two entries.
+    """
+    value = config.lam_guidance
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = value[1:-1].split(",")
+    if isinstance(value, list | tuple):
+        joined: list[str] = []
+        for entry in (str(each).strip().strip("'\"") for each in value):
+            if joined and re.fullmatch(r"[\d.]+", entry) and re.search(r"#t=[\d.]*$", joined[-1]):
+                joined[-1] += f",{entry}"
+            elif entry:
+                joined.append(entry)
+        value = joined
+    config.lam_guidance = value or None
 
 
 def read_sources(config: Any) -> list[LamSource]:

@@ -61,8 +61,6 @@ def settle_precomputed_source(
     trained_before = config.lam_source is not None
     if dataset_meta is None and (None in paths or trained_before):
         return None
-    if dataset_meta is not None:
-        config.lam_fps = float(dataset_meta.fps)
 
     if dataset_meta is not None:
         check_metadata(dataset_meta)
@@ -181,8 +179,6 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
     if config.lam_frame_stride is None and dataset_meta is not None:
         _propose_stride(lams, dataset_meta.fps)
     config.lam_frame_stride = config.lam_frame_stride or 1
-    if dataset_meta is not None:
-        config.lam_fps = float(dataset_meta.fps)
     settled = []
     for source, lam in zip(sources, lams, strict=True):
         known = replace(
@@ -244,6 +240,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             "another --policy.lam_tokens_key"
         )
     (source,) = sources
+    _refuse_offsets_of_column(config, dataset_meta)
     known = read_column(dataset_meta, config.lam_tokens_key)
     if known is not None:
         _settle_known_column(config, source, known, dataset_meta)
@@ -260,6 +257,19 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
     config.set_token_sources([settled])
     logger.info("LAM tokens: the dataset's column %s.", config.lam_tokens_key)
     _warn_of_missing_lams(config, dataset_meta)
+
+
+def _refuse_offsets_of_column(config: DiffusionLamConfig, dataset_meta: Any) -> None:
+    """LeRobot delivers a column at the frames of the policy's observations, and has one list for them all."""
+    offsets = config.lam_token_offsets
+    delivered = list(range(1 - config.n_obs_steps, 1))
+    if offsets is not None and offsets != delivered[-len(offsets) :]:
+        raise ColumnError(
+            f"--policy.lam_token_offsets={offsets}: LeRobot delivers the column {config.lam_tokens_key!r} of "
+            f"dataset {dataset_meta.repo_id!r} at the policy's observations only, offsets {delivered}; for "
+            "others it would decode the camera's frames at all of them. Train on a token store: "
+            "lerobot-lam-precompute, then --policy.lam_tokens_path and another --policy.lam_tokens_key"
+        )
 
 
 def _settle_known_column(
@@ -327,6 +337,8 @@ def _adopted(
 
 def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None:
     """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
+    if not config.past_token_deltas:
+        return  # a guide gives its tokens
     reasons: dict[str, None] = {}  # each once
     for source in config.token_sources:
         missing = _missing_lam(source)
@@ -336,6 +348,18 @@ def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None
             "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
             "--policy.lam_model_path and --policy.lam_camera_key.",
             reason[0].upper() + reason[1:],
+        )
+
+
+def warn_of_missing_guide(config: DiffusionLamConfig) -> None:
+    """Of a training on tokens of what comes next, without a guide for evaluations."""
+    future = config.future_token_deltas
+    if future and config.lam_guidance is None and config.lam_missing == "error":
+        logger.warning(
+            "Training on tokens of what comes next (lam_token_offsets=%s); an evaluation in an environment "
+            "(--env.type) and deployment need --policy.lam_guidance=<video, or STORE#episode>%s.",
+            future,
+            ", or --policy.lam_missing=zero" if config.lam_token_dropout else "",
         )
 
 

@@ -54,17 +54,42 @@ def provenance_of(
             f"the LAM {lam_path} has no codebook, so it makes no VQ tokens: extract continuous ones by "
             "--use_vq_tokens=false"
         )
+    dataset = DatasetOrigin(
+        repo_id=meta.repo_id,
+        revision=meta.revision,
+        total_frames=meta.total_frames,
+        total_episodes=meta.total_episodes,
+        fps=meta.fps,
+        digest=dataset_digest(meta, camera_key),
+    )
+    return provenance_of_frames(
+        dataset,
+        lam,
+        camera_key=camera_key,
+        lam_path=lam_path,
+        frame_stride=frame_stride,
+        use_vq_tokens=use_vq_tokens,
+        storage_dtype=storage_dtype,
+        decoder=decoder,
+    )
+
+
+def provenance_of_frames(
+    dataset: DatasetOrigin,
+    lam: Any,
+    *,
+    camera_key: str,
+    lam_path: str,
+    frame_stride: int,
+    use_vq_tokens: bool,
+    storage_dtype: str = "",
+    decoder: str = UNKNOWN_DECODER,
+) -> Provenance:
+    """`provenance_of` where it is known already which frames they are."""
     kind = VQ if use_vq_tokens else CONTINUOUS
     packages = [PACKAGE, "lerobot", "torch", "safetensors"]
     return Provenance(
-        dataset=DatasetOrigin(
-            repo_id=meta.repo_id,
-            revision=meta.revision,
-            total_frames=meta.total_frames,
-            total_episodes=meta.total_episodes,
-            fps=meta.fps,
-            digest=dataset_digest(meta, camera_key),
-        ),
+        dataset=dataset,
         lam=LamOrigin(
             path=lam_path,
             revision=lam.revision,
@@ -76,7 +101,7 @@ def provenance_of(
         ),
         camera_key=camera_key,
         frame_stride=frame_stride,
-        stride_seconds=frame_stride / meta.fps,
+        stride_seconds=frame_stride / dataset.fps,
         token_kind=kind,
         dtype=str(lam.dtype).removeprefix("torch."),
         versions=_versions(packages) | decoder_version(decoder),

@@ -10,6 +10,7 @@ from textwrap import indent
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
+from lerobot_lam_diffusion.precompute.video_store import VIDEOS
 from lerobot_lam_diffusion.scripts.opening import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
@@ -66,7 +67,12 @@ def shell_text(argv: Sequence[str], width: int = 100) -> str:
 def train_on(
     store: TokenStore, tokens: str | Path, repo_id: str, root: str | Path | None = None
 ) -> list[str]:
-    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers."""
+    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers.
+
+    Nobody trains on a store of demonstration videos, which have no actions: it guides.
+    """
+    if repo_id.startswith(VIDEOS):
+        return follow(tokens)
     return training(
         repo_id,
         root,
@@ -107,7 +113,14 @@ def without_network() -> list[str]:
 def verify_with_its_lam(store: TokenStore, tokens: str | Path, root: str | Path | None = None) -> list[str]:
     """`verify` with the dataset and the LAM that the store names; `root` is the dataset's, where known."""
     assert store.provenance is not None
+    if store.provenance.dataset.repo_id.startswith(VIDEOS):
+        return follow(tokens)
     return verify_against(store.provenance, tokens, root)
+
+
+def follow(tokens: str | Path) -> list[str]:
+    """`lerobot-eval` of a policy that follows the first demonstration of a store."""
+    return ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={tokens}#0"]
 
 
 def verify_against(told: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:

@@ -16,8 +16,12 @@ Or an engine starts the tasks, records what is finished and merges (SLURM, Ray, 
 
     lerobot-lam-precompute … --cluster.engine=slurm --cluster.tasks=64 --cluster.partition=gpu \
         --cluster.time=04:00:00
+Videos become a store whose episodes they are; each then guides a policy as the video itself would:
+    lerobot-lam-precompute --videos=demos --fps=10 --lam.path=microsoft/villa-x --output_dir=demos_lam
+    lerobot-eval --policy.path=… '--policy.lam_guidance=demos_lam#0' …
 """
 
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,13 +37,15 @@ from lerobot.configs.default import DatasetConfig
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
+from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
 from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
+from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
+from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
 from lerobot_lam_diffusion.scripts.opening import (
     open_dataset,
     open_metadata,
@@ -55,9 +61,9 @@ EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_sha
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PrecomputeConfig:
-    """Dataset → token store.
+    """Dataset, or videos → token store.
 
     Args:
         dataset: As in lerobot-train; `--dataset.episodes=[0,1]` extracts those only.
@@ -65,6 +71,10 @@ class PrecomputeConfig:
         output_dir: Where the store will stand.
         cluster: Extraction by the tasks of an engine that a cluster runs, through datatrove.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
+
+    Videos instead of a dataset:
+        videos: A video, a part of it in seconds (`demo.mp4#t=1.5,9`), or a folder of videos in order.
+        fps: Frames per second of their tokens: that of the dataset which the policy is trained on.
 
     Tokens:
         frame_stride: Gap of a frame pair, in frames; if left out, that on which the LAM was trained where it
@@ -90,11 +100,13 @@ class PrecomputeConfig:
         num_shards: How many tasks the job array has.
     """
 
-    dataset: DatasetConfig
+    dataset: DatasetConfig | None = None
     lam: LamSource
     output_dir: Path
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     camera_key: str | None = None
+    videos: str | None = None
+    fps: float | None = None
     frame_stride: int | None = None
     use_vq_tokens: bool | None = None
     dtype: str = "float32"
@@ -134,16 +146,45 @@ class PrecomputeConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
-        if self.dataset.streaming:
-            problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
-        if self.dataset.episodes == []:
-            problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
-        if self.dataset.video_backend not in VIDEO_BACKENDS:
-            problems.append(
-                f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
-            )
         problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
+        problems += self._video_problems() if self.dataset is None else _dataset_problems(self.dataset)
+        if self.dataset is not None and self.videos is not None:
+            problems.append("--dataset.repo_id and --videos are two sources of frames; leave one out")
+        elif self.dataset is not None and self.fps is not None:
+            problems.append(f"--fps={self.fps:g} is for --videos; a dataset has its own, leave it out")
         raise_problems("these flags do not work", problems)
+
+    def _video_problems(self) -> list[str]:
+        if self.videos is None:
+            return [
+                "--dataset-repo-id or --dataset.repo_id is missing: the dataset, or --videos=<file or folder>"
+            ]
+        problems = []
+        if self.fps is None or not 0 < self.fps < math.inf:
+            told = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
+            problems.append(f"--fps{told}: how many frames per second the policy's dataset has")
+        if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
+            problems.append(
+                "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
+            )
+        if self.cluster.engine is not None:
+            problems.append("--cluster.engine is not for --videos; leave it out")
+        if self.on_error != "fail":
+            problems.append("--on_error=skip is not for --videos: take the file that cannot be read away")
+        return problems
+
+
+def _dataset_problems(dataset: DatasetConfig) -> list[str]:
+    problems = []
+    if dataset.streaming:
+        problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
+    if dataset.episodes == []:
+        problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
+    if dataset.video_backend not in VIDEO_BACKENDS:
+        problems.append(
+            f"--dataset.video_backend={dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
+        )
+    return problems
 
 
 COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
@@ -151,7 +192,9 @@ COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
 
 def precompute(config: PrecomputeConfig) -> None:
     """Check everything that can be checked quickly, then extract, then say what was made."""
-    if config.cluster.engine is not None:
+    if config.dataset is None:
+        print(_precompute_videos(config))
+    elif config.cluster.engine is not None:
         _by_cluster(config)
     else:
         print(report(_extract(config), config))
@@ -166,12 +209,12 @@ def _extract(
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
+    assert config.dataset is not None
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
     metadata = open_metadata(config.dataset)
     camera_key = choose_camera(metadata, config.camera_key)
-    frame_stride = config.frame_stride or _proposed_stride(shape, metadata.fps)
-    use_vq_tokens = shape.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
+    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, metadata.fps)
     process = process or Process.launched(device, config.shard_index, config.num_shards)
     unreadable: dict[int, str] = {}
     if config.on_error == "skip":
@@ -270,6 +313,12 @@ def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> in
     return _extract(config, process, merge=False, show_progress=False).encoded
 
 
+def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
+    """Frame stride, and whether VQ tokens are wanted; the LAM decides what the user leaves out."""
+    use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
+    return config.frame_stride or _proposed_stride(lam, fps), use_vq_tokens
+
+
 def _proposed_stride(lam: TokenShape, fps: float) -> int:
     """The stride where the user names none; told, since it decides what the tokens mean."""
     stride = proposed_stride([lam], fps)
@@ -282,6 +331,51 @@ def _proposed_stride(lam: TokenShape, fps: float) -> int:
     return stride
 
 
+def _precompute_videos(config: PrecomputeConfig) -> str:
+    """The videos' store, and what to say of it."""
+    assert config.videos is not None
+    assert config.fps is not None
+    output_dir = config.output_dir.expanduser()
+    refuse_existing(output_dir)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
+    device = usable_device(config.device)
+    videos = videos_in(config.videos)
+    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, config.fps)
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=device, dtype=getattr(torch, config.dtype)
+    )
+    if config.compile:
+        lam.compile()
+    store = precompute_videos(
+        videos,
+        lam,
+        output_dir,
+        fps=config.fps,
+        camera_key=config.camera_key or VIDEO_CAMERA,
+        lam_path=recorded_path(config.lam.path),
+        frame_stride=frame_stride,
+        use_vq_tokens=use_vq_tokens,
+        storage_dtype=config.storage_dtype,
+        batch_size=config.batch_size or PAIRS_AT_A_TIME,
+    )
+    lengths = (store.episode_to - store.episode_from).tolist()
+    lines = [
+        f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
+        f"tokens    {store.kind}, {store.token_dim} numbers a frame",
+        f"store     {store.path.resolve()}",
+        *(
+            f"#{number:<8} {length / config.fps:6.1f} s  {video.name}"
+            for number, (length, video) in enumerate(zip(lengths, videos, strict=True))
+        ),
+    ]
+    return "\n".join(
+        [
+            *lines,
+            next_step(follow(store.path.resolve()), "Follow one of them (or lerobot-rollout, on a robot)"),
+        ]
+    )
+
+
 def recorded_path(lam_path: str) -> str:
     """How a store names its LAM: a folder absolutely, so that training from elsewhere finds it again."""
     folder = Path(lam_path).expanduser()
@@ -291,6 +385,7 @@ def recorded_path(lam_path: str) -> str:
 def report(summary: Summary, config: PrecomputeConfig) -> str:
     """The closing lines: what was made, where it lies, what to run next."""
     store = summary.store
+    assert config.dataset is not None
     if store is None:
         return (
             f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "

@@ -22,7 +22,7 @@ class LamTokenDataset(Dataset):
         path: Token store made of that dataset (or the opened store); checked here, before any item is read.
             A list of them: their tokens stand side by side.
         deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
-            frame's own token.
+            frame's own token. With offsets above 0, a frame after the episode's last one has no token: zeros.
         key: Item key of the tokens.
 
     An item's tokens are float32 `(len(deltas), token_dim)`.
@@ -61,7 +61,7 @@ class LamTokenDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         item = self.dataset[position]
         index = torch.as_tensor(item["index"]).reshape(1)
-        return {**item, self.key: self.store.window(index, self.deltas)[0]}
+        return {**item, self.key: self.store.window(index, self.deltas, ahead=max(self.deltas) > 0)[0]}
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # while unpickling, before the instance has its fields

@@ -184,7 +184,7 @@ class TokenStore:
             told += f"; extraction skipped {', '.join(skipped[:3])}{more}"
         return told
 
-    def window(self, index: Tensor, deltas: Sequence[int]) -> Tensor:
+    def window(self, index: Tensor, deltas: Sequence[int], *, ahead: bool = False) -> Tensor:
         """Tokens of the frames `index + deltas`: the one join.
 
         Frames outside the episode are clamped to its first or last one, exactly as LeRobot clamps
@@ -193,6 +193,7 @@ class TokenStore:
         Args:
             index: Absolute frame indices, int64 `(B,)`, as in a batch's `index`.
             deltas: Frame offsets, e.g. `[-1, 0]`.
+            ahead: A frame after the episode's last one has no token: zeros, instead of the last one's.
 
         Returns:
             float32 `(B, T, token_dim)` on the device of `index`.
@@ -208,12 +209,16 @@ class TokenStore:
         first = self.episode_from[episode].unsqueeze(1)
         last = self.episode_to[episode].unsqueeze(1) - 1
         offsets = torch.tensor([operator.index(delta) for delta in deltas], dtype=torch.int64)
-        frame = (index.unsqueeze(1) + offsets).clamp(first, last)  # (B, T)
+        wanted = index.unsqueeze(1) + offsets  # (B, T)
+        frame = wanted.clamp(first, last)
         rows = self.episode_row[episode].unsqueeze(1) + frame - first
         if self.readahead is not None and rows.numel() <= READAHEAD_ROWS:
             self.readahead.expect(rows)
         tokens = self.decode(rows)
-        tokens = tokens.masked_fill((frame - first < self.frame_stride).unsqueeze(-1), 0.0)
+        missing = frame - first < self.frame_stride
+        if ahead:
+            missing |= wanted > last
+        tokens = tokens.masked_fill(missing.unsqueeze(-1), 0.0)
         return tokens.to(device)
 
     def code_perplexity(self) -> list[float]:

@@ -239,8 +239,10 @@ def mentioned_flags(page: Path) -> set[str]:
 
 
 def stand_in_checkpoint(folder: Path) -> Path:
-    """The folder of a checkpoint that has a config and nothing else."""
+    """The folder of a checkpoint that has a config and nothing else; a video may guide it."""
     folder.mkdir()
-    config = DiffusionLamConfig(use_precomputed_lam_tokens=True, push_to_hub=False)
+    config = DiffusionLamConfig(
+        use_precomputed_lam_tokens=True, push_to_hub=False, lam_token_offsets=[0, 1], lam_token_dropout=0.5
+    )
     config._save_pretrained(folder)
     return folder
