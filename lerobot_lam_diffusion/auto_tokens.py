@@ -23,7 +23,7 @@ from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
     stores = []
     for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
         key = CacheKey(
-            dataset_digest=dataset_digest(dataset_meta, camera_key),
+            dataset_digest=_identity(dataset_meta, camera_key, video_backend),
             total_frames=dataset_meta.total_frames,
             fps=float(dataset_meta.fps),
             lam_fingerprint=fingerprint,
@@ -75,6 +75,21 @@ def cached_stores(config: DiffusionLamConfig, dataset_meta: Any) -> list[TokenSt
         )
         stores.append(CacheEntry.of(key).open(dataset_meta, build))
     return stores
+
+
+def _identity(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
+    """Digest of all of a camera's frames, which are fetched first if they are not all on this machine."""
+    found = frames_digest(dataset_meta, camera_key)
+    if found is None:
+        _whole_dataset(dataset_meta, video_backend)
+        found = frames_digest(dataset_meta, camera_key)
+    if found is None:
+        raise ExtractionError(
+            f"--policy.lam_tokens_path=auto needs all episodes of {dataset_meta.repo_id!r}, and data or "
+            f"video files of {camera_key} are missing in {dataset_meta.root}, or hold other than its "
+            f"{dataset_meta.total_frames} frames; restore the dataset, or name a token store instead of auto"
+        )
+    return found
 
 
 def _build(

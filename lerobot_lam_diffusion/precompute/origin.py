@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import (
     CONTINUOUS,
     PACKAGE,
@@ -56,6 +57,7 @@ def provenance_of(
             total_episodes=meta.total_episodes,
             fps=meta.fps,
             digest=dataset_digest(meta, camera_key),
+            frames=frames_digest(meta, camera_key) or "",
         ),
         lam=LamOrigin(
             path=lam_path,
