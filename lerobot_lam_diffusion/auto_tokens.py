@@ -24,7 +24,7 @@ from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.problems import DatasetError, ExtractionError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def cached_stores(
     stores = []
     for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
         key = CacheKey(
-            dataset_digest=dataset_digest(dataset_meta, camera_key),
+            dataset_digest=_identity(dataset_meta, camera_key, video_backend),
             total_frames=dataset_meta.total_frames,
             fps=float(dataset_meta.fps),
             lam_fingerprint=fingerprint,
@@ -100,6 +100,21 @@ def _proposed_stride(lams: list[TokenShape], fps: float) -> int:
         stride, stride / fps, fps,
     )  # fmt: skip
     return stride
+
+
+def _identity(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
+    """Digest of all of a camera's frames, which are fetched first if they are not all on this machine."""
+    found = frames_digest(dataset_meta, camera_key)
+    if found is None:
+        _whole_dataset(dataset_meta, video_backend)
+        found = frames_digest(dataset_meta, camera_key)
+    if found is None:
+        raise ExtractionError(
+            f"--policy.lam_tokens_path=auto needs all episodes of {dataset_meta.repo_id!r}, and data or "
+            f"video files of {camera_key} are missing in {dataset_meta.root}, or hold other than its "
+            f"{dataset_meta.total_frames} frames; restore the dataset, or name a token store instead of auto"
+        )
+    return found
 
 
 def _build(

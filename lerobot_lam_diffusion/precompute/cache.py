@@ -55,7 +55,8 @@ class CacheKey:
     """What decides the tokens of a store that covers all of a dataset.
 
     Attributes:
-        dataset_digest: See `binding.dataset_digest`; it and the next two tell the frames.
+        dataset_digest: See `frames_digest.frames_digest`; it and the next two tell the frames. Where not all
+            files are there, `binding.dataset_digest`.
         total_frames, fps: Of the dataset.
         lam_fingerprint: Which LAM.
         camera_key: The dataset's name of the camera.
@@ -81,7 +82,7 @@ class CacheKey:
     def of(cls, provenance: Provenance, decoder: str) -> "CacheKey":
         """Of the tokens that `provenance` describes, whose pixels come by `decoder`."""
         return cls(
-            dataset_digest=provenance.dataset.digest,
+            dataset_digest=provenance.dataset.frames or provenance.dataset.digest,
             total_frames=provenance.dataset.total_frames,
             fps=float(provenance.dataset.fps),
             lam_fingerprint=provenance.lam.fingerprint,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import (
     CONTINUOUS,
     PACKAGE,
@@ -61,6 +62,7 @@ def provenance_of(
         total_episodes=meta.total_episodes,
         fps=meta.fps,
         digest=dataset_digest(meta, camera_key),
+        frames=frames_digest(meta, camera_key) or "",
     )
     return provenance_of_frames(
         dataset,

@@ -90,6 +90,9 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
             for name, value in _identity(other).items()
             if value != expected[name]
         ]
+        frames = {_provenance(store).dataset.frames for store in (first, other)} - {""}
+        if len(frames) > 1:
+            problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):
             problems.append(f"{other.path} has another codebook than {first.path}")
         if _bytes_differ(first.episode_from, other.episode_from):

@@ -144,7 +144,7 @@ def test_all_problems_are_told_at_once(files):
 
 def test_newer_format_names_the_version_to_install(files):
     def renew(document):
-        document.update(format_version=3, fields_of_the_future={})
+        document.update(format_version=4, fields_of_the_future={})
         document["versions"]["lerobot_policy_diffusion_lam"] = "3.1.0"
 
     files.edit_document(renew)
