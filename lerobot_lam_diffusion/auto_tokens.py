@@ -17,13 +17,14 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, load_lam, proposed_stride, read_config
 from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
-from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
 from lerobot_lam_diffusion.precompute.dataset import open_whole
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
-from lerobot_lam_diffusion.problems import DatasetError, ExtractionError
+from lerobot_lam_diffusion.problems import DatasetError, ExtractionError, UserError
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 
@@ -117,6 +118,22 @@ def _identity(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
     return found
 
 
+def _earlier_versions(key: CacheKey) -> list[TokenStore]:
+    """Finished stores in the cache whose tokens were made in the same way, of other frames."""
+    stores = []
+    for entry in cached_entries():
+        try:
+            provenance = entry.provenance() if entry.is_finished else None
+            if provenance is None or key.of_other_frames(provenance) != key:
+                continue
+            store = TokenStore.load(entry.folder)
+        except (UserError, OSError):
+            continue  # damaged, or removed meanwhile: nothing is taken from it
+        if are_known(store.episode_hash).any():
+            stores.append(store)
+    return stores
+
+
 def _build(
     folder: Path,
     key: CacheKey,
@@ -148,6 +165,7 @@ def _build(
                 frame_stride=key.frame_stride,
                 use_vq_tokens=config.lam_use_vq_tokens,
                 video_backend=video_backend,
+                extend=_earlier_versions(key),
             )
     except DecodeError as error:
         raise ExtractionError(

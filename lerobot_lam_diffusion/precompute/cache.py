@@ -94,6 +94,11 @@ class CacheKey:
             device=provenance.device,
         )
 
+    def of_other_frames(self, provenance: Provenance) -> "CacheKey":
+        """The key of `provenance`, but of this key's frames: equal to this one if all else is equal."""
+        other = CacheKey.of(provenance, provenance.decoder)
+        return dataclasses.replace(other, dataset_digest=self.dataset_digest, total_frames=self.total_frames)
+
     @property
     def name(self) -> str:
         """For people at its start, unique at its end: `top-vq-stride1-0123456789abcdef`."""

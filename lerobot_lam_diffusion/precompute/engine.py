@@ -8,7 +8,7 @@ Finished shards outlive any crash: the same command goes on with what is missing
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
 from lerobot_lam_diffusion.precompute.dataset import check_dataset
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
+from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
 from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
@@ -28,6 +29,7 @@ from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_di
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
@@ -47,6 +49,7 @@ class Summary:
         code_usage: Per slot, the perplexity of its codes' use (1: one code, K: all alike); VQ only.
         num_bytes: Of the store on disk.
         encoded: Pairs that this process encoded; the others were there already, or another's.
+        copied: Episodes whose tokens this process took from an older store.
         seconds: Of this run's extraction.
         spent: The same by what it was spent on; "decode" and "resize" add up over the worker threads.
         batch_size: Pairs that the LAM saw at a time; 0 if it saw none.
@@ -60,6 +63,7 @@ class Summary:
     code_usage: list[float] = field(default_factory=list)
     num_bytes: int = 0
     encoded: int = 0
+    copied: int = 0
     seconds: float = 0.0
     spent: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 0
@@ -85,6 +89,7 @@ def precompute_tokens(
     unreadable: Mapping[int, str] | None = None,
     video_backend: str | None = None,
     process: Process | None = None,
+    extend: Sequence[TokenStore] = (),
     merge: bool = True,
     show_progress: bool = True,
 ) -> Summary:
@@ -110,6 +115,8 @@ def precompute_tokens(
         unreadable: Episodes to be recorded as missing, which `dataset` was opened without → why.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
         process: Which part of the work is this process's; None: all.
+        extend: Stores of other versions of the dataset: an episode of which one holds the tokens, made in the
+            same way of the very same frames, is copied and not encoded again.
         merge: Make the store once all shards are there.
         show_progress: Draw a progress bar.
 
@@ -135,6 +142,7 @@ def precompute_tokens(
     )
     if (output_dir / PROVENANCE_FILE).is_file():
         return _summary(_same_store(output_dir, extraction))
+    known = KnownEpisodes(extend, extraction.provenance)
     refuse_existing(output_dir)
     process = process or Process()
     folder = unfinished_folder(output_dir)
@@ -148,9 +156,13 @@ def precompute_tokens(
         if mine:
             positions = [position for shard in mine for position in range(*plan.shards[shard])]
             readable = [position for position in positions if plan.episodes[position] not in unreadable]
+            copied = known.positions(readable, plan, extraction.episode_hash)
+            readable = [position for position in readable if position not in copied]
+            if copied:
+                logger.info("%d of %d episodes are copied from older stores.", len(copied), len(positions))
             frames = EpisodeFrames(dataset, camera_key, video_backend)
             frames.check((plan.episodes[position] for position in readable), skip_unreadable)
-            num_frames = sum(plan.shard_sizes()[shard] for shard in mine)
+            num_frames = sum(plan.lengths[position] for position in readable)
             batch_size = batch_size or find_batch_size(lam, num_frames)
             if compile:
                 lam.compile()
@@ -158,6 +170,10 @@ def precompute_tokens(
             collector = ShardCollector(shards, mine, frame_stride)
             for position in sorted({*positions} - {*readable}):
                 collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
+            for position, values in copied.items():
+                collector.add(
+                    plan.first_rows[position] + torch.arange(frame_stride, len(values)), values[frame_stride:]
+                )
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(
@@ -188,6 +204,7 @@ def precompute_tokens(
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
         batch_size=batch_size if mine and batch_size else 0,
+        copied=len(copied) if mine else 0,
         shards_finished=len(shards.present()) if store is None else len(plan.shards),
         shards_total=len(plan.shards),
     )
@@ -239,7 +256,8 @@ def _extraction(
     episodes = covered.nonzero().flatten().tolist()
     lengths = (stop - start)[covered].tolist()
     plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
-    return Extraction(provenance, codebook_of(lam), start, stop, plan)
+    hashes = episode_hashes(dataset.meta, camera_key)
+    return Extraction(provenance, codebook_of(lam), start, stop, hashes, plan)
 
 
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ class Extraction:
         provenance: Of the store to be; hash, error and skipped episodes are still open.
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, of all the dataset's episodes.
+        episode_hash: uint8 `(E, 16)`, of their frames.
         plan: Its shards.
     """
 
@@ -46,13 +47,19 @@ class Extraction:
     codebook: Tensor
     episode_from: Tensor
     episode_to: Tensor
+    episode_hash: Tensor
     plan: Plan
 
     def settle(self, folder: Path) -> "Extraction":
         """Leave this in `folder`, or go on with what lies there; see `Plan.settle`."""
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN_FILE).exists():
-            named = {"codebook": self.codebook, "from": self.episode_from, "to": self.episode_to}
+            named = {
+                "codebook": self.codebook,
+                "from": self.episode_from,
+                "to": self.episode_to,
+                "hash": self.episode_hash,
+            }
             tables = save({name: tensor.contiguous() for name, tensor in named.items()})
             digest = hashlib.sha256(tables).hexdigest()
             write_atomically(_tables_file(folder, digest), tables)  # other inputs, another name
@@ -60,7 +67,11 @@ class Extraction:
             replace(self.plan, origin=origin).settle(folder)
         else:
             self.plan.settle(folder)
-        return Extraction.read(folder)
+        there = Extraction.read(folder)
+        if there.provenance.dataset.frames:
+            return there
+        # A file was missing when the work began: what is known of the frames now counts.
+        return replace(there, provenance=self.provenance, episode_hash=self.episode_hash)
 
     @classmethod
     def read(cls, folder: Path) -> "Extraction":
@@ -81,10 +92,10 @@ class Extraction:
             if sha256_of(path) != digest:
                 raise ValueError("its SHA-256 is not the plan's")
             tables = load(path.read_bytes())
-            codebook, start, stop = (tables[name] for name in ("codebook", "from", "to"))
+            codebook, start, stop, hashes = (tables[name] for name in ("codebook", "from", "to", "hash"))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(path, str(error)) from error
-        return cls(provenance, codebook, start, stop, plan)
+        return cls(provenance, codebook, start, stop, hashes, plan)
 
     def shards(self, folder: Path) -> ShardFolder:
         lam = self.provenance.lam
@@ -206,6 +217,7 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
         extraction.episode_from,
         extraction.episode_to,
         covered,
+        extraction.episode_hash,
     )
 
 

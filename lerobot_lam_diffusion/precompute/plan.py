@@ -35,6 +35,10 @@ FOLLOWS = {"stride_seconds"}
 """Fields that differ only where others do."""
 
 
+FRAMES = "dataset.frames"
+"""Empty, and then no difference, where files of the dataset are missing."""
+
+
 class PlanError(UserError):
     """Unfinished work that is damaged, or that this run cannot go on with."""
 
@@ -169,6 +173,7 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
         f"its {name} is {there.get(name)!r}, this run's {here.get(name)!r}"
         for name in sorted((here.keys() | there.keys()) - FOLLOWS)
         if here.get(name) != there.get(name)
+        and not (name == FRAMES and not (here.get(name) and there.get(name)))
     ]
 
 

@@ -54,6 +54,7 @@ from lerobot_lam_diffusion.scripts.opening import (
 )
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
+from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -95,6 +96,8 @@ class PrecomputeConfig:
         on_error: What to do with an episode that cannot be read: "fail", or "skip" and record it as missing.
 
     Going on and many processes:
+        extend: Token store of an earlier version of the dataset: episodes whose frames are the very same are
+            copied from it, the others encoded.
         shard_frames: Frames of a shard at least; what is lost by a crash. 1/256 of all if left out.
         shard_index: Which task of a job array this is, from 0.
         num_shards: How many tasks the job array has.
@@ -117,6 +120,7 @@ class PrecomputeConfig:
     device: str | None = None
     tolerance_s: float = 1e-4
     on_error: str = "fail"
+    extend: str | None = None
     shard_frames: int | None = None
     shard_index: int = 0
     num_shards: int = 1
@@ -167,6 +171,8 @@ class PrecomputeConfig:
             problems.append(
                 "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
             )
+        if self.extend is not None:
+            problems.append("--extend is not for --videos; leave it out")
         if self.cluster.engine is not None:
             problems.append("--cluster.engine is not for --videos; leave it out")
         if self.on_error != "fail":
@@ -245,6 +251,7 @@ def _extract(
             unreadable=unreadable,
             video_backend=config.dataset.video_backend,
             process=process,
+            extend=[] if config.extend is None else [TokenStore.open(config.extend)],
             merge=merge,
             show_progress=show_progress,
         )
@@ -404,6 +411,8 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",
     ]
+    if summary.copied:
+        lines.insert(1, f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}")
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")

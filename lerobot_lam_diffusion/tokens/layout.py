@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 
 TENSORS_FILE = "lam_tokens.safetensors"
 PROVENANCE_FILE = "lam_tokens.json"
+EPISODE_HASH = "episode_hash"  # absent in stores of format version 1 and 2
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
-HEADER_BYTES = 1 << 16  # of at most five tensors
+HEADER_BYTES = 1 << 16  # of at most six tensors
+HASH_BYTES = 16
 
 
 def unfinished_folder(folder: Path) -> Path:
@@ -129,6 +131,7 @@ def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tup
     lam = provenance.lam
     table = (torch.int64, (provenance.dataset.total_episodes,))
     tensors: dict[str, tuple[torch.dtype, tuple]] = dict.fromkeys(EPISODE_TABLE, table)
+    tensors |= {EPISODE_HASH: (torch.uint8, (provenance.dataset.total_episodes, HASH_BYTES))}
     if provenance.token_kind == VQ:
         tensors |= {"codebook": (torch.float32, (lam.num_codes, lam.action_latent_dim))}
     rows = row_tensors(
@@ -137,9 +140,15 @@ def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tup
     return tensors | {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in rows.items()}
 
 
+def unknown_hashes(num_episodes: int) -> Tensor:
+    """Hashes uint8 `(E, 16)` of episodes whose frames are not known."""
+    return torch.zeros(num_episodes, HASH_BYTES, dtype=torch.uint8)
+
+
 def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
     expected = tensor_layout(provenance, None)
-    problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
+    required = expected.keys() - {EPISODE_HASH}
+    problems = [f"tensor {name} is missing" for name in expected if name in required - tensors.keys()]
     unexpected = sorted(tensors.keys() - expected.keys())
     problems += [f"unexpected tensor {shown(name)}" for name in unexpected[:10]]
     for name in sorted(expected.keys() & tensors.keys()):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.reading import shown
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
@@ -67,6 +67,7 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
         episode_from=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
         episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
         episode_row=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
+        episode_hash=unknown_hashes(len(dataset_meta.episodes["dataset_from_index"])),
     )
     _warn(store)
     return store

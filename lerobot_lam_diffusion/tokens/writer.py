@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import (
+    EPISODE_HASH,
     PROVENANCE_FILE,
     TENSORS_FILE,
     TokenStoreError,
     sha256_of,
     stamp_of,
     tensor_layout,
+    unknown_hashes,
 )
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import (
@@ -59,6 +61,7 @@ def write_store(
     episode_from: Tensor,
     episode_to: Tensor,
     covered: Tensor,
+    episode_hash: Tensor | None = None,
 ) -> TokenStore:
     """Write tokens, block by block, as a store: two files beside `folder`, renamed into place.
 
@@ -72,6 +75,7 @@ def write_store(
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
         covered: bool `(E,)`, which of them `blocks` hold.
+        episode_hash: uint8 `(E, 16)`, see `episode_hashes.py`; None: not known.
 
     Returns:
         The store, opened.
@@ -91,7 +95,7 @@ def write_store(
     else:
         rows = (encode_tokens(part, storage) for part in parts)
     provenance = replace(provenance, storage_dtype=storage, max_error=0.0)
-    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered)
+    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered, episode_hash)
 
 
 def write_rows(
@@ -102,6 +106,7 @@ def write_rows(
     episode_from: Tensor,
     episode_to: Tensor,
     covered: Tensor,
+    episode_hash: Tensor | None = None,
 ) -> TokenStore:
     """`write_store` of rows that are encoded already; `provenance.max_error` is what they cost so far."""
     refuse_existing(folder)
@@ -111,6 +116,7 @@ def write_rows(
         "episode_from": episode_from,
         "episode_to": episode_to,
         "episode_row": torch.where(covered, torch.cumsum(lengths, 0) - lengths, -1),
+        EPISODE_HASH: unknown_hashes(len(covered)) if episode_hash is None else episode_hash,
     }
     if provenance.token_kind == VQ:
         known["codebook"] = codebook.float().cpu()
