@@ -49,6 +49,7 @@ class PushtArm(_Device, Robot):
     def __init__(self, config: PushtArmConfig) -> None:
         super().__init__(config)
         self._env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", max_episode_steps=10**6)
+        self.cameras = {"top": None}  # LeRobot counts them
         self._frames: list[np.ndarray] = []
         self._tokens: list[tuple[int, np.ndarray]] = []
 
