@@ -44,6 +44,7 @@ from lerobot_lam_diffusion.token_source import (
     warn_of_pauses,
 )
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
@@ -248,7 +249,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
         elif not self.config.use_precomputed_lam_tokens:
             tokens = self._computed_window(batch)
         elif "index" in batch:
-            tokens = self._opened_store().window(batch["index"], deltas, ahead=max(deltas) > 0)
+            store = self._opened_store()
+            check_batch(store, batch)
+            tokens = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         else:
             raise TrainingError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
@@ -434,10 +437,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
             named = ", ".join(map(repr, unknown))
             if is_deployed:
                 raise DatasetError(
-                    f"the robot or environment gives no frames of the LAM's camera {named}, only "
-                    f"{sorted(frames)}: it needs the camera that the policy was trained with, under that "
-                    "name (--rename_map renames it; PushT gives pictures with "
-                    "--env.obs_type=pixels_agent_pos)"
+                    f"the LAM's camera {named} is not among the cameras {sorted(frames)} that the robot or "
+                    "environment has: it needs the one that the policy was trained with, under that name "
+                    "(--rename_map renames it; PushT gives pictures with --env.obs_type=pixels_agent_pos)"
                 )
             raise DatasetError(
                 f"the LAM's camera {named} is not among the cameras {sorted(frames)}; name one of them by "
@@ -477,7 +479,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """What `lerobot-train --peft.method_type=…` adapts: the layers by which the U-Net is conditioned."""
         lam = r"|cond_encoder\.lam|lam_projection" if self.config.use_lam_conditioning else ""
-        return {"target_modules": rf".*\.(cond_encoder\.1|diffusion_step_encoder\.\d+{lam})"}
+        return {"target_modules": rf".*\.(cond_encoder\.1|diffusion_step_encoder\.[13]{lam})"}
 
     @classmethod
     def from_pretrained(

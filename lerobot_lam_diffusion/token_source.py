@@ -505,7 +505,7 @@ def warn_of_pauses(dataset_meta: Any) -> None:
     if "intervention" in dataset_meta.features:
         logger.warning(
             "Dataset %r has a column 'intervention', as DAgger recordings of lerobot-rollout have. If it was "
-            "recorded with --strategy.record_autonomous=true, its episodes go on over pauses that were not "
+            "recorded with record_autonomous=true, its episodes go on over pauses that were not "
             "recorded: the token of the first frame after a pause is not motion. Without that flag each "
             "correction is an episode of its own, and all is well.",
             dataset_meta.repo_id,

@@ -175,7 +175,10 @@ def test_plain_values_stay_plain(tmp_path):
             {"device": "cpu", "n_obs_steps": 1, "lam_dtype": "int8"},
             ["2 problems", "1. lam_dtype", "lam_model_path", "lam_camera_key"],
         ),
-        ({"device": "cpu", "n_obs_steps": 1, "lam_camera_key": "c"}, ["2 problems", "need a LAM", "got 1"]),
+        (
+            {"device": "cpu", "n_obs_steps": 1, "lam_temporal_aggregation": "concat", "lam_camera_key": "c"},
+            ["2 problems", "need a LAM", "got 1"],
+        ),
     ],
 )
 def test_contradictions_are_told_at_once(fields, messages):

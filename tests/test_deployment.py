@@ -8,7 +8,7 @@ import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 
-from lerobot_lam_diffusion import DiffusionLamPolicy
+from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamPolicy
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tick_clock import TICKS, TickClock
 from tests.conftest import FPS, TOP, record_dataset
@@ -112,15 +112,15 @@ def test_a_missing_lam_is_told_before_a_robot_moves(checkpoint, tmp_path, monkey
 def test_frames_of_another_size_are_told_once(dataset, checkpoint, store, tmp_path, caplog):
     policy = loaded_as_lerobot_does(checkpoint)
     assert policy.config.lam_frame_size == "48x48"
-    _, preprocess = build(lam_config(use_lam_conditioning=True, lam_tokens_path=str(store.path)), dataset)
+    _, preprocess = build(lam_config(lam_tokens_path=str(store.path)), dataset)
     with caplog.at_level(logging.WARNING):
         policy.select_action(preprocess(observation(dataset, [0])))
     assert "height x width" not in caplog.text
     policy = loaded_as_lerobot_does(checkpoint)
     for row in (0, 1):
-        seen = observation(dataset, [row])
-        seen[TOP] = torch.nn.functional.interpolate(seen[TOP], (64, 96))
-        policy.select_action(preprocess(seen))
+        seen = preprocess(observation(dataset, [row]))
+        large = torch.nn.functional.interpolate(seen[OBS_LAM_IMAGES][TOP], (64, 96))
+        policy.select_action({**seen, OBS_LAM_IMAGES: {TOP: large}})
         policy.reset()
     assert caplog.text.count("are 64x96 (height x width), those of the training dataset were 48x48") == 1
 
@@ -128,10 +128,8 @@ def test_frames_of_another_size_are_told_once(dataset, checkpoint, store, tmp_pa
 def test_a_robot_without_the_camera_is_told_what_it_needs(dataset, store):
     policy, preprocess, _ = deploy(dataset, store)
     seen = preprocess(observation(dataset, [0]))
-    seen["observation.lam_images"] = {}
-    with pytest.raises(
-        UserError, match=r"gives no frames of the LAM's camera .*--rename_map.*--env.obs_type"
-    ):
+    seen[OBS_LAM_IMAGES] = {}
+    with pytest.raises(UserError, match=r"is not among the cameras \[\] that .*--rename_map.*--env.obs_type"):
         policy.select_action(seen)
 
 
@@ -174,5 +172,5 @@ def test_recordings_with_pauses_are_told(tmp_path, store, caplog, lam_folder):
     paused = record_dataset(tmp_path / "data", lengths=(6, 5), extra=extra)
     build(live_config(lam_folder), paused)
     assert "'intervention'" in caplog.text
-    assert "--strategy.record_autonomous=true" in caplog.text
+    assert "record_autonomous=true" in caplog.text
     assert paused.fps == FPS

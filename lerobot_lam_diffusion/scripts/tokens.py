@@ -263,7 +263,7 @@ def _train_next(config: VerifyConfig, store: TokenStore) -> str:
     assert config.store is not None
     assert config.dataset is not None
     training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
-    return next_step(training, fps=store.provenance and store.provenance.dataset.fps)
+    return next_step(training, fps=store.provenance.dataset.fps if store.provenance else None)
 
 
 def _read_again(config: VerifyConfig) -> TokenStore:

@@ -98,7 +98,7 @@ def _numbers(meta: Any, name: str) -> np.ndarray | None:
     if name not in meta.episodes.column_names:
         return None
     try:
-        values = np.asarray(meta.episodes.with_format("numpy")[name][:])
+        values = meta.episodes.data.column(name).to_numpy()  # 100 x as fast as by item
     except (ValueError, TypeError, pa.ArrowInvalid):
         return None
     if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
