@@ -35,6 +35,7 @@ from lerobot_lam_diffusion.problems import DatasetError, LamNotFoundError, Train
 from lerobot_lam_diffusion.streaming import StreamingGuard
 from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
@@ -162,7 +163,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
         elif not self.config.use_precomputed_lam_tokens:
             tokens = self._computed_window(batch)
         elif "index" in batch:
-            tokens = self._opened_store().window(batch["index"], deltas)
+            store = self._opened_store()
+            check_batch(store, batch)
+            tokens = store.window(batch["index"], deltas)
         else:
             raise TrainingError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "

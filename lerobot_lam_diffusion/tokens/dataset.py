@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import ColumnError
+from lerobot_lam_diffusion.problems import ColumnError, DatasetError
 from lerobot_lam_diffusion.streaming import StreamingError
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -42,6 +42,11 @@ class LamTokenDataset(Dataset):
             raise StreamingError(
                 "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy "
                 "by LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
+            )
+        if not hasattr(dataset, "meta"):
+            raise DatasetError(
+                f"LamTokenDataset wraps a LeRobotDataset, not a {type(dataset).__name__}, whose frames may "
+                "be of several datasets: wrap each dataset with its own store, then concatenate them"
             )
         if key in dataset.meta.features:
             raise ColumnError(

@@ -149,8 +149,8 @@ def test_newer_format_names_the_version_to_install(files):
 
     files.edit_document(renew)
     told = refusal(files)
-    assert "has format version 3" in told
-    assert "reads versions up to 2" in told
+    assert "has format version 4" in told
+    assert "reads versions up to 3" in told
     assert "pip install --upgrade 'lerobot_policy_diffusion_lam>=3.1.0'" in told
 
 
