@@ -168,8 +168,9 @@ def precompute_tokens(
                 lam.compile()
             workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
             collector = ShardCollector(shards, mine, frame_stride)
-            for position in sorted({*positions} - {*readable}):
-                collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
+            for position in positions:
+                if plan.episodes[position] in unreadable:
+                    collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             for position, values in copied.items():
                 collector.add(
                     plan.first_rows[position] + torch.arange(frame_stride, len(values)), values[frame_stride:]
