@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lerobot_lam_diffusion.reading import shown
@@ -210,7 +210,7 @@ def write_lam(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
     partial = folder / f".{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial)
+    partial.write_bytes(save(tensors))  # `save_file` makes private files
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f".{CONFIG_FILE}.partial"
     document = config_document(family.architecture, config.to_dict(), description, version)

@@ -29,7 +29,7 @@ from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_di
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
-from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
+from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
@@ -303,6 +303,11 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
     problems = differences(identity_of(extraction.provenance), identity_of(store.provenance))
     covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
     problems += episodes_differ(extraction.plan.episodes, [*covered, *store.skipped])
+    changed = [] if problems else differing_episodes(extraction.episode_hash, store.episode_hash)
+    if changed:
+        problems.append(
+            f"the frames of {len(changed)} episodes have changed since, the first is {changed[0]}"
+        )
     raise_problems(
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",

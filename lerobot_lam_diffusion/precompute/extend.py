@@ -11,7 +11,7 @@ from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
-OF_THE_DATASET = ("dataset.total_frames", "dataset.total_episodes", "dataset.digest", "dataset.frames")
+OF_THE_DATASET = ("dataset.total_frames", "dataset.total_episodes", "dataset.digest")
 """In these a dataset may differ from an earlier version of itself."""
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lerobot_lam_diffusion.precompute.files import write_atomically
 from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, identity_of
 from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
 from lerobot_lam_diffusion.problems import ExtractionError
+from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, sha256_of, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
@@ -68,10 +69,17 @@ class Extraction:
         else:
             self.plan.settle(folder)
         there = Extraction.read(folder)
-        if there.provenance.dataset.frames:
-            return there
-        # A file was missing when the work began: what is known of the frames now counts.
-        return replace(there, provenance=self.provenance, episode_hash=self.episode_hash)
+        changed = differing_episodes(self.episode_hash, there.episode_hash)
+        if changed:
+            raise PlanError(
+                f"{folder} holds the unfinished work on other frames: episodes {_some(changed)} have changed "
+                "since. Remove the folder and start again, or choose another --output_dir"
+            )
+        # Files that were missing or damaged when the work began may be whole now.
+        dataset = replace(there.provenance.dataset, frames=self.provenance.dataset.frames)
+        return replace(
+            there, provenance=replace(there.provenance, dataset=dataset), episode_hash=self.episode_hash
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Extraction":
@@ -103,6 +111,10 @@ class Extraction:
             return ShardFolder(folder, self.plan, (lam.num_learned_tokens,), index_dtype(lam.num_codes))
         width = lam.num_learned_tokens * lam.action_latent_dim
         return ShardFolder(folder, self.plan, (width,), torch.float32)
+
+
+def _some(episodes: Sequence[int]) -> str:
+    return ", ".join(map(str, episodes[:5])) + (", …" if len(episodes) > 5 else "")
 
 
 def _tables_file(folder: Path, digest: str) -> Path:

@@ -27,16 +27,13 @@ LARGEST_PLAN = 256 << 20  # bytes: some ten million episodes
 
 NOT_IDENTITY = {
     "versions", "tensors_sha256", "max_error", "skipped",
-    "dataset.repo_id", "dataset.revision", "lam.path", "lam.revision",
+    "dataset.repo_id", "dataset.revision", "dataset.frames", "lam.path", "lam.revision",
 }  # fmt: skip
-"""Fields of a store's provenance that may differ between runs that give the same tokens."""
+"""Fields of a store's provenance that may differ between runs that give the same tokens. Frames are compared
+by episode: one that could not be read may have been repaired since."""
 
 FOLLOWS = {"stride_seconds"}
 """Fields that differ only where others do."""
-
-
-FRAMES = "dataset.frames"
-"""Empty, and then no difference, where files of the dataset are missing."""
 
 
 class PlanError(UserError):
@@ -173,7 +170,6 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
         f"its {name} is {there.get(name)!r}, this run's {here.get(name)!r}"
         for name in sorted((here.keys() | there.keys()) - FOLLOWS)
         if here.get(name) != there.get(name)
-        and not (name == FRAMES and not (here.get(name) and there.get(name)))
     ]
 
 

@@ -103,7 +103,8 @@ class PrecomputeConfig:
         num_shards: How many tasks the job array has.
     """
 
-    dataset: DatasetConfig | None = None
+    # Not `DatasetConfig | None`: draccus would not say which of its fields is wrong.
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(repo_id=""))
     lam: LamSource
     output_dir: Path
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -151,12 +152,17 @@ class PrecomputeConfig:
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
         problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
-        problems += self._video_problems() if self.dataset is None else _dataset_problems(self.dataset)
-        if self.dataset is not None and self.videos is not None:
+        problems += _dataset_problems(self.dataset) if self.has_dataset else self._video_problems()
+        if self.has_dataset and self.videos is not None:
             problems.append("--dataset.repo_id and --videos are two sources of frames; leave one out")
-        elif self.dataset is not None and self.fps is not None:
+        elif self.has_dataset and self.fps is not None:
             problems.append(f"--fps={self.fps:g} is for --videos; a dataset has its own, leave it out")
         raise_problems("these flags do not work", problems)
+
+    @property
+    def has_dataset(self) -> bool:
+        """Whether a dataset is named, and not videos."""
+        return bool(self.dataset.repo_id)
 
     def _video_problems(self) -> list[str]:
         if self.videos is None:
@@ -198,7 +204,7 @@ COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
 
 def precompute(config: PrecomputeConfig) -> None:
     """Check everything that can be checked quickly, then extract, then say what was made."""
-    if config.dataset is None:
+    if not config.has_dataset:
         print(_precompute_videos(config))
     elif config.cluster.engine is not None:
         _by_cluster(config)
@@ -215,7 +221,6 @@ def _extract(
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
-    assert config.dataset is not None
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
     metadata = open_metadata(config.dataset)
@@ -392,7 +397,6 @@ def recorded_path(lam_path: str) -> str:
 def report(summary: Summary, config: PrecomputeConfig) -> str:
     """The closing lines: what was made, where it lies, what to run next."""
     store = summary.store
-    assert config.dataset is not None
     if store is None:
         return (
             f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "

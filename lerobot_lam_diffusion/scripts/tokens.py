@@ -30,10 +30,12 @@ from typing import Any
 
 import torch
 from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import FlagError, UserError
@@ -62,6 +64,7 @@ from lerobot_lam_diffusion.scripts.live_cache import (
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.export import export_store
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
@@ -234,7 +237,11 @@ def verify(config: VerifyConfig) -> None:
         return
     dataset = open_dataset(config.dataset, config.tolerance_s)
     if store.provenance is not None:
-        TokenStore.open(store.path, dataset.meta)
+        try:
+            check_binding(store, dataset.meta)
+        except TokenStoreError:
+            _refuse_damaged_files(dataset, store.provenance.camera_key)
+            raise
         print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
         print(_train_next(config, store))
@@ -257,6 +264,12 @@ def verify(config: VerifyConfig) -> None:
         )
     print(f"ok  {told}")
     print(_train_next(config, store))
+
+
+def _refuse_damaged_files(dataset: LeRobotDataset, camera_key: str) -> None:
+    """Name the file that cannot be read, if that is why the dataset's frames are not the store's."""
+    if camera_key in dataset.meta.camera_keys:
+        EpisodeFrames(dataset, camera_key).check(range(dataset.meta.total_episodes))
 
 
 def _train_next(config: VerifyConfig, store: TokenStore) -> str:

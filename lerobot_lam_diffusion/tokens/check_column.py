@@ -11,7 +11,7 @@ from torch import Tensor
 from lerobot_lam_diffusion.problems import ColumnError, raise_problems
 from lerobot_lam_diffusion.tokens.column import TokenColumn
 from lerobot_lam_diffusion.tokens.dataset_check import read_frames
-from lerobot_lam_diffusion.tokens.layout import not_finite
+from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 
@@ -42,6 +42,7 @@ def open_column(column: TokenColumn, meta: Any) -> TokenStore:
         episode_from=start,
         episode_to=stop,
         episode_row=start,
+        episode_hash=unknown_hashes(len(start)),
     )
 
 

@@ -68,6 +68,11 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
     return known[1].clone()
 
 
+def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
+    """Episodes whose frames are known to differ: hashes uint8 `(E, 16)`, unlike and neither unknown."""
+    return (are_known(one) & are_known(other) & (one != other).any(1)).nonzero().flatten().tolist()
+
+
 def are_known(hashes: Tensor) -> Tensor:
     """Which of the hashes are not the zeros of an episode that could not be read, bool `(E,)`."""
     return hashes.any(1)

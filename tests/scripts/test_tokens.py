@@ -1,5 +1,6 @@
 """`lerobot-lam-tokens`, in this process and once as the installed command."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -161,16 +162,13 @@ def test_verify_refuses_another_lam(store, flags, frames, tmp_path):
     assert "pass the LAM that made it as --lam.path" in told
 
 
-def test_verify_finds_tokens_of_other_pixels(flags, dataset, make_store, tmp_path, monkeypatch):
+def test_verify_finds_tokens_of_other_pixels(flags, store, make_store, tmp_path):
     """A store whose provenance was forged to claim this dataset."""
-    from lerobot_lam_diffusion.tokens.binding import dataset_digest
-
-    other = record_dataset(tmp_path / "other", seed=2)
-    store = make_store(other)
-    json = store.path / "lam_tokens.json"
-    here, there = (dataset_digest(d.meta, "observation.images.top") for d in (dataset, other))
-    json.write_text(json.read_text().replace(there, here))
-    told = refusal(["verify", store.path, *flags])
+    forged = make_store(record_dataset(tmp_path / "other", seed=2))
+    document = json.loads((forged.path / "lam_tokens.json").read_text())
+    document["dataset"] = json.loads((store.path / "lam_tokens.json").read_text())["dataset"]
+    (forged.path / "lam_tokens.json").write_text(json.dumps(document))
+    told = refusal(["verify", forged.path, *flags])
     assert "sampled tokens agree with the LAM" in told
     assert "Extract the tokens again" in told
 
@@ -242,7 +240,8 @@ def on(root, lam_folder):
     ]  # fmt: skip
 
 
-def test_verify_allows_for_late_frames_as_extraction_does(late, store, lam_folder, capsys):
+def test_verify_allows_for_late_frames_as_extraction_does(late, make_store, lam_folder, capsys):
+    store = make_store(LeRobotDataset("local/squares", root=late, tolerance_s=0.05, video_backend="pyav"))
     told = refusal(["verify", store.path, *on(late, lam_folder)])
     assert "of dataset 'local/squares' cannot be read from" in told
     assert "--tolerance_s (now 0.0001 s)" in told

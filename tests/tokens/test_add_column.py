@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.problems import DatasetError, UserError
-from lerobot_lam_diffusion.tokens import TokenStoreError
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import read_column
@@ -353,4 +353,9 @@ def test_rows_in_another_order_are_refused(dataset, store, tmp_path):
     (path,) = (root / "data").rglob("*.parquet")
     pq.write_table(pq.read_table(path).take([1, 0, *range(2, 60)]), path)
     meta = LeRobotDatasetMetadata("local/x", root=root)
-    refused(DatasetError, r"row 0 of .* is called frame 1", store, meta, tmp_path / "x")
+    old = shutil.copytree(store.path, tmp_path / "old")  # made before a store knew its dataset's frames
+    document = json.loads((old / "lam_tokens.json").read_text())
+    document["dataset"]["frames"] = ""
+    (old / "lam_tokens.json").write_text(json.dumps(document))
+    refused(DatasetError, r"row 0 of .* is called frame 1", TokenStore.open(old), meta, tmp_path / "x")
+    refused(TokenStoreError, r"does not belong to dataset", store, meta, tmp_path / "x")
