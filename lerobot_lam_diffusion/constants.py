@@ -11,3 +11,19 @@ OBS_LAM_CAMERAS = "observation.lam_cameras"
 
 AUTO = "auto"
 """As `lam_tokens_path`: a store out of the cache (`precompute/cache.py`); the folder is `./auto`."""
+
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".gif",
+    ".3gp",
+)
+"""Endings of files that are taken for demonstration videos."""

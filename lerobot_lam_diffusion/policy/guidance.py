@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES
+from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, VIDEO_SUFFIXES
 from lerobot_lam_diffusion.problems import TrainingError, UserError, raise_problems
 from lerobot_lam_diffusion.sources import LamSource, entries
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -288,8 +288,6 @@ def _load_lam(config: DiffusionLamConfig) -> Any:
 
 def _is_video(text: str) -> bool:
     """Whether an entry names a video file, not a store: by its fragment, its ending or what is there."""
-    from lerobot_lam_diffusion.precompute.demonstrations import SUFFIXES
-
     name, _, fragment = text.rpartition("#")
     if not name:
         name, fragment = text, ""
@@ -297,7 +295,7 @@ def _is_video(text: str) -> bool:
     is_store = path.suffix in (".safetensors", ".pt", ".pth", ".json")
     return bool(
         re.match(r"t=", fragment)
-        or path.suffix.lower() in SUFFIXES
+        or path.suffix.lower() in VIDEO_SUFFIXES
         or (path.is_file() and not is_store)
         or Path(text).expanduser().is_file()
     )

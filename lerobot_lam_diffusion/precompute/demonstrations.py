@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.constants import VIDEO_SUFFIXES
 from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import CHUNK_BYTES, CHUNK_FRAMES
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs, rebatch
@@ -27,7 +28,6 @@ from lerobot_lam_diffusion.problems import UserError
 PAIRS_AT_A_TIME = 16
 """The one batch shape of guidance and of stores made of videos, so that even continuous tokens are equal."""
 
-SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".gif", ".3gp")
 _EARLY_END_S = 0.5  # a stream may end so long before its header says so
 _SECONDS = re.compile(r"t=(?:npt:)?(\d+(?:\.\d*)?|\.\d+)?(?:,(\d+(?:\.\d*)?|\.\d+))?")
 
@@ -267,10 +267,12 @@ def videos_in(text: str) -> list[DemonstrationVideo]:
     folder = Path(text).expanduser()
     if not folder.is_dir():
         return [DemonstrationVideo.parse(text)]
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+    )
     if not files:
         raise VideoError(
-            f"{folder} has no videos in it; expected files such as demo.mp4 ({' '.join(SUFFIXES)})"
+            f"{folder} has no videos in it; expected files such as demo.mp4 ({' '.join(VIDEO_SUFFIXES)})"
         )
     return [DemonstrationVideo(path) for path in files]
 
