@@ -48,6 +48,7 @@ class PushtArm(_Device, Robot):
 
     def __init__(self, config: PushtArmConfig) -> None:
         super().__init__(config)
+        self.config = config
         self._env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", max_episode_steps=10**6)
         self.cameras = {"top": None}  # LeRobot counts them
         self._frames: list[np.ndarray] = []
@@ -101,6 +102,7 @@ class PushtCircle(_Device, Teleoperator):
 
     def __init__(self, config: PushtCircleConfig) -> None:
         super().__init__(config)
+        self.config = config
         self._ticks = 0
 
     def connect(self, calibrate: bool = True) -> None:
