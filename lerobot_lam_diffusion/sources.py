@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.problems import UserError
