@@ -9,7 +9,6 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import OBS_PREFIX
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.sources import (
     LamSource,
     entries,
@@ -20,6 +19,7 @@ from lerobot_lam_diffusion.sources import (
     source_problems,
     write_sources,
 )
+from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class DiffusionLamConfig(DiffusionConfig):
             raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
         except UserError as error:
             # draccus, which parses LeRobot's command lines, drops the text of a ValueError.
-            logger.error("%s\n%s\n(What LeRobot prints after this follows from it.)", error, error.pointer())
+            logger.error("%s\n(What LeRobot prints after this follows from it.)", error)
             raise
         if self.lam_conditioning_steps is None:
             self.lam_conditioning_steps = self._derived_conditioning_steps()

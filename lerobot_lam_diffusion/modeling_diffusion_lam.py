@@ -28,28 +28,28 @@ from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.camera_names import may_be_exchanged
-from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS_LAM_TOKENS
-from lerobot_lam_diffusion.model_card import add_lam_section
-from lerobot_lam_diffusion.problems import DatasetError, LamNotFoundError, TrainingError
-from lerobot_lam_diffusion.streaming import StreamingGuard
-from lerobot_lam_diffusion.tick_clock import TickClock, drives_a_robot
-from lerobot_lam_diffusion.token_source import (
+from lerobot_lam_diffusion.policy.cameras import may_be_exchanged
+from lerobot_lam_diffusion.policy.checkpoints import load_stock_weights, load_weights, plain
+from lerobot_lam_diffusion.policy.model_card import add_lam_section
+from lerobot_lam_diffusion.policy.precomputed import (
     settle_first_batch,
     settle_live_source,
     settle_precomputed_source,
     warn_of_missing_guide,
     warn_of_pauses,
 )
+from lerobot_lam_diffusion.policy.streaming import StreamingGuard
+from lerobot_lam_diffusion.policy.tick_clock import TickClock, drives_a_robot
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
+from lerobot_lam_diffusion.utils.errors import DatasetError, LamNotFoundError, TrainingError
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
-    from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveTokens
     from lerobot_lam_diffusion.policy.guidance import Guide
+    from lerobot_lam_diffusion.policy.live import FrameHistory, LiveTokens
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def live_tokens(self) -> "LiveTokens":
         """Tokens from frames; their LAMs are loaded when they are first needed."""
         if self._live_tokens is None:
-            from lerobot_lam_diffusion.live_tokens import LiveTokens
+            from lerobot_lam_diffusion.policy.live import LiveTokens
 
             self._live_tokens = LiveTokens(self.config)
         return self._live_tokens
@@ -320,7 +320,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def _remember_frames(self, batch: dict[str, Any]) -> None:
         """Keep this tick's frames for the tokens of what has happened."""
         if self._history is None:
-            from lerobot_lam_diffusion.live_tokens import FrameHistory
+            from lerobot_lam_diffusion.policy.live import FrameHistory
 
             self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
             self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lerobot_lam_diffusion.constants import AUTO
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.utils.errors import UserError
 
 DEFAULT_NUM_LEARNED_TOKENS = 2
 DEFAULT_ACTION_LATENT_DIM = 32

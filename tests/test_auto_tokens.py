@@ -14,12 +14,13 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
-from lerobot_lam_diffusion import DiffusionLamPolicy, auto_tokens
+from lerobot_lam_diffusion import DiffusionLamPolicy
+from lerobot_lam_diffusion.policy import auto as auto_tokens
 from lerobot_lam_diffusion.precompute.cache import cached_entries
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset, write_lam
 from tests.policies import build, lam_config
 from tests.test_lerobot_train import SMALL_FLAGS, same, train, weights

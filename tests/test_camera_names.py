@@ -12,8 +12,8 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset
 from tests.policies import build, lam_config, training_batch
 

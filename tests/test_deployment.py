@@ -9,8 +9,8 @@ import torch
 from lerobot.configs.policies import PreTrainedConfig
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamPolicy
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tick_clock import TICKS, TickClock
+from lerobot_lam_diffusion.policy.tick_clock import TICKS, TickClock
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import FPS, TOP, record_dataset
 from tests.policies import build, lam_config, training_batch
 from tests.test_live_tokens import deploy, live_config, observation

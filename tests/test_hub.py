@@ -6,7 +6,8 @@ import httpx
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from lerobot_lam_diffusion.hub import HubError, fetch, reason, refuse_impossible
+from lerobot_lam_diffusion.utils.errors import HubError
+from lerobot_lam_diffusion.utils.hub import fetch, reason, refuse_impossible
 from tests.hub_server import connect, serve
 
 REPO = "user/model"

@@ -14,10 +14,10 @@ import torch
 from lerobot_lam_diffusion.lam import load_lam, register_lam, write_lam
 from lerobot_lam_diffusion.lam.convert import Source, convert_lam
 from lerobot_lam_diffusion.lam.converting import Dims
-from lerobot_lam_diffusion.live_tokens import FrameHistory
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.policy.live import FrameHistory
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import FPS, TOP
 from tests.policies import build, lam_config, training_batch
 

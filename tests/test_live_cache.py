@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
-from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
+from lerobot_lam_diffusion.tokens.pairs import PAIRS_FILE, PairCache
 from tests.conftest import TOP, write_lam
 from tests.policies import build, lam_config, training_batch
 from tests.scripts.test_next_step import next_of

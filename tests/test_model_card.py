@@ -3,7 +3,7 @@
 from huggingface_hub import ModelCard, constants
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.model_card import lam_section
+from lerobot_lam_diffusion.policy.model_card import lam_section
 from tests.conftest import TOP
 from tests.hub_server import connect, serve
 from tests.policies import build, lam_config

@@ -11,13 +11,15 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy
 
-from lerobot_lam_diffusion import DiffusionLamPolicy, LamTokenDataset, auto_tokens, live_tokens
+from lerobot_lam_diffusion import DiffusionLamPolicy, LamTokenDataset
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.model_card import lam_section
+from lerobot_lam_diffusion.policy import auto as auto_tokens
+from lerobot_lam_diffusion.policy import live as live_tokens
+from lerobot_lam_diffusion.policy.model_card import lam_section
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, training_batch
 from tests.test_lerobot_train import SMALL_FLAGS, same, train, weights

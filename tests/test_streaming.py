@@ -16,9 +16,9 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from lerobot_lam_diffusion import LamTokenDataset
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.streaming import StreamingGuard, is_streamed, training_flags
+from lerobot_lam_diffusion.policy.streaming import StreamingGuard, is_streamed, training_flags
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset
 from tests.policies import build, lam_config, training_batch
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from lerobot_lam_diffusion import DiffusionLamConfig, LamTokenDataset
-from lerobot_lam_diffusion.configuration_diffusion_lam import UserError
-from lerobot_lam_diffusion.problems import ColumnError, TrainingError
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.joined import join_stores
+from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError, UserError
 from tests.conftest import EPISODE_LENGTHS, TOP, record_dataset
 from tests.policies import build, lam_config, teach, training_batch
 
@@ -178,7 +177,7 @@ def test_guidance_is_one_entry_or_a_list(written, meant):
 def test_a_column_has_no_tokens_of_what_comes_next(dataset, store, tmp_path):
     add_column(store, dataset.meta, tmp_path / "with")
     native = type(dataset)("local/with", root=tmp_path / "with", video_backend="pyav")
-    with pytest.raises(ColumnError, match=r"lam_token_offsets=\[1, 2\].*token store"):
+    with pytest.raises(DatasetError, match=r"lam_token_offsets=\[1, 2\].*token store"):
         build(lam_config(lam_token_offsets=[1, 2]), native)
     build(lam_config(lam_token_offsets=[-1, 0]), native)
 
@@ -209,7 +208,7 @@ def test_two_cameras_look_ahead_side_by_side(make_store, tmp_path):
 def test_the_card_tells_the_offsets(dataset, store):
     config = lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1, 2, 3])
     policy, _ = build(config, dataset)
-    from lerobot_lam_diffusion.model_card import lam_section
+    from lerobot_lam_diffusion.policy.model_card import lam_section
 
     text = lam_section(policy.config, 10)
     assert "the next 3 tokens (+1 … +3 frames)" in text

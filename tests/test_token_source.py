@@ -16,8 +16,8 @@ from lerobot.policies.factory import make_policy
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import FPS, TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, training_batch
 

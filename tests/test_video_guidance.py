@@ -12,9 +12,9 @@ from lerobot.rollout.inference.sync import SyncInferenceEngine
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.policy.guidance import GuidanceError, Guide, Track, open_guide
+from lerobot_lam_diffusion.policy.guidance import Guide, Track, open_guide
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.problems import TrainingError, UserError
+from lerobot_lam_diffusion.utils.errors import TrainingError, UserError
 from tests.conftest import EPISODE_LENGTHS, FPS, TOP, write_lam
 from tests.policies import build, lam_config
 from tests.videos import write_video
@@ -181,7 +181,7 @@ state, images = torch.zeros(1, 2), torch.zeros(1, 1, 3, 48, 48)
 policy.select_action({{"observation.state": state, "observation.images": images, {TOP!r}: images[:, 0]}})
 assert policy.diffusion.lam_model is None
 assert "lerobot_lam_diffusion.lam.loading" not in sys.modules
-assert "lerobot_lam_diffusion.live_tokens" not in sys.modules
+assert "lerobot_lam_diffusion.policy.live" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -266,14 +266,14 @@ def errors(make_store, dataset, tmp_path_factory, frames, lam_folder):
     ],
 )
 def test_what_cannot_guide_is_refused(entry, words, errors, checkpoints):
-    with pytest.raises(GuidanceError) as refused:
+    with pytest.raises(TrainingError) as refused:
         deployed(checkpoints(*NEXT), lam_guidance=entry.format(**errors))
     assert "--policy.lam_guidance cannot be followed" in str(refused.value)
     assert words in str(refused.value)
 
 
 def test_problems_of_all_entries_come_at_once(errors, checkpoints, store):
-    with pytest.raises(GuidanceError, match="2 problems"):
+    with pytest.raises(TrainingError, match="2 problems"):
         deployed(
             checkpoints(*NEXT),
             lam_guidance=[str(errors["nothing"]), f"{store.path}#0", f"{errors['stride']}#0"],
@@ -281,21 +281,21 @@ def test_problems_of_all_entries_come_at_once(errors, checkpoints, store):
 
 
 def test_a_rate_that_is_not_known_or_another_is_refused(checkpoints, store, videos):
-    with pytest.raises(GuidanceError, match=r"pass --policy\.lam_fps="):
+    with pytest.raises(TrainingError, match=r"pass --policy\.lam_fps="):
         deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_fps=None)
-    with pytest.raises(GuidanceError, match="it is of 10 fps, the policy of 30"):
+    with pytest.raises(TrainingError, match="it is of 10 fps, the policy of 30"):
         deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#0", lam_fps=30.0)
 
 
 def test_a_video_without_a_lam_is_refused(checkpoints, videos):
-    with pytest.raises(GuidanceError, match=r"pass --policy\.lam_model_path="):
+    with pytest.raises(TrainingError, match=r"pass --policy\.lam_model_path="):
         deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_model_path=None)
 
 
 def test_several_sources_are_not_guided(checkpoints):
     config = deployed(checkpoints(*NEXT)).config
     config.lam_camera_key, config.lam_guidance = [TOP, "observation.images.side"], "demo.mp4"
-    with pytest.raises(GuidanceError, match="2 sources of tokens"):
+    with pytest.raises(TrainingError, match="2 sources of tokens"):
         open_guide(config)
 
 

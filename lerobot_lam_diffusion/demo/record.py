@@ -9,7 +9,6 @@ episode near the goal (53 frames on average) takes 1 s, half of it planning; a s
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.expert import Demonstration, plan_episode
 from lerobot_lam_diffusion.demo.pusht import FPS, TASK, make_env
-from lerobot_lam_diffusion.utils.files import spread_mode
+from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whole_or_nothing
 
 IMAGE_KEY = "observation.image"
 FEATURES = {
@@ -72,11 +71,9 @@ def record_pusht(
     if num_episodes < 1:
         raise ValueError(f"num_episodes is {num_episodes}: at least 1 episode must be recorded.")
     root = Path(root)
-    _refuse_existing(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing(root, "--root")
     summary = RecordSummary(root)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-        partial = Path(folder) / root.name
+    with whole_or_nothing(root) as partial:
         # The backend is for reading back only; naming it spares LeRobot's probe of torchcodec.
         dataset = LeRobotDataset.create(repo_id, FPS, FEATURES, root=partial, video_backend="pyav")
         try:
@@ -88,19 +85,7 @@ def record_pusht(
             # Also after a failure: left to LeRobot's __del__, it would write into the folder removed by then.
             dataset.finalize()
         spread_mode(partial)  # LeRobot's videos are private files
-        if root.exists():
-            root.rmdir()  # empty, as checked
-        partial.rename(root)
     return summary
-
-
-def _refuse_existing(root: Path) -> None:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return
-    raise FileExistsError(
-        f"{root} exists and is not an empty folder; a new dataset needs a folder of its own. "
-        "Give another root, or remove this one first."
-    )
 
 
 def _plan(

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TextIO
 
-from lerobot_lam_diffusion.problems import DemoError
 from lerobot_lam_diffusion.scripts.next_step import shell_text
+from lerobot_lam_diffusion.utils.errors import DemoError
 
 _POLL_SECONDS = 0.25
 _LOG_TAIL = 12  # lines shown of a command that failed
@@ -36,23 +36,19 @@ class Progress(NamedTuple):
     note: str
 
 
-class CommandError(DemoError):
-    """A command of the demo ended with an error."""
-
-
 def run_logged(
     argv: Sequence[str], log: Path, progress_of: Callable[[str], Progress | None], line: LiveLine
 ) -> None:
     """Run a command offline to its end, output appended to `log`; `progress_of` reads the log so far.
 
     Raises:
-        CommandError: it is not installed, or failed; with the last lines of its log.
+        DemoError: it is not installed, or failed; with the last lines of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = command_environment()
     program = shutil.which(argv[0], path=environment["PATH"])
     if program is None:
-        raise CommandError(
+        raise DemoError(
             f"{argv[0]} is not beside {sys.executable} nor on the PATH; it belongs to this installation. "
             "Install the package again: pip install --force-reinstall --no-deps lerobot_policy_diffusion_lam"
         )
@@ -76,7 +72,7 @@ def run_logged(
         tail = "\n".join(
             f"  | {text}" for text in log.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL:]
         )
-        raise CommandError(
+        raise DemoError(
             f"this command ended with status {process.returncode}; its full output is in {log}:\n"
             f"{shell_text(argv)}\n{tail}"
         )

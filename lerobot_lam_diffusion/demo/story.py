@@ -29,9 +29,9 @@ from lerobot_lam_diffusion.demo.running import (
     token_progress,
     training_progress,
 )
-from lerobot_lam_diffusion.problems import DemoError
 from lerobot_lam_diffusion.scripts.next_step import shell_text
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.utils.errors import DemoError
 
 _AVERAGED_STEPS = 10  # of the loss at the start and at the end
 

@@ -5,9 +5,10 @@ tokens = lam.encode_pairs(prev, cur)  # uint8 (B, 3, H, W) each
 tokens.quantized  # (B, n·a)
 """
 
+from lerobot_lam_diffusion.utils.errors import LamError
+
 from .base import LamTokens, LatentActionModel, proposed_stride
 from .config import TokenConfig, TokenShape
-from .errors import LamError
 from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam, write_lam
 from .locating import resolve_lam, shipped_lams
 from .villa_x.config import LamConfig

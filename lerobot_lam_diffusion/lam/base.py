@@ -14,8 +14,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from lerobot_lam_diffusion.utils.errors import LamError
+
 from .config import TokenShape
-from .errors import LamError
 from .precision import full_precision
 from .preprocess import check_frames
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, get_args, get_type_hints
 
-from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
-
-from .errors import LamError, problems_to_error
+from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
+from lerobot_lam_diffusion.utils.files import UnreadableError, read_json
 
 CONFIG_FILE = "model_config.json"
 CONFIG_REMEDY = "Correct the file, or fetch the model folder again."
@@ -64,8 +63,7 @@ class TokenConfig:
 
     def __post_init__(self) -> None:
         problems = self._type_problems() or self.problems()
-        if problems:
-            raise problems_to_error("These LAM dimensions do not describe a model", problems, CONFIG_REMEDY)
+        raise_problems("These LAM dimensions do not describe a model", problems, LamError, CONFIG_REMEDY)
 
     def problems(self) -> list[str]:
         """What is wrong with the values, once their types are right. For a family to extend."""
@@ -93,8 +91,7 @@ class TokenConfig:
             for field in fields
             if field.name not in values and field.default is dataclasses.MISSING
         ]
-        if missing:
-            raise problems_to_error("These LAM dimensions do not describe a model", missing, CONFIG_REMEDY)
+        raise_problems("These LAM dimensions do not describe a model", missing, LamError, CONFIG_REMEDY)
         return cls(**{field.name: values[field.name] for field in fields if field.name in values})
 
     def token_fields(self, architecture: str) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lerobot_lam_diffusion.hub import HubError, fetch
-from lerobot_lam_diffusion.reading import is_file, shown
+from lerobot_lam_diffusion.utils.errors import HubError, LamError, shown
+from lerobot_lam_diffusion.utils.files import is_file
+from lerobot_lam_diffusion.utils.hub import fetch
 
 from .base import LatentActionModel
 from .converting import Dims, check_tensors, open_checkpoint
-from .errors import LamError
 from .lapa import LapaLam
 from .lapa import convert as lapa
 from .loading import load_lam, write_lam

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.reading import UnreadableError, open_regular, shown
-
-from .errors import LamError, problems_to_error
+from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
+from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular
 
 Shape = tuple[int, ...]
 
@@ -59,7 +58,7 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         LamError: not such a file, or it holds objects that only their own code could restore.
     """
     try:
-        open_regular(path).close()
+        check_regular(path)
         document = _load(path)
     except pickle.UnpicklingError as error:
         named = str(error)
@@ -158,15 +157,12 @@ def check_tensors(path: Path, state: Mapping[str, Tensor], expected: Mapping[str
             problems.append(f"{key} is stored as {tensor.dtype}, expected floating point")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{key} holds NaN or Inf")
-    rest = len(problems) - _MOST_TOLD
-    if rest > 0:
-        problems = [*problems[:_MOST_TOLD], f"… and {rest} more"]
-    if problems:
-        raise problems_to_error(
-            f"{path} is not the checkpoint that its dimensions promise",
-            problems,
-            "Name the checkpoint of this architecture, whole.",
-        )
+    raise_problems(
+        f"{path} is not the checkpoint that its dimensions promise",
+        problems,
+        LamError,
+        "Name the checkpoint of this architecture, whole.",
+    )
 
 
 class Shapes:

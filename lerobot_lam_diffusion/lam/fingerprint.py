@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .weights import Weights
 
@@ -23,7 +24,7 @@ def fingerprint_of_weights(weights: Weights, token_fields: dict[str, Any], token
         token_parts: Modules whose tensors count.
     """
     dimensions = json.dumps(token_fields, sort_keys=True)
-    status = os.fstat(weights.file.fileno())
+    status = weights.path.stat()
     # The inode and its last change tell a file that was replaced by one of the same size and time.
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     known = (dimensions, *token_parts, *state)
@@ -37,9 +38,8 @@ def fingerprint_of_weights(weights: Weights, token_fields: dict[str, Any], token
 def _hash(weights: Weights, dimensions: str, token_parts: Sequence[str]) -> str:
     digest = hashlib.sha256(dimensions.encode())
     prefixes = tuple(f"{part}." for part in token_parts)
-    for key in sorted(key for key in weights.entries if key.startswith(prefixes)):
-        entry = weights.entries[key]
-        digest.update(f"{key} {entry.dtype} {list(entry.shape)}".encode())
-        for block in weights.blocks(key):
-            digest.update(block)
+    for key in sorted(key for key in weights.shapes if key.startswith(prefixes)):
+        tensor = weights.tensor(key)
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

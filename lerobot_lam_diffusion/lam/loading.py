@@ -1,6 +1,5 @@
 """Open and write model folders: `model_config.json` + `model.safetensors`, strict on keys and shapes."""
 
-import os
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,11 +11,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.reading import shown
+from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
+from lerobot_lam_diffusion.utils.files import write_whole
 
 from .base import LatentActionModel
 from .config import CONFIG_FILE, config_document, read_document
-from .errors import LamError, problems_to_error
 from .fingerprint import fingerprint_of_weights
 from .locating import WEIGHTS_FILE, locate_lam, resolve_lam
 from .weights import Weights, open_weights
@@ -33,8 +32,7 @@ ENTRY_POINTS = "lerobot_lam_diffusion.lams"
 
 _registered: dict[str, type[LatentActionModel]] = {}
 _DTYPES = (torch.float32, torch.bfloat16)
-_STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MOST_TOLD = 30
+_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
 
 
@@ -209,13 +207,10 @@ def write_lam(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
-    partial = folder / f".{WEIGHTS_FILE}.partial"
-    partial.write_bytes(save(tensors))  # `save_file` makes private files
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}.partial"
-    document = config_document(family.architecture, config.to_dict(), description, version)
-    partial.write_text(document, encoding="utf-8")
-    os.replace(partial, folder / CONFIG_FILE)
+    write_whole(folder / WEIGHTS_FILE, save(tensors))  # `save_file` makes private files
+    write_whole(
+        folder / CONFIG_FILE, config_document(family.architecture, config.to_dict(), description, version)
+    )
     return folder
 
 
@@ -230,7 +225,7 @@ def _drop_absent_fdm(
 ) -> None:
     """Leave out the modules that predict frames, where the folder was written without them."""
     for part in family.fdm_parts if family.fdm_is_optional else ():
-        if not any(key.startswith(f"{part}.") for key in weights.entries):
+        if not any(key.startswith(f"{part}.") for key in weights.shapes):
             del modules[part]
             if fdm:
                 raise LamError(
@@ -252,19 +247,18 @@ def _check_blocks(weights: Weights, family: type[LatentActionModel], config: Any
     problems = []
     for prefix, depth in family.expected_blocks(config).items():
         pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        blocks = {match[1] for key in weights.entries if (match := pattern.match(key))}
+        blocks = {match[1] for key in weights.shapes if (match := pattern.match(key))}
         absent = prefix.split(".")[0] in family.fdm_parts and family.fdm_is_optional and not blocks
         if len(blocks) != depth and not absent:
             problems.append(
                 f"{prefix} has {depth} blocks by the config, but the weights hold {len(blocks)} blocks"
             )
-    if problems:
-        raise problems_to_error(f"{weights.path} does not fit its {CONFIG_FILE}", problems, _REMEDY)
+    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
 
 
 def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
     """Compare the file's header with the modules' keys and shapes; no tensor is read."""
-    found = {key: list(entry.shape) for key, entry in weights.entries.items()}
+    found = weights.shapes
     expected = {
         f"{part}.{name}": list(tensor.shape)
         for part, module in modules.items()
@@ -274,22 +268,10 @@ def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
         f"missing key {key}, expected with shape {expected[key]}" for key in expected if key not in found
     ]
     unexpected = sorted(found.keys() - expected.keys())
-    problems += [
-        f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in unexpected[:_MOST_TOLD]
-    ]
-    if len(unexpected) > _MOST_TOLD:
-        problems.append(f"… and {len(unexpected) - _MOST_TOLD} more unexpected keys")
+    problems += [f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in unexpected]
     for key in expected.keys() & found.keys():
         if found[key] != expected[key]:
             problems.append(f"{key} has shape {shown(found[key])}, expected {expected[key]}")
-        if weights.entries[key].dtype not in _STORED_DTYPES:
-            problems.append(f"{key} is stored as {weights.entries[key].dtype}, expected floating point")
-    if problems:
-        raise problems_to_error(
-            f"{weights.path} does not fit its {CONFIG_FILE}", _shortened(problems), _REMEDY
-        )
-
-
-def _shortened(problems: list[str], limit: int = _MOST_TOLD) -> list[str]:
-    rest = len(problems) - limit
-    return problems if rest <= 0 else [*problems[:limit], f"… and {rest} more"]
+        if weights.dtypes[key] not in _STORED_DTYPES:
+            problems.append(f"{key} is stored as {weights.dtypes[key]}, expected floating point")
+    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)

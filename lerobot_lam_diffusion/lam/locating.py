@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from lerobot_lam_diffusion.hub import REPO_ID, HubError, fetch
-from lerobot_lam_diffusion.reading import is_file, shown
+from lerobot_lam_diffusion.utils.errors import HubError, LamError, shown
+from lerobot_lam_diffusion.utils.files import is_file
+from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 from .config import CONFIG_FILE
-from .errors import LamError
 from .published import PUBLISHED, convert_hint
 
 WEIGHTS_FILE = "model.safetensors"

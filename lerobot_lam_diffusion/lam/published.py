@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from lerobot_lam_diffusion.hub import REPO_ID
+from lerobot_lam_diffusion.utils.hub import REPO_ID
 
 CHECKPOINT_SUFFIXES = (".pt", ".ckpt", ".pth")
 

@@ -6,46 +6,40 @@ It is read, not mapped: a process that maps a file is killed (SIGBUS) when anoth
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lerobot_lam_diffusion.reading import UnreadableError, open_regular, read_exactly
-from lerobot_lam_diffusion.safetensors_header import Entry, read_header, read_tensor
+from lerobot_lam_diffusion.utils.errors import LamError, first_line
+from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular
 
 from .config import CONFIG_FILE
-from .errors import LamError
 from .locating import WEIGHTS_FILE
-
-_BLOCK_BYTES = 1 << 20
 
 
 class Weights(NamedTuple):
-    """An opened weights file; `entries`: key → dtype, shape and place. Its methods raise LamError."""
+    """An opened weights file.
+
+    Attributes:
+        shapes, dtypes: Of each key; dtypes by safetensors' names ("F32").
+    """
 
     path: Path
-    file: BinaryIO
-    entries: dict[str, Entry]
+    file: safe_open
+    shapes: dict[str, list[int]]
+    dtypes: dict[str, str]
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor in memory of its own."""
-        try:
-            return read_tensor(self.file, self.entries[key])
-        except UnreadableError as error:
-            raise _unreadable(self.path, error) from error
+        """A tensor in memory of its own.
 
-    def blocks(self, key: str) -> Iterator[memoryview]:
-        """A tensor's bytes, block by block."""
-        _, _, offset, rest = self.entries[key]
-        buffer = memoryview(bytearray(min(rest, _BLOCK_BYTES)))
-        while rest:
-            block = buffer[: min(rest, _BLOCK_BYTES)]
-            try:
-                read_exactly(self.file, offset, block)
-            except UnreadableError as error:
-                raise _unreadable(self.path, error) from error
-            yield block
-            offset, rest = offset + len(block), rest - len(block)
+        Raises:
+            LamError: the file became shorter, or the disk fails.
+        """
+        try:
+            return self.file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.path, error) from error
 
 
 @contextmanager
@@ -56,25 +50,25 @@ def open_weights(folder: Path) -> Iterator[Weights]:
         LamError: absent, or no safetensors file.
     """
     path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise LamError(
+            f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
+            "Fetch the model again (with git: `git lfs pull`)."
+        )
     try:
-        file = open_regular(path)
-    except UnreadableError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise LamError(
-                f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
-                "Fetch the model again (with git: `git lfs pull`)."
-            ) from None
+        check_regular(path)
+        file = safe_open(path, framework="pt", backend="pread").__enter__()
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: each.get_shape() for key, each in slices.items()}
+        dtypes = {key: each.get_dtype() for key, each in slices.items()}
+    except (UnreadableError, SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
     with file:
-        try:
-            entries = read_header(file)
-        except UnreadableError as error:
-            raise _unreadable(path, error) from error
-        yield Weights(path, file, entries)
+        yield Weights(path, file, shapes, dtypes)
 
 
-def _unreadable(path: Path, reason: UnreadableError) -> LamError:
+def _unreadable(path: Path, error: Exception) -> LamError:
     return LamError(
-        f"{path} is no readable safetensors file ({reason}), expected the weights of a LAM. "
+        f"{path} is no readable safetensors file ({first_line(error)}), expected the weights of a LAM. "
         "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
     )

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, VIDEO_SUFFIXES
-from lerobot_lam_diffusion.problems import TrainingError, UserError, raise_problems
 from lerobot_lam_diffusion.sources import LamSource, entries
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import TrainingError, UserError, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,6 @@ ANOTHER_SHAPE = 1.1
 """Pictures whose aspect ratios differ by more are told of: the LAM sees both as squares."""
 ANOTHER_LEVEL = 40.0
 """Mean levels of R, G or B (0..255) that differ by more are told of."""
-
-
-class GuidanceError(TrainingError):
-    """A demonstration that cannot guide this policy."""
-
-    section = "demonstration-videos"
 
 
 @dataclass(frozen=True)
@@ -122,12 +116,12 @@ def open_guide(config: DiffusionLamConfig) -> Guide:
         config: Of a policy whose tokens' shape, stride and kind are settled.
 
     Raises:
-        GuidanceError: a file or store is missing, damaged, or of another LAM, stride, kind or frame rate; all
+        TrainingError: a file or store is missing, damaged, or of another LAM, stride, kind or frame rate; all
             problems at once.
     """
     sources = config.token_sources
     if len(sources) > 1:
-        raise GuidanceError(
+        raise TrainingError(
             f"--policy.lam_guidance shows one camera to one LAM, this policy has {len(sources)} sources of "
             "tokens; pass the tokens of them all in the batch instead"
         )
@@ -138,7 +132,7 @@ def open_guide(config: DiffusionLamConfig) -> Guide:
             tracks.append(opener.open(str(entry)))
         except UserError as error:
             problems.append(str(error).rstrip("."))
-    raise_problems("--policy.lam_guidance cannot be followed", list(dict.fromkeys(problems)), GuidanceError)
+    raise_problems("--policy.lam_guidance cannot be followed", list(dict.fromkeys(problems)), TrainingError)
     for track in tracks:
         logger.info("Guidance: %s, %d frames.", track.name, len(track.tokens))
     return Guide(tracks, config.lam_fps, sources[0].camera_key)
@@ -168,15 +162,15 @@ class _Opener:
         if not number and episodes == 1:
             number = "0"
         if not number.isdecimal() or int(number) >= episodes:
-            raise GuidanceError(
+            raise TrainingError(
                 f"{text}: the store has {episodes} episodes, name one of them: {path}#0 to "
                 f"{path}#{episodes - 1}"
             )
         episode = int(number)
         problems = self._unfit(store)
-        raise_problems(f"{text} does not fit the policy", problems, GuidanceError)
+        raise_problems(f"{text} does not fit the policy", problems, TrainingError)
         if store.episode_row[episode] < 0:
-            raise GuidanceError(
+            raise TrainingError(
                 f"{text}: the store lacks episode {episode}; {store.coverage}. Name another one"
             )
         frames = torch.arange(int(store.episode_from[episode]), int(store.episode_to[episode]))
@@ -221,7 +215,7 @@ class _Opener:
         video = DemonstrationVideo.parse(text)
         fps = self._config.lam_fps
         if fps is None:
-            raise GuidanceError(
+            raise TrainingError(
                 f"{text}: this checkpoint does not say at how many frames per second it was trained; pass "
                 "--policy.lam_fps=<fps of its dataset>"
             )
@@ -272,11 +266,11 @@ class _Opener:
 def _load_lam(config: DiffusionLamConfig) -> Any:
     """The LAM, checked, on the policy's device; its camera need not be known to look at a video."""
     from lerobot_lam_diffusion.lam import load_lam
-    from lerobot_lam_diffusion.live_tokens import check_lams
+    from lerobot_lam_diffusion.policy.live import check_lams
 
     (source,) = config.token_sources
     if source.model_path is None:
-        raise GuidanceError(
+        raise TrainingError(
             "a video needs the LAM to make tokens of it: pass --policy.lam_model_path=<LAM folder or Hub "
             "id>, or the video's tokens, STORE#episode (lerobot-lam-precompute --videos=…)"
         )

@@ -28,13 +28,12 @@ from filelock import FileLock, Timeout
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.precompute.merge import Extraction
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError, unfinished_folder
-from lerobot_lam_diffusion.tokens.pair_cache import is_pair_cache
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
+from lerobot_lam_diffusion.tokens.pairs import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import NOT_SUPPORTED
-from lerobot_lam_diffusion.tokens.writer import remove_partial
+from lerobot_lam_diffusion.utils.errors import ExtractionError, TokenStoreError
+from lerobot_lam_diffusion.utils.files import NOT_SUPPORTED, remove_partial, remove_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +41,6 @@ LOCKS = ".locks"
 KEY_FORMAT = 1  # to be raised where the same key would stand for other tokens
 QUIET_SECONDS = 2.0  # who only opens a store holds its lock no longer
 TOLD_AGAIN_SECONDS = 300.0
-
-
-class CacheError(UserError):
-    """The cache cannot be used, or what lies in it is damaged."""
-
-    section = "extraction"
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ class CacheEntry:
                 left there.
 
         Raises:
-            CacheError: the cache is not writable, or the store in it is damaged.
+            ExtractionError: the cache is not writable, or the store in it is damaged.
         """
         try:
             with self._waited_for():
@@ -175,7 +168,7 @@ class CacheEntry:
         except _NoLockError as error:
             if self.is_finished:  # a cache that others filled, and that may only be read here
                 return self._opened(dataset_meta)
-            raise CacheError(
+            raise ExtractionError(
                 f"the cache of token stores {self.cache} is not writable ({error}): set HF_LEROBOT_HOME to a "
                 "folder of yours, or make a store with lerobot-lam-precompute and pass its path"
             ) from error
@@ -252,10 +245,7 @@ class CacheEntry:
                 if older_than is not None and self.last_used() >= older_than:
                     return None
                 freed = self.num_bytes()
-                removed = self.cache / f".{self.name}.partial-removed"  # killed here, the next one tidies up
-                remove_partial(self.folder)
-                if self.folder.exists():
-                    self.folder.rename(removed)  # never half a store under its name
+                remove_whole(self.folder)
                 remove_partial(self.folder)
                 shutil.rmtree(unfinished_folder(self.folder), ignore_errors=True)
                 for mark in ("builder", "used"):
@@ -268,7 +258,7 @@ class CacheEntry:
         try:
             return TokenStore.open(self.folder, dataset_meta)
         except TokenStoreError as error:
-            raise CacheError(
+            raise ExtractionError(
                 f"{error}. It lies in the cache: remove {self.folder}, and it is built again"
             ) from error
 

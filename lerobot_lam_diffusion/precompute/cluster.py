@@ -25,11 +25,11 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
     ClusterConfig,
 )
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_unfinished
-from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, PlanError, share_of
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, share_of
 from lerobot_lam_diffusion.precompute.processes import usable_cores
 from lerobot_lam_diffusion.precompute.shards import ShardError
-from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 
 
 class ExtractShards(PipelineStep):
@@ -202,7 +202,7 @@ def _discard_damaged(folder: Path) -> None:
     """Unfinish shards whose bytes were altered, so that the task that made one is run again."""
     try:
         shards = Extraction.read(folder).shards(folder)
-    except PlanError:
+    except ExtractionError:
         return
     for shard in set(shards.present()) - set(shards.finished()):
         shards.discard(shard)

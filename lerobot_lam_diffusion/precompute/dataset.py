@@ -12,8 +12,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import has_legacy_hub_download_metadata
 
 from lerobot_lam_diffusion.precompute.merge import nothing_readable
-from lerobot_lam_diffusion.problems import DatasetError
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files, check_metadata, refuse_absent
+from lerobot_lam_diffusion.utils.errors import DatasetError
 
 BLOCK_ROWS = 1 << 20
 

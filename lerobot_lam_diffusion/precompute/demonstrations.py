@@ -23,19 +23,13 @@ from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import CHUNK_BYTES, CHUNK_FRAMES
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs, rebatch
 from lerobot_lam_diffusion.precompute.pipeline import Stage
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 PAIRS_AT_A_TIME = 16
 """The one batch shape of guidance and of stores made of videos, so that even continuous tokens are equal."""
 
 _EARLY_END_S = 0.5  # a stream may end so long before its header says so
 _SECONDS = re.compile(r"t=(?:npt:)?(\d+(?:\.\d*)?|\.\d+)?(?:,(\d+(?:\.\d*)?|\.\d+))?")
-
-
-class VideoError(UserError):
-    """A demonstration video that cannot be read, or shows no motion."""
-
-    section = "demonstration-videos"
 
 
 @dataclass
@@ -82,24 +76,24 @@ class DemonstrationVideo:
         """`demo.mp4`, or a part of it as a W3C media fragment in seconds: `demo.mp4#t=1.5,9`, `#t=,9`.
 
         Raises:
-            VideoError: there is no such file, or the fragment says something else.
+            DatasetError: there is no such file, or the fragment says something else.
         """
         name, _, fragment = text.rpartition("#")
         if not name or Path(text).expanduser().is_file():  # no fragment: `#` may be in a file's name
             name, fragment = text, ""
         path = Path(name).expanduser()
         if not path.is_file():
-            raise VideoError(f"{name}: there is no such file; correct the path of the video")
+            raise DatasetError(f"{name}: there is no such file; correct the path of the video")
         if not fragment:
             return cls(path)
         times = _SECONDS.fullmatch(fragment)
         if times is None or times.groups() == (None, None):
-            raise VideoError(
+            raise DatasetError(
                 f"{text}: #{fragment} is not a part of a video; expected seconds, as in {name}#t=1.5,9"
             )
         start, end = float(times[1] or 0), None if times[2] is None else float(times[2])
         if end is not None and end <= start:
-            raise VideoError(
+            raise DatasetError(
                 f"{text}: the part ends at {end:g} s, not after its start {start:g} s; exchange them"
             )
         return cls(path, start, end)
@@ -124,13 +118,13 @@ class DemonstrationVideo:
         A chunk holds at most `CHUNK_FRAMES` frames and `CHUNK_BYTES` bytes, whatever the video's length.
 
         Raises:
-            VideoError: not a video, damaged, or its pictures change their size.
+            DatasetError: not a video, damaged, or its pictures change their size.
         """
         self.look = Look()
         waiting: list[np.ndarray] = []
         for picture in self._resampled(fps):
             if waiting and picture.shape != waiting[0].shape:
-                raise VideoError(
+                raise DatasetError(
                     f"{self.name}: its pictures change from {_size(waiting[0])} to {_size(picture)}; cut or "
                     "re-encode it to one size"
                 )
@@ -166,7 +160,7 @@ class DemonstrationVideo:
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise VideoError(f"{self.path} has no video; name a file with pictures")
+                    raise DatasetError(f"{self.path} has no video; name a file with pictures")
                 stream = container.streams.video[0]
                 if stream.codec_context is None:  # PyAV would crash
                     raise ValueError("FFmpeg finds no codec for its pictures")
@@ -191,14 +185,14 @@ class DemonstrationVideo:
                     yield before[1], switch, before[2]
                     before = (time, switch, frame)
                 if before is None:
-                    raise VideoError(f"{self.path} has no pictures; name another video")
+                    raise DatasetError(f"{self.path} has no pictures; name another video")
                 self._refuse_early_end(stream, time, 2 * half)
                 yield before[1], before[0] + half, before[2]
         except (av.error.FFmpegError, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VideoError(
+            raise DatasetError(
                 f"{self.path} cannot be read as a video ({reason}); it may be damaged or cut off: play it to "
                 "the end, copy it again, or re-encode it (ffmpeg -i IN OUT.mp4)"
             ) from error
@@ -207,7 +201,7 @@ class DemonstrationVideo:
         """A file that was cut off often decodes without an error, up to where its data ends."""
         declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         if stream.frames > 1 and last + frame_s < declared - max(_EARLY_END_S, 2 * frame_s):
-            raise VideoError(
+            raise DatasetError(
                 f"{self.path} ends after {last + frame_s:.1f} s, its header says {declared:.1f} s: it was "
                 "cut off. Copy it again, or re-encode what is left of it (ffmpeg -i IN OUT.mp4)"
             )
@@ -236,7 +230,7 @@ def encode_video(
         CPU, and the number of frames T.
 
     Raises:
-        VideoError: as `DemonstrationVideo.chunks`; or it has no pair of frames.
+        DatasetError: as `DemonstrationVideo.chunks`; or it has no pair of frames.
     """
     stage, frames = Stage(lam), 0
 
@@ -251,7 +245,7 @@ def encode_video(
     pairs = rebatch(episode_pairs(small_chunks(), 0, frame_stride), batch_size)
     values = [encoder(batch) for batch in pairs]
     if not values:
-        raise VideoError(
+        raise DatasetError(
             f"{video.name} has {frames} frame{'' if frames == 1 else 's'} at {fps:g} fps, too few for one "
             f"pair of frames {frame_stride} apart; name a video of at least {(frame_stride + 1) / fps:.2g} s"
         )
@@ -262,7 +256,7 @@ def videos_in(text: str) -> list[DemonstrationVideo]:
     """The video that `text` names (see `DemonstrationVideo.parse`), or those in the folder, sorted.
 
     Raises:
-        VideoError: none there.
+        DatasetError: none there.
     """
     folder = Path(text).expanduser()
     if not folder.is_dir():
@@ -271,7 +265,7 @@ def videos_in(text: str) -> list[DemonstrationVideo]:
         path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
     )
     if not files:
-        raise VideoError(
+        raise DatasetError(
             f"{folder} has no videos in it; expected files such as demo.mp4 ({' '.join(VIDEO_SUFFIXES)})"
         )
     return [DemonstrationVideo(path) for path in files]

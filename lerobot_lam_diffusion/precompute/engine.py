@@ -22,17 +22,17 @@ from lerobot_lam_diffusion.precompute.dataset import check_dataset
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
-from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
+from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
 from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.errors import ExtractionError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing, remove_whole
 
 logger = logging.getLogger(__name__)
 
@@ -312,22 +312,16 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",
         problems,
-        StoreExistsError,
+        ExtractionError,
     )
     if store.skipped and not store.num_tokens:
-        raise StoreExistsError(
+        raise ExtractionError(
             f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
             f"{output_dir} and extract again"
         )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
-    remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
+    remove_whole(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store
-
-
-class StoreExistsError(UserError, FileExistsError):
-    """A finished store of other inputs."""
-
-    section = "extraction"
 
 
 def _summary(store: TokenStore | None, **run: Any) -> Summary:

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, identity_of
-from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
 
 OF_THE_DATASET = ("dataset.total_frames", "dataset.total_episodes", "dataset.digest")
 """In these a dataset may differ from an earlier version of itself."""

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.video import SequentialVideo, end_of
-from lerobot_lam_diffusion.problems import DatasetError, UserError
 from lerobot_lam_diffusion.tokens.dataset_check import not_rgb, why_absent
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 CHUNK_FRAMES = 64
 CHUNK_BYTES = 32 << 20
@@ -33,8 +33,6 @@ class DecodeError(UserError):
         what: Which frames, of which file, and why.
         remedy: What to do; commands that can do more about it say so.
     """
-
-    section = "datasets-and-cameras"
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}. {remedy}")

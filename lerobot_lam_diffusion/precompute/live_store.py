@@ -14,15 +14,16 @@ from lerobot_lam_diffusion.precompute.pairs import episode_pairs
 from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
-from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
+from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lerobot_lam_diffusion.tokens.pair_cache import PairCache
+    from lerobot_lam_diffusion.tokens.pairs import PairCache
 
 
 class LiveStore(NamedTuple):
@@ -89,7 +90,7 @@ def store_of_live_cache(
                 f"{other_pixels} episodes have tokens of other pixels (augmentation, or another "
                 "--dataset.video_backend than in training)"
             )
-        raise LiveCacheError(
+        raise TokenStoreError(
             f"{cache.path} holds no complete episode of this dataset: {', '.join(reasons)}. Training never "
             "visits the last --policy.drop_n_last_frames frames of an episode. Pass the LAM, "
             f"--lam.path={cache.provenance.lam.path}, and merge encodes what is missing"

@@ -4,8 +4,6 @@ import hashlib
 import json
 import logging
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.files import write_atomically
-from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, identity_of
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, identity_of
 from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
-from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, sha256_of, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import remove_partial, write_store
+from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.errors import ExtractionError
+from lerobot_lam_diffusion.utils.files import remove_partial, remove_whole, write_whole
 
 LOCK_FILE = ".merge.lock"
 
@@ -63,7 +61,7 @@ class Extraction:
             }
             tables = save({name: tensor.contiguous() for name, tensor in named.items()})
             digest = hashlib.sha256(tables).hexdigest()
-            write_atomically(_tables_file(folder, digest), tables)  # other inputs, another name
+            write_whole(_tables_file(folder, digest), tables)  # other inputs, another name
             origin = {"provenance": json.loads(self.provenance.to_json()), "tables_sha256": digest}
             replace(self.plan, origin=origin).settle(folder)
         else:
@@ -71,7 +69,7 @@ class Extraction:
         there = Extraction.read(folder)
         changed = differing_episodes(self.episode_hash, there.episode_hash)
         if changed:
-            raise PlanError(
+            raise ExtractionError(
                 f"{folder} holds the unfinished work on other frames: episodes {_some(changed)} have changed "
                 "since. Remove the folder and start again, or choose another --output_dir"
             )
@@ -121,8 +119,8 @@ def _tables_file(folder: Path, digest: str) -> Path:
     return folder / f"tables-{digest[:16]}.safetensors"
 
 
-def _damaged(path: Path, what: str) -> PlanError:
-    return PlanError(
+def _damaged(path: Path, what: str) -> ExtractionError:
+    return ExtractionError(
         f"{path} is damaged ({what}). Remove the folder {path.parent} and start again, or choose another "
         "--output_dir"
     )
@@ -160,20 +158,10 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
             if lock.is_locked:
                 remove_partial(output_dir)
             store = _write(extraction, extraction.shards(folder), output_dir)
-        remove_shards(folder)
+        remove_whole(folder)
         return store
     finally:
         lock.release()
-
-
-def remove_shards(folder: Path) -> None:
-    """Remove an extraction's folder, so that nobody sees half of it."""
-    gone = folder.with_name(f".{folder.name}.gone-{secrets.token_hex(8)}")
-    try:
-        folder.rename(gone)
-    except OSError:  # another process was faster, or there is none
-        return
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:
@@ -186,19 +174,19 @@ def merge_unfinished(output_dir: Path) -> TokenStore:
     if (output_dir / PROVENANCE_FILE).is_file():
         return TokenStore.open(output_dir)  # merged already
     if not folder.is_dir():
-        raise PlanError(
+        raise ExtractionError(
             f"nothing to merge at {output_dir}: there are no shards in {folder}. Name the --output_dir of an "
             "extraction, or several stores"
         )
     extraction = Extraction.read(folder)
     finished, total = len(extraction.shards(folder).present()), len(extraction.plan.shards)
     if finished < total:
-        raise PlanError(
+        raise ExtractionError(
             f"{folder} has {finished} of {total} shards; run the extraction's command again to make the rest"
         )
     store = merge_shards(extraction, folder, output_dir)
     if store is None:
-        raise PlanError(f"another process is merging {folder}; wait for it")
+        raise ExtractionError(f"another process is merging {folder}; wait for it")
     return store
 
 
@@ -218,7 +206,7 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
     covered[list(skipped)] = False
     lengths = extraction.episode_to - extraction.episode_from
     if skipped and not bool((covered & (lengths > extraction.provenance.frame_stride)).any()):
-        remove_shards(shards.path)  # else the next run would find its work done
+        remove_whole(shards.path)  # else the next run would find its work done
         raise nothing_readable(skipped)
     reasons = {str(episode): skipped[episode] for episode in sorted(skipped)}
     return write_store(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import (
@@ -20,6 +19,7 @@ from lerobot_lam_diffusion.tokens.provenance import (
     Provenance,
 )
 from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 
 _PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
 

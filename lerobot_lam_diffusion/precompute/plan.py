@@ -5,20 +5,19 @@ so that processes on any machine make the same one, and a second run tells by it
 first one's work.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lerobot_lam_diffusion.precompute.files import write_durably
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.provenance import Provenance
-from lerobot_lam_diffusion.utils.files import partial_name
+from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
+from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
 FORMAT = "lerobot_lam_diffusion.extraction_plan"
 FORMAT_VERSION = 1
@@ -34,12 +33,6 @@ by episode: one that could not be read may have been repaired since."""
 
 FOLLOWS = {"stride_seconds"}
 """Fields that differ only where others do."""
-
-
-class PlanError(UserError):
-    """Unfinished work that is damaged, or that this run cannot go on with."""
-
-    section = "extraction"
 
 
 @dataclass(frozen=True)
@@ -102,19 +95,13 @@ class Plan:
             The plan in force: what is there may be cut into other shards.
 
         Raises:
-            PlanError: it is damaged, or of other inputs; every difference is listed.
+            ExtractionError: it is damaged, or of other inputs; every difference is listed.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / PLAN_FILE
         if not path.exists():
-            partial = write_durably(partial_name(path), self._to_json().encode())
-            try:
-                os.link(partial, path)  # unlike a rename it fails if another process was faster
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                os.replace(partial, path)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError), whole_or_nothing(path) as partial:
+                partial.write_text(self._to_json(), encoding="utf-8")
         there = Plan.read(path)
         problems = differences(self.identity, there.identity)
         problems += episodes_differ(self.episodes, there.episodes)
@@ -122,7 +109,7 @@ class Plan:
             f"{folder} holds the unfinished work of another extraction; finish that one, choose another "
             "--output_dir, or remove the folder",
             problems,
-            PlanError,
+            ExtractionError,
         )
         return there
 
@@ -131,7 +118,7 @@ class Plan:
         """Read and check a plan file.
 
         Raises:
-            PlanError: it is not a plan, newer than this package, or inconsistent.
+            ExtractionError: it is not a plan, newer than this package, or inconsistent.
         """
         try:
             if path.stat().st_size > LARGEST_PLAN:
@@ -227,8 +214,8 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-def _damaged(path: Path, what: str) -> PlanError:
-    return PlanError(
+def _damaged(path: Path, what: str) -> ExtractionError:
+    return ExtractionError(
         f"{path} is damaged ({what}): expected the plan of an extraction. Remove the folder {path.parent} "
         "and start again, or choose another --output_dir"
     )

@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.precompute.frames import decode_error, file_of
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
-from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
+from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 
@@ -82,7 +82,7 @@ def recompute_kept(
     refuse_other_lam(cache.tables, lam)
     kept = torch.cat([frames for frames, _, _ in cache.scan()])
     if not len(kept):
-        raise LiveCacheError(f"{cache.path} holds no tokens to compare yet: train on with it first")
+        raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
     chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
     index = kept[sorted(chosen)]
     prev, cur = (

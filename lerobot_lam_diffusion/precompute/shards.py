@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.files import write_atomically
 from lerobot_lam_diffusion.precompute.plan import Plan
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.layout import sha256_of
+from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ LARGEST_MANIFEST = 64 << 20  # bytes
 
 class ShardError(UserError):
     """A shard that is not what its manifest says."""
-
-    section = "extraction"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class ShardFolder:
             OSError: the disk is full or not writable; the shard stays unfinished.
         """
         tensors = save({"values": values.contiguous()})
-        write_atomically(self._tensors(shard), tensors)
+        write_whole(self._tensors(shard), tensors)
         manifest = {
             "format": FORMAT,
             "plan": self.plan.digest,
@@ -71,7 +69,7 @@ class ShardFolder:
             "sha256": hashlib.sha256(tensors).hexdigest(),
             "skipped": {str(episode): reason for episode, reason in skipped.items()},
         }
-        write_atomically(self._manifest(shard), json.dumps(manifest, indent=1).encode())
+        write_whole(self._manifest(shard), json.dumps(manifest, indent=1).encode())
 
     def finished(self, shards: Sequence[int] | None = None) -> list[int]:
         """Which of `shards` (all of the plan's) are finished, every byte read; damaged ones are told."""

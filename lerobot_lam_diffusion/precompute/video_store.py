@@ -50,7 +50,7 @@ def precompute_videos(
         batch_size: Pairs at a time; another one than guidance's changes continuous tokens by rounding.
 
     Raises:
-        VideoError: one cannot be read, or shows no pair of frames; nothing is written then.
+        DatasetError: one cannot be read, or shows no pair of frames; nothing is written then.
         FileExistsError: there is something at `output_dir`.
     """
     blocks: list[Tensor] = []

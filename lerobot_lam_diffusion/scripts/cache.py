@@ -11,11 +11,11 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_cache_folder,
     live_caches,
 )
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.command_line import counted
 from lerobot_lam_diffusion.scripts.next_step import next_step
-from lerobot_lam_diffusion.tokens.pair_cache import PairCache, bytes_on_disk, last_used, remove_pair_cache
+from lerobot_lam_diffusion.tokens.pairs import PairCache, bytes_on_disk, last_used, remove_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
+from lerobot_lam_diffusion.utils.errors import UserError
 
 DAY = 86400.0
 

@@ -12,15 +12,15 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
-from lerobot_lam_diffusion.problems import ColumnError, UserError
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.scripts.next_step import next_step, training
-from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files
 from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 NEARER = 0.75
 """A derived dataset's tokens may differ from the LAM's of its frames, which were encoded again; but by less
@@ -135,7 +135,7 @@ def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) ->
     """The LAM that the command line names, which must be the one that made the column."""
     camera = column.provenance.camera_key
     if camera not in meta.camera_keys:
-        raise ColumnError(
+        raise DatasetError(
             f"column {column.key!r} was made of {camera}, which is not among the dataset's cameras "
             f"{meta.camera_keys}: nothing to compare a LAM's tokens with; leave out --lam.path"
         )
@@ -147,7 +147,7 @@ def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) ->
         dtype=getattr(torch, column.provenance.dtype),
     )
     if lam.fingerprint != made_by.fingerprint:
-        raise ColumnError(
+        raise DatasetError(
             f"column {column.key!r} was made by the LAM {made_by.path!r} with fingerprint "
             f"{made_by.fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it "
             "as --lam.path"
@@ -157,13 +157,13 @@ def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) ->
 
 def _column(meta: LeRobotDatasetMetadata, key: str) -> TokenColumn:
     if key not in meta.features:
-        raise ColumnError(
+        raise DatasetError(
             f"dataset {meta.root} has no column {key!r}, only {list(meta.features)}; name it with --column, "
             "or name a token store to verify that"
         )
     column = read_column(meta, key)
     if column is None:
-        raise ColumnError(
+        raise DatasetError(
             f"column {key!r} of {meta.root} does not say what its tokens are, so there is nothing to check "
             "it against; columns made by lerobot-lam-tokens add-column do"
         )
@@ -178,7 +178,7 @@ def _compared(column: TokenColumn, found: Agreement) -> str:
     if found.equal == found.checked:
         return f"ok  {told}"
     if column.derived is None:
-        raise ColumnError(
+        raise DatasetError(
             f"{told}: the frames or the LAM changed, or the tokens were made on another kind of device. "
             "Extract them again with lerobot-lam-precompute"
         )
@@ -187,5 +187,5 @@ def _compared(column: TokenColumn, found: Agreement) -> str:
         f"{found.mean_error_of_others:.2g}"
     )
     if found.distinct > 1 and found.mean_error >= NEARER * found.mean_error_of_others:
-        raise ColumnError(f"{told}: the rows are not those of their frames. Extract the tokens again")
+        raise DatasetError(f"{told}: the rows are not those of their frames. Extract the tokens again")
     return f"ok  {told}: the frames were encoded again since"

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import draccus
 from draccus.utils import DraccusException
 
-from lerobot_lam_diffusion.problems import FlagError, UserError
 from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.utils.errors import FlagError, UserError
 
 DASHED = {
     "--dataset-repo-id": "dataset.repo_id",
@@ -89,8 +89,8 @@ def _refuse_missing_config(arguments: Sequence[str]) -> None:
 
 
 def refuse(error: BaseException) -> NoReturn:
-    """Exit with the error's message and the section of the docs that has it."""
-    text = "\n".join([f"error: {error}", *getattr(error, "__notes__", [UserError.pointer()])])
+    """Exit with the error's message."""
+    text = f"error: {error}"
     if not isinstance(error, FlagError):
         sys.exit(text)
     print(text, file=sys.stderr)

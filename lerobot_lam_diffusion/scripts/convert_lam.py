@@ -16,11 +16,11 @@ from pathlib import Path
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.lam.convert import FAMILIES, Dims, convert_lam, locate_checkpoint
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
-from lerobot_lam_diffusion.problems import FlagError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import refuse, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.errors import FlagError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 
 @dataclass

@@ -19,10 +19,10 @@ import huggingface_hub.constants
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import resolve_lam
-from lerobot_lam_diffusion.problems import DemoError, UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
+from lerobot_lam_diffusion.utils.errors import DemoError, UserError, raise_problems
 
 DEFAULT_FOLDER = Path("outputs/demo")
 SIMULATOR = ("gym_pusht", "pymunk", "shapely", "matplotlib")

@@ -28,12 +28,12 @@ from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
 from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
-from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
-from lerobot_lam_diffusion.tokens.tensor_file import map_array
+from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
+from lerobot_lam_diffusion.utils.files import map_array, whole_or_nothing
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -179,14 +179,12 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
     """All frames at the model's resolution, uint8 (F, 3, R, R), decoded once into a file beside the model."""
     shape = (len(episodes), 3, resolution, resolution)
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with whole_or_nothing(path) as partial, partial.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
                 for chunk in source.chunks(episode):
                     file.write(resize(chunk, resolution).contiguous().numpy().data)
-        partial.rename(path)
     return torch.from_numpy(map_array(path))
 
 

@@ -10,16 +10,16 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.cache import live_rows
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, usable_device
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
-from lerobot_lam_diffusion.scripts.opening import open_dataset, usable_device
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
-from lerobot_lam_diffusion.tokens.pair_cache import TABLES, LiveCacheError, PairCache, is_pair_cache
+from lerobot_lam_diffusion.tokens.pairs import TABLES, PairCache, is_pair_cache
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.scripts.tokens import MergeConfig, VerifyConfig
@@ -29,7 +29,7 @@ def means_live_cache(name: str | None) -> Path | None:
     """The folder of the live cache that `name` means: a path, or a name that `cache list` shows.
 
     Raises:
-        LiveCacheError: it is a folder of several caches, as `--policy.lam_live_cache=FOLDER` fills it.
+        TokenStoreError: it is a folder of several caches, as `--policy.lam_live_cache=FOLDER` fills it.
     """
     if name is None:
         return None
@@ -39,7 +39,7 @@ def means_live_cache(name: str | None) -> Path | None:
     inside = [cache for cache in sorted(Path(name).expanduser().glob("*")) if is_pair_cache(cache)]
     if len(inside) > 1:
         listed = "".join(f"\n  {cache}" for cache in inside)
-        raise LiveCacheError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
+        raise TokenStoreError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
     return inside[0] if inside else None
 
 
@@ -81,7 +81,7 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
         )
     told = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
     if result.equal < result.checked:
-        raise LiveCacheError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
+        raise TokenStoreError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
     print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
     print(_use_next(cache, known, config.dataset))
 
@@ -98,11 +98,11 @@ def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
     """Its complete episodes as a token store, of those tokens that are of the dataset's own pixels."""
     if config.dataset is None:
-        raise LiveCacheError(
+        raise TokenStoreError(
             "--dataset.repo_id is missing: the dataset whose pixels merge compares with the cache's"
         )
     if config.output_dir is None:
-        raise LiveCacheError(
+        raise TokenStoreError(
             "--output_dir is missing: the folder where the store of the cache's tokens will stand"
         )
     refuse_existing(config.output_dir)
@@ -128,7 +128,7 @@ def _device_of(cache: PairCache) -> str:
     try:
         return usable_device(cache.provenance.device)
     except UserError as error:
-        raise LiveCacheError(
+        raise TokenStoreError(
             f"{cache.path} was filled on {cache.provenance.device}, which is not to be had here: merge it on "
             "such a machine, or without --lam.path, which leaves out incomplete episodes"
         ) from error

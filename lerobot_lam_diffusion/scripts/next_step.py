@@ -11,7 +11,7 @@ import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.precompute.video_store import VIDEOS
-from lerobot_lam_diffusion.scripts.opening import usable_device
+from lerobot_lam_diffusion.scripts.inputs import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 

@@ -42,20 +42,20 @@ from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, preco
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
-from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
-from lerobot_lam_diffusion.scripts.opening import (
+from lerobot_lam_diffusion.scripts.inputs import (
     open_dataset,
     open_metadata,
     open_readable_dataset,
     usable_device,
 )
+from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"

@@ -38,7 +38,6 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
-from lerobot_lam_diffusion.problems import FlagError, UserError
 from lerobot_lam_diffusion.scripts.cache import (
     CacheListConfig,
     CachePathConfig,
@@ -55,6 +54,7 @@ from lerobot_lam_diffusion.scripts.column import (
 )
 from lerobot_lam_diffusion.scripts.command_line import LamSource, did_you_mean, refuse, run_command
 from lerobot_lam_diffusion.scripts.help import Command, summary_of
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.scripts.live_cache import (
     means_live_cache,
     merge_live_cache,
@@ -62,15 +62,15 @@ from lerobot_lam_diffusion.scripts.live_cache import (
     verify_live_cache,
 )
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
-from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.export import export_store
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.merge import merge_stores
 from lerobot_lam_diffusion.tokens.pull import pull_store
 from lerobot_lam_diffusion.tokens.push import push_store
+from lerobot_lam_diffusion.utils.errors import FlagError, TokenStoreError, UserError
 
 
 @dataclass

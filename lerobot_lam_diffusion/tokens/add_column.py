@@ -37,14 +37,12 @@ from lerobot.datasets.utils import EPISODES_DIR, INFO_PATH, STATS_PATH
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import ColumnError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files, read_frames, video_files
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
-from lerobot_lam_diffusion.utils.files import partial_folder, spread_mode
+from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whole_or_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -96,21 +94,13 @@ def add_column(
     refuse_existing(output)
     check_binding(store, meta)
     raise_problems(
-        f"the tokens of {store.name} cannot become a column", _problems(store, meta, key), ColumnError
+        f"the tokens of {store.name} cannot become a column", _problems(store, meta, key), DatasetError
     )
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(output)
-    try:
+    with whole_or_nothing(output) as partial:
+        partial.mkdir()
         _write_dataset(store, meta, partial, key)
-        for path in partial.rglob("*"):
-            fsync(path)
         linked, copied = _bring_videos(meta, partial, copy_videos)
-        into_place(partial, output)
-        fsync(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return NewDataset(output, linked, copied)
+    return NewDataset(output.resolve(), linked, copied)
 
 
 def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:
@@ -237,7 +227,6 @@ def _bring_videos(meta: Any, root: Path, copy: bool) -> tuple[int, int]:
             linked += 1
         else:
             shutil.copyfile(source, target)
-            fsync(target)
             copied += 1
     return linked, copied
 

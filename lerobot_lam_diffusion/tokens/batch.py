@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
 
 REMEDY = (
     "A store serves one dataset: wrap each dataset in a LamTokenDataset with its own store before they are "

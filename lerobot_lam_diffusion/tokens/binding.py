@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.problems import DatasetError, raise_problems
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
+from lerobot_lam_diffusion.utils.errors import DatasetError, TokenStoreError, raise_problems
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.tokens.provenance import DatasetOrigin

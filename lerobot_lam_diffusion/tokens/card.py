@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard
 
-from lerobot_lam_diffusion.problems import PushError
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, PACKAGE, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import HubError
 
 PICTURE_FILE = "lam_tokens_usage.png"
 TAGS = ("lerobot", "lam-tokens")
@@ -36,13 +36,13 @@ def make_card(
         existing: README of the repository as it is.
 
     Raises:
-        PushError: the metadata of `existing` is not YAML.
+        HubError: the metadata of `existing` is not YAML.
     """
     section = f"{_BEGIN}\n{_section(store, repo_id, revision, has_picture)}\n{_END}"
     try:
         card: Any = DatasetCard(existing if existing is not None else "---\ntags: []\n---\n")
     except (ValueError, yaml.YAMLError) as error:
-        raise PushError(
+        raise HubError(
             f"README.md of {repo_id} begins with metadata that cannot be read ({error}); correct or remove "
             "it on the Hub"
         ) from error

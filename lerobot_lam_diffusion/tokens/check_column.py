@@ -8,12 +8,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import ColumnError, raise_problems
 from lerobot_lam_diffusion.tokens.column import TokenColumn
 from lerobot_lam_diffusion.tokens.dataset_check import read_frames
 from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
+from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
 
 
 def open_column(column: TokenColumn, meta: Any) -> TokenStore:
@@ -53,7 +53,7 @@ def _tokens(path: Path, table: pa.Table, column: TokenColumn) -> Tensor:
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
         flat = flat.flatten()
     if len(flat) != len(rows) * column.token_dim or flat.null_count or not pa.types.is_floating(flat.type):
-        raise ColumnError(
+        raise DatasetError(
             f"{path}: a row of {column.key!r} is not {column.token_dim} numbers; add the column again with "
             "lerobot-lam-tokens add-column"
         )
@@ -78,7 +78,7 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
     name = f"column {column.key!r} of {store.path}"
     problem = not_finite(store.values, "token")
     if problem:
-        raise ColumnError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
+        raise DatasetError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
     missing = torch.ones(store.num_frames, dtype=torch.bool)
     missing[store.frames_with_tokens()] = False
     zero = ~store.values.any(1)
@@ -96,7 +96,7 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
     if column.kind == VQ:
         problems += _code_problems(column, store.values[~missing], codebook)
     raise_problems(
-        f"{name} is not what it says; add it again with lerobot-lam-tokens add-column", problems, ColumnError
+        f"{name} is not what it says; add it again with lerobot-lam-tokens add-column", problems, DatasetError
     )
     return int(missing.sum())
 

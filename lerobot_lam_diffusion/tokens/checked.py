@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.utils.files import partial_name
+from lerobot_lam_diffusion.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,7 @@ def read_note(place: Path) -> str | None:
 def write_note(place: Path, text: str) -> None:
     """Write a small file whole or not at all; one that cannot be written is no error."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_name(place)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(place)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(place, text)
     except OSError as error:
         logger.debug("%s cannot be kept for the next process: %s", place, error)
 

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lerobot_lam_diffusion.reading import UnreadableError, read_json
 from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, same_frames, video_info
 from lerobot_lam_diffusion.tokens.provenance import (
-    DOCUMENT_BYTES,
     FORMAT,
     DatasetOrigin,
     Provenance,
-    ProvenanceError,
 )
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
+from lerobot_lam_diffusion.utils.files import DOCUMENT_BYTES, UnreadableError, read_json
 
 COLUMN_FORMAT = "lerobot_lam_diffusion.token_column"
 COLUMN_FORMAT_VERSION = 2  # of a provenance: what `info` tells of one has not changed since
@@ -91,7 +90,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
         meta: `LeRobotDatasetMetadata` of a dataset with that column.
 
     Raises:
-        ProvenanceError: what it says is damaged, newer than this package, or not true of the column's shape.
+        TokenStoreError: what it says is damaged, newer than this package, or not true of the column's shape.
     """
     info = meta.features[key].get("info")
     if not isinstance(info, dict) or info.get("format") != COLUMN_FORMAT:
@@ -108,7 +107,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
     shape = tuple(meta.features[key]["shape"])
     if shape != (column.token_dim,):
         lam = provenance.lam
-        raise ProvenanceError(
+        raise TokenStoreError(
             f"{where} is damaged: tokens of {lam.num_learned_tokens} x {lam.action_latent_dim} numbers in a "
             f"column of shape {shape}. Add the column again with lerobot-lam-tokens add-column"
         )
@@ -139,7 +138,7 @@ def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
         )
     try:
         origin = Provenance.from_document(document.get("store"), str(Path(meta.root) / ORIGINS_FILE))
-    except ProvenanceError as error:
+    except TokenStoreError as error:
         return dataclasses.replace(column, derived=str(error))
     video = document.get("video")
     same = same_frames(meta, origin.camera_key, origin.dataset)

@@ -8,10 +8,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import ColumnError, DatasetError
-from lerobot_lam_diffusion.streaming import StreamingError
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError
 
 
 class LamTokenDataset(Dataset):
@@ -39,7 +38,7 @@ class LamTokenDataset(Dataset):
         key: str = OBS_LAM_TOKENS,
     ) -> None:
         if isinstance(dataset, IterableDataset):
-            raise StreamingError(
+            raise TrainingError(
                 "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy "
                 "by LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
             )
@@ -49,7 +48,7 @@ class LamTokenDataset(Dataset):
                 "be of several datasets: wrap each dataset with its own store, then concatenate them"
             )
         if key in dataset.meta.features:
-            raise ColumnError(
+            raise DatasetError(
                 f"the dataset has a column {key!r} already: train on that column, or drop it with "
                 "lerobot-edit-dataset before joining a token store"
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.problems import DatasetError, raise_problems
+from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
 
 RGB_CHANNELS = 3
 LFS_POINTER = b"version https://git-lfs"

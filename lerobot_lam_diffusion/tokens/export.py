@@ -9,7 +9,6 @@
 In all of them a frame without a token has zeros.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import fsync, map_array
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.files import map_array, refuse_existing, whole_or_nothing
 
 PARQUET_PROVENANCE = b"lerobot_lam_diffusion.provenance"
 
@@ -53,20 +51,9 @@ def export_store(store: TokenStore, output: Path, format: str) -> None:
             "missing episodes would pass for zeros. Export it with --format=parquet, or extract the missing "
             "episodes with lerobot-lam-precompute first"
         )
-    _refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as folder:
-        partial = Path(folder) / output.name
+    refuse_existing(output, "--output")
+    with whole_or_nothing(output) as partial:
         FORMATS[format](store, partial)
-        fsync(partial)
-        _refuse_existing(output)  # writing may have taken long
-        partial.rename(output)
-        fsync(output.parent)
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
 
 
 def _write_npy(store: TokenStore, path: Path) -> None:

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import check_binding
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.store import TokenStore
-
-
-class JoinedStoresError(TokenStoreError):
-    """Stores that cannot be used together."""
-
-    section = "several-stores-at-once"
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise_problems
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> 
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), JoinedStoresError)
+    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), TokenStoreError)
     return stores
 
 
@@ -68,7 +61,7 @@ def join_stores(stores: Sequence[TokenStore]) -> TokenStore | JoinedStores:
     """
     if not stores:
         raise TokenStoreError("no token store is named, expected at least one: name a store")
-    raise_problems("these token stores cannot be joined", differences(stores), JoinedStoresError)
+    raise_problems("these token stores cannot be joined", differences(stores), TokenStoreError)
     return stores[0] if len(stores) == 1 else JoinedStores(tuple(stores))
 
 

@@ -3,21 +3,17 @@
 import difflib
 import hashlib
 import logging
-from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import TokenStoreError
-from lerobot_lam_diffusion.reading import is_file, open_regular, shown
-from lerobot_lam_diffusion.safetensors_header import Entry, read_header, read_tensor
 from lerobot_lam_diffusion.tokens import checked
-from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance, ProvenanceError
+from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import row_tensors
-from lerobot_lam_diffusion.tokens.tensor_file import read_blocks
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, first_line, shown
+from lerobot_lam_diffusion.utils.files import check_regular, is_file
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +22,7 @@ PROVENANCE_FILE = "lam_tokens.json"
 EPISODE_HASH = "episode_hash"  # absent in stores of format version 1 and 2
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
-HEADER_BYTES = 1 << 16  # of at most six tensors
+MOST_TENSORS = 8  # of ours
 HASH_BYTES = 16
 
 
@@ -93,32 +89,32 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     Raises:
         TokenStoreError: a file is damaged or newer than this package.
     """
-    try:
-        provenance = Provenance.read(folder / PROVENANCE_FILE)
-    except ProvenanceError as error:
-        raise TokenStoreError(str(error)) from error
+    provenance = Provenance.read(folder / PROVENANCE_FILE)
     path = folder / TENSORS_FILE
     try:
-        with open_regular(path) as opened:
-            # Stricter than what `safe_open` believes.
-            entries = read_header(opened, HEADER_BYTES, for_map=True)
-            tensors = _tensors(path, opened, entries)
+        check_regular(path)
+        tensors = _tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, first_line(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:
         raise _damaged(path, "; ".join(problems))
     return provenance, tensors
 
 
-def _tensors(path: Path, opened: BinaryIO, entries: dict[str, Entry]) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     """Mapped, or read where the file system cannot map files."""
+    with safe_open(path, framework="pt", backend="pread") as file:  # checks the header, and maps nothing
+        names = list(file.keys())
+        if len(names) > MOST_TENSORS:
+            raise ValueError(f"it holds {len(names)} tensors, expected at most {MOST_TENSORS}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, RuntimeError) as error:
-        tensors = {name: read_tensor(opened, entry) for name, entry in entries.items()}
-        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
+        with safe_open(path, framework="pt", backend="pread") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, first_line(error))
         return tensors
 
 
@@ -200,23 +196,24 @@ def check_content(folder: Path, *, again: bool = False) -> None:
         return
     provenance, _ = map_store(folder)
     path = folder / TENSORS_FILE
-    digest = hashlib.sha256()
-    problem = None
-    rows_seen: Counter[str] = Counter()
     try:
-        for name, block in read_blocks(path, digest.update):
-            problem = problem or _content_problem(name, block, rows_seen[name], provenance)
-            rows_seen[name] += len(block)
-    except OSError as error:
-        raise _damaged(path, str(error)) from error
-    if digest.hexdigest() != provenance.tensors_sha256:
-        raise _damaged(
-            path,
-            f"its SHA-256 is {digest.hexdigest()[:16]}…, {PROVENANCE_FILE} expects "
-            f"{provenance.tensors_sha256[:16]}…: the file was truncated or altered",
-        )
-    if problem:
-        raise _damaged(path, problem)
+        digest = sha256_of(path)
+        if digest != provenance.tensors_sha256:
+            raise _damaged(
+                path,
+                f"its SHA-256 is {digest[:16]}…, {PROVENANCE_FILE} expects "
+                f"{provenance.tensors_sha256[:16]}…: the file was truncated or altered",
+            )
+        # Read, not mapped, so that a file that becomes shorter meanwhile is an error.
+        with safe_open(path, framework="pt", backend="pread") as file:
+            for name in file.keys():  # noqa: SIM118
+                rows = file.get_slice(name)
+                for start in range(0, rows.get_shape()[0], SCAN_ROWS):
+                    problem = _content_problem(name, rows[start : start + SCAN_ROWS], start, provenance)
+                    if problem:
+                        raise _damaged(path, problem)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, first_line(error)) from error
     checked.remember(folder, seen)
 
 

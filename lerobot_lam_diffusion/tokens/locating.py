@@ -14,17 +14,17 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from lerobot_lam_diffusion.hub import REPO_ID, HubError, fetch
-from lerobot_lam_diffusion.reading import is_file, shown
 from lerobot_lam_diffusion.tokens.layout import (
     PROVENANCE_FILE,
     TENSORS_FILE,
-    TokenStoreError,
     check_content,
     find_folder,
     siblings,
     unfinished_folder,
 )
+from lerobot_lam_diffusion.utils.errors import HubError, TokenStoreError, shown
+from lerobot_lam_diffusion.utils.files import is_file
+from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 logger = logging.getLogger(__name__)
 

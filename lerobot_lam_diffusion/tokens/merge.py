@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.storage import StoredRows
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_rows
+from lerobot_lam_diffusion.tokens.writer import write_rows
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 
 def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, shown
+from lerobot_lam_diffusion.utils.files import UnreadableError, read_json
 
 FORMAT = "lerobot_lam_diffusion.token_store"
 FORMAT_VERSION = 3
@@ -25,12 +25,6 @@ UNKNOWN_DECODER = "unknown"
 DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
-
-
-class ProvenanceError(UserError):
-    """A provenance file that is missing, damaged or newer than this package."""
-
-    section = "token-stores"
 
 
 @dataclass(frozen=True)
@@ -114,13 +108,13 @@ class Provenance:
         """Read and check a provenance file, of this format version or an older one.
 
         Raises:
-            ProvenanceError: it is not JSON, not ours, newer than this package, or fields are missing or of
+            TokenStoreError: it is not JSON, not ours, newer than this package, or fields are missing or of
                 the wrong type (all of them are told at once).
         """
         try:
             document = read_json(path, DOCUMENT_BYTES)
         except UnreadableError as error:
-            raise ProvenanceError(
+            raise TokenStoreError(
                 f"{path} is not readable as JSON ({error}); extract the tokens again with "
                 "lerobot-lam-precompute"
             ) from error
@@ -134,10 +128,10 @@ class Provenance:
             name: What to call it where it is bad.
 
         Raises:
-            ProvenanceError: as `read`.
+            TokenStoreError: as `read`.
         """
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ProvenanceError(
+            raise TokenStoreError(
                 f'{name} does not describe a token store: expected "format": "{FORMAT}"; extract the tokens '
                 "again with lerobot-lam-precompute"
             )
@@ -147,7 +141,7 @@ class Provenance:
         provenance = _decode(cls, document, "", problems)
         problems += _value_problems(provenance) if not problems else []
         if problems:
-            raise ProvenanceError(
+            raise TokenStoreError(
                 f"{name} is damaged: {'; '.join(problems)}. Extract the tokens again with "
                 "lerobot-lam-precompute"
             )
@@ -157,12 +151,12 @@ class Provenance:
 def _refuse_newer(document: dict, name: str) -> None:
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ProvenanceError(
+        raise TokenStoreError(
             f"{name} is damaged: format_version is {shown(version)}, expected a positive integer. Extract "
             "the tokens again with lerobot-lam-precompute"
         )
     if version > FORMAT_VERSION:
-        raise ProvenanceError(
+        raise TokenStoreError(
             f"{name} has format version {shown(version)}; this {PACKAGE} reads versions up to "
             f"{FORMAT_VERSION}. Install the version that made it, or a newer one: "
             f"pip install --upgrade '{_maker(document)}'"

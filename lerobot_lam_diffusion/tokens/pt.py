@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.reading import shown
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite, unknown_hashes
+from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, shown
 
 WIDEST_TOKEN = 1 << 16
 

@@ -6,9 +6,7 @@ from pathlib import Path
 from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content, stamp_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
-from lerobot_lam_diffusion.utils.files import partial_folder
+from lerobot_lam_diffusion.utils.files import refuse_existing, whole_or_nothing
 
 
 def pull_store(hub_id: str, folder: Path) -> TokenStore:
@@ -28,19 +26,11 @@ def pull_store(hub_id: str, folder: Path) -> TokenStore:
     """
     refuse_existing(folder)
     store = TokenStore.open(hub_id if hub_id.startswith("hf:") else f"hf://datasets/{hub_id}")
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(folder)
-    try:
+    with whole_or_nothing(folder) as partial:
+        partial.mkdir()
         for name in (TENSORS_FILE, PROVENANCE_FILE):
             shutil.copyfile(store.path / name, partial / name)
-            fsync(partial / name)
         check_content(partial)
         stamp = stamp_of(partial)
-        refuse_existing(folder)  # fetching may have taken long
-        into_place(partial, folder)
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    remember(folder, stamp)
+    remember(folder.resolve(), stamp)
     return store

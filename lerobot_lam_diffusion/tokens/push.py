@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lerobot_lam_diffusion.hub import HubError, reason, refuse_impossible
-from lerobot_lam_diffusion.problems import PushError, UserError
 from lerobot_lam_diffusion.tokens.card import PICTURE_FILE, make_card
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError, check_content
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content
 from lerobot_lam_diffusion.tokens.locating import KIND
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.usage_picture import draw_usage
+from lerobot_lam_diffusion.utils.errors import HubError, TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.hub import reason, refuse_impossible
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,11 +61,11 @@ def push_store(
         refuse_impossible(repo_id, revision)
         return _push(HfApi(), store, repo_id, private, revision)
     except HubError as error:
-        raise PushError(f"{store.name} was not pushed to {repo_id}: {error}.") from error
+        raise HubError(f"{store.name} was not pushed to {repo_id}: {error}.") from error
     except UserError:
         raise
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise PushError(f"{store.name} was not pushed to {repo_id}: {reason(error, KIND)}.") from error
+        raise HubError(f"{store.name} was not pushed to {repo_id}: {reason(error, KIND)}.") from error
 
 
 def _push(
@@ -102,7 +102,7 @@ def _push(
 
 def _refuse_public(api: "HfApi", repo_id: str, private: bool | None) -> None:
     if private and api.dataset_info(repo_id).private is False:
-        raise PushError(
+        raise HubError(
             f"{repo_id} exists already and is public, expected a private one (--private=true). Name another "
             "--repo_id, or make it private in its settings on the Hub"
         )
@@ -111,7 +111,7 @@ def _refuse_public(api: "HfApi", repo_id: str, private: bool | None) -> None:
 def _refuse_other(repo_id: str, present: set[str]) -> None:
     others = sorted(present.difference(_ANYWHERE))
     if others and PROVENANCE_FILE not in present:
-        raise PushError(
+        raise HubError(
             f"{repo_id} exists already and holds no token store but {', '.join(others[:3])}"
             f"{', …' if len(others) > 3 else ''}. A store has a repository of its own: name another --repo_id"
         )

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import TokenStoreError, UserError
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE, VQ
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
 
 INT8_LEVELS = 127
 

@@ -27,7 +27,6 @@ from torch import Tensor
 from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     TENSORS_FILE,
-    TokenStoreError,
     check_content,
     find_folder,
     map_store,
@@ -35,8 +34,9 @@ from lerobot_lam_diffusion.tokens.layout import (
 )
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.readahead import Readahead
 from lerobot_lam_diffusion.tokens.storage import decode_tokens
-from lerobot_lam_diffusion.tokens.tensor_file import Readahead
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,14 @@
 """Write a token store so that it appears whole or not at all."""
 
-import glob
-import os
-import shutil
+import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.checked import remember
@@ -15,7 +16,6 @@ from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     PROVENANCE_FILE,
     TENSORS_FILE,
-    TokenStoreError,
     sha256_of,
     stamp_of,
     tensor_layout,
@@ -29,28 +29,8 @@ from lerobot_lam_diffusion.tokens.storage import (
     storage_dtype_of,
 )
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import TensorFileWriter, fsync
-from lerobot_lam_diffusion.utils.files import partial_folder
-
-
-def refuse_existing(folder: Path) -> None:
-    """Refuse to write where something is already, or where nothing can be.
-
-    Raises:
-        FileExistsError: `folder` is a file or a folder that is not empty.
-        NotADirectoryError, PermissionError: no folder can be made there.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists already and is not empty; choose another --output_dir or remove it first"
-        )
-    ground = next(parent for parent in folder.resolve().parents if parent.exists())
-    if not ground.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be made: {ground} is a file; choose another --output_dir")
-    if not os.access(ground, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{folder} cannot be made: {ground} is not writable; choose another --output_dir"
-        )
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, first_line
+from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whole_or_nothing
 
 
 def write_store(
@@ -110,7 +90,7 @@ def write_rows(
 ) -> TokenStore:
     """`write_store` of rows that are encoded already; `provenance.max_error` is what they cost so far."""
     refuse_existing(folder)
-    folder = folder.resolve()  # "." has no name to write beside, a link cannot be renamed onto
+    folder = folder.resolve()
     lengths = (episode_to - episode_from) * covered
     known = {
         "episode_from": episode_from,
@@ -123,69 +103,59 @@ def write_rows(
         if not known["codebook"].isfinite().all():
             raise TokenStoreError("the LAM's codebook holds NaN or Inf; its weights are damaged")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(folder)
-    try:
+    with whole_or_nothing(folder) as partial:
+        partial.mkdir()
         shapes = tensor_layout(provenance, int(lengths.sum()))
-        max_error = _write_tensors(partial / TENSORS_FILE, shapes, known, rows)
+        max_error = _write_tensors(partial, shapes, known, rows)
         provenance = replace(
             provenance,
             tensors_sha256=sha256_of(partial / TENSORS_FILE),
             max_error=max(provenance.max_error, max_error),
         )
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
-        for name in (TENSORS_FILE, PROVENANCE_FILE):
-            fsync(partial / name)
+        spread_mode(partial)  # `save_file` makes private files
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-        into_place(partial, folder)
-        fsync(folder.parent)
-    except OSError as error:
-        if error.errno and error.filename is None:  # a write does not say of which file
-            raise OSError(error.errno, f"{error.strerror}: writing a token store", str(folder)) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     remember(folder, stamp)  # every value was checked on its way in
     return TokenStore.load(folder)
 
 
 def _write_tensors(
-    path: Path,
+    folder: Path,
     shapes: dict[str, tuple[torch.dtype, tuple]],
     known: dict[str, Tensor],
     rows: Iterable[StoredRows],
 ) -> float:
-    """Write the tensor file; the largest error of its rows."""
+    """Write the tensor file of `folder`; the largest error of its rows.
+
+    Rows go to plain files first, which `save_file` then reads as mapped tensors: one block is in memory at
+    a time, however large the store is.
+    """
     max_error = 0.0
-    with TensorFileWriter(path, shapes) as file:
-        for name, tensor in known.items():
-            file.write(name, tensor)
+    written = {name: 0 for name in shapes if name not in known}
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in written}
         for tensors, error in rows:
             for name, tensor in tensors.items():
-                file.write(name, tensor)
+                files[name].write(tensor.contiguous().view(torch.uint8).numpy())
+                written[name] += len(tensor)
             max_error = max(max_error, error)
+    mapped = {name: _mapped(folder / name, *shapes[name], written[name]) for name in written}
+    try:
+        save_file(known | mapped, folder / TENSORS_FILE)
+    except SafetensorError as error:  # the disk is full
+        raise OSError(f"writing {folder / TENSORS_FILE}: {first_line(error)}") from error
+    for name in written:
+        (folder / name).unlink()
     return max_error
 
 
-def into_place(partial: Path, folder: Path) -> None:
-    """Rename a finished folder to its name, where nothing or an empty folder is.
-
-    Raises:
-        FileExistsError: something was written there meanwhile, and stays.
-        OSError: it cannot be renamed.
-    """
+def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, ...], num_rows: int) -> Tensor:
+    if num_rows != shape[0]:
+        raise ValueError(f"{num_rows} rows of {path.name}, expected {shape[0]}: one for each covered frame")
+    numel = math.prod(shape)
+    if not numel:
+        return torch.empty(shape, dtype=dtype)
     try:
-        partial.rename(folder)
-    except OSError:
-        refuse_existing(folder)
-        if not folder.exists():
-            raise
-        folder.rmdir()  # some file systems rename nothing onto an empty folder
-        partial.rename(folder)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what writers of `folder` left that were killed; no other may be at work."""
-    folder = folder.resolve()
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+        return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
+    except RuntimeError:  # a file system that maps nothing
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype).view(shape)

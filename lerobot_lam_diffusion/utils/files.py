@@ -1,28 +1,136 @@
-"""Files and folders that are built beside their place, with the permissions that the user's umask asks for.
+"""Files and folders that appear whole or not at all, and small documents that may be damaged or hostile."""
 
-`tempfile` makes private files and folders, whatever the umask is, and a copied mode is that of another file:
-a group that shares a disk could not read such a store, and under umask 077 everybody could.
-"""
-
+import contextlib
+import errno
+import glob
+import json
+import logging
+import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lerobot_lam_diffusion.utils.errors import first_line, shown
+
+logger = logging.getLogger(__name__)
+
+DOCUMENT_BYTES = 1 << 20  # our largest are some kilobytes
+NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What file systems answer to a call that they do not have."""
 
 
-def partial_name(path: Path) -> Path:
-    """Where to build what `path` shall be; no other process or machine chooses the same."""
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
+@contextmanager
+def whole_or_nothing(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Build a file or folder under another name, sync it to disk, and rename it to `path`.
 
+    The block creates what it is given: with `mkdir` or `open`, which respect the user's umask (`tempfile`
+    does not). If the block raises, or the process is killed, `path` is as before; what a killed process left
+    is removed by `remove_partial`.
 
-def partial_folder(path: Path) -> Path:
-    """Make an empty folder to build in what `path` shall be, and return it; the folder of `path` exists.
+    Args:
+        path: Its parent folders are made.
+        replace: Overwrite a file that is there. False: see `refuse_existing`.
+
+    Yields:
+        The path to build at; no other process or machine chooses the same.
 
     Raises:
-        OSError: it cannot be made.
+        FileExistsError: without `replace`, something appeared at `path` meanwhile, and stays.
+        OSError: the disk is full or not writable; names the file.
     """
-    partial = partial_name(path)
-    partial.mkdir()
-    return partial
+    path = path.resolve()  # "." has no name to write beside, and a link cannot be renamed onto
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
+    try:
+        yield partial
+        # The bytes reach the disk before their name does.
+        for each in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
+            fsync(each)
+        if replace:
+            os.replace(partial, path)
+        elif partial.is_file():
+            _link_new(partial, path)
+        else:
+            _rename_new(partial, path)
+        fsync(path.parent)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        _remove(partial)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Make the file `path` hold `content`, whole or not at all, whenever the process or the machine stops.
+
+    Raises:
+        OSError: the disk is full or not writable; names the file.
+    """
+    with whole_or_nothing(path, replace=True) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that nobody ever sees half of it; one that is not there is no error."""
+    removed = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
+    try:
+        folder.rename(removed)
+    except FileNotFoundError:  # another process was faster, or there is none
+        return
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes left of `path`; no other may be building it now."""
+    path = path.resolve()
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        _remove(partial)
+
+
+def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
+    """Refuse to write where something is already, or where nothing can be.
+
+    Raises:
+        FileExistsError: `path` is a file or a folder that is not empty.
+        NotADirectoryError, PermissionError: nothing can be made there.
+    """
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path} is a link to nowhere; choose another {flag} or remove it first")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "exists already and is not empty" if path.is_dir() else "exists already"
+        raise FileExistsError(f"{path} {what}; choose another {flag} or remove it first")
+    ground = next(parent for parent in path.resolve().parents if parent.exists())
+    if not ground.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {ground} is a file; choose another {flag}")
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be made: {ground} is not writable; choose another {flag}")
+
+
+def fsync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's entries, before anything relies on them.
+
+    Folders are synced where the file system can (CIFS and some FUSE file systems cannot).
+
+    Raises:
+        OSError: the disk did not take a file's bytes.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir() and error.errno not in NOT_SUPPORTED:
+            raise
+        logger.debug("%s cannot be synced: %s", path, error)
 
 
 def spread_mode(folder: Path) -> None:
@@ -34,3 +142,113 @@ def spread_mode(folder: Path) -> None:
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+class UnreadableError(ValueError):
+    """Why a file cannot be read; its message is a phrase, without the file's name."""
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is, or links to, a regular file; no where nobody can tell (no access, name too long)."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what cannot be read to its end: a pipe or a device could block, or never end.
+
+    Raises:
+        UnreadableError: absent, a folder, a pipe or a device.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UnreadableError(first_line(error)) from error
+    if not regular:
+        raise UnreadableError("it is a folder, a pipe or a device, expected a file")
+
+
+def read_json(path: Path, at_most: int = DOCUMENT_BYTES) -> Any:
+    """A small JSON document.
+
+    Raises:
+        UnreadableError: see `check_regular` and `parse_json`; or larger than `at_most` bytes.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(at_most + 1)
+    except OSError as error:
+        raise UnreadableError(first_line(error)) from error
+    if len(content) > at_most:
+        raise UnreadableError(f"it is larger than {at_most} bytes, no such document is")
+    return parse_json(content)
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON in UTF-8, whose objects name each key once.
+
+    Raises:
+        UnreadableError: not that; or nested too deeply, or text in it cannot be printed (half a surrogate).
+    """
+    try:
+        document = json.loads(content.decode(), object_pairs_hook=_once)
+        json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UnreadableError("it is nested too deeply") from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of 5,000 digits, half a surrogate
+        raise UnreadableError(first_line(error)) from error
+    return document
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array in a `.npy` file, mapped (changes stay in memory), or read where files cannot be mapped."""
+    try:
+        return np.load(path, mmap_mode="c")
+    except OSError as error:
+        array = np.load(path)
+        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
+        return array
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnreadableError(f"the key {shown(twice)} occurs twice")
+    return values
+
+
+def _link_new(partial: Path, path: Path) -> None:
+    """Give a file its name, unless another process was faster: a rename would overwrite that one's file."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        refuse_existing(path)
+        partial.rename(path)
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    """Rename to a name that nothing, or an empty folder, has."""
+    refuse_existing(path)  # building may have taken long
+    try:
+        partial.rename(path)
+    except OSError:
+        refuse_existing(path)
+        if not path.is_dir():
+            raise
+        path.rmdir()  # some file systems rename nothing onto an empty folder
+        partial.rename(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

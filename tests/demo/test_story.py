@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lerobot_lam_diffusion.utils.errors import DemoError
+
 pytest.importorskip("gym_pusht")
 
 from lerobot_lam_diffusion.demo import commands
 from lerobot_lam_diffusion.demo.running import (
-    CommandError,
     LiveLine,
     Progress,
     command_environment,
@@ -158,14 +159,12 @@ def test_a_command_runs_offline_into_its_log_while_progress_is_read(tmp_path):
 
 
 def test_a_failed_command_is_told_with_the_end_of_its_log(tmp_path):
-    with pytest.raises(
-        CommandError, match=r"(?s)status 3; its full output is in .*x\.log.*-c.*\| the reason"
-    ):
+    with pytest.raises(DemoError, match=r"(?s)status 3; its full output is in .*x\.log.*-c.*\| the reason"):
         run_python("print('the reason'); raise SystemExit(3)", tmp_path / "x.log", [])
 
 
 def test_a_command_that_is_not_installed_is_told(tmp_path):
-    with pytest.raises(CommandError, match="no-such-program is not beside"):
+    with pytest.raises(DemoError, match="no-such-program is not beside"):
         run_logged(["no-such-program"], tmp_path / "x.log", lambda log: None, LiveLine(io.StringIO()))
 
 

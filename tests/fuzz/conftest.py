@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import HOSTILE_INPUTS
 from tests.fuzz.jail import try_all
 

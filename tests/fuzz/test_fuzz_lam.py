@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from lerobot_lam_diffusion.lam import LamConfig, LamError, fingerprint_of, load_lam, save_lam
+from lerobot_lam_diffusion.lam import LamConfig, fingerprint_of, load_lam, save_lam
 from lerobot_lam_diffusion.lam.config import CONFIG_FILE
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
 from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
+from lerobot_lam_diffusion.utils.errors import LamError
 from tests.fuzz import mutations
 from tests.fuzz.conftest import check_refusal
 

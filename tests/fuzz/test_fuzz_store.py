@@ -21,9 +21,9 @@ from lerobot_lam_diffusion.tokens.provenance import (
     VQ,
     DatasetOrigin,
     LamOrigin,
-    ProvenanceError,
 )
 from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
 from tests.fuzz import mutations
 from tests.fuzz.conftest import check_refusal
 
@@ -210,5 +210,5 @@ def test_many_damaged_provenances(readers, fuzz):
 @given(content=st.binary(max_size=100))
 def test_no_bytes_are_a_provenance_that_fails_otherwise(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(ProvenanceError, match="again with lerobot-lam-precompute"):
+    with pytest.raises(TokenStoreError, match="again with lerobot-lam-precompute"):
         Provenance.read(tmp_path / "x.json")

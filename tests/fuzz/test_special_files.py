@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lerobot_lam_diffusion.lam import LamError, fingerprint_of, load_lam
+from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.config import CONFIG_FILE
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
 from lerobot_lam_diffusion.lam.weights import open_weights
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.reading import UnreadableError, open_regular, parse_json, shown
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.utils.errors import LamError, UserError, shown
+from lerobot_lam_diffusion.utils.files import UnreadableError, open_regular, parse_json
 from tests.fuzz.conftest import check_refusal
 from tests.fuzz.test_fuzz_lam import Reader as LamReader
 from tests.fuzz.test_fuzz_pt import META, NUMBERS, saved

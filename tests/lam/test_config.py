@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from lerobot_lam_diffusion.lam import LamConfig, LamError
+from lerobot_lam_diffusion.lam import LamConfig
 from lerobot_lam_diffusion.lam.config import config_document
 from lerobot_lam_diffusion.lam.loading import _meta_modules, read_config
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
+from lerobot_lam_diffusion.utils.errors import LamError
 
 from .conftest import DATA, TINY
 

@@ -11,13 +11,14 @@ from math import prod
 import pytest
 import torch
 
-from lerobot_lam_diffusion.lam import LamError, load_lam, resolve_lam
+from lerobot_lam_diffusion.lam import load_lam, resolve_lam
 from lerobot_lam_diffusion.lam.convert import Source, convert_lam, locate_checkpoint, sha256_of
 from lerobot_lam_diffusion.lam.converting import Dims
 from lerobot_lam_diffusion.lam.lapa import LapaConfig
 from lerobot_lam_diffusion.lam.lapa.convert import _expected as expected_of_lapa
 from lerobot_lam_diffusion.lam.univla import UniVlaConfig
 from lerobot_lam_diffusion.lam.univla.convert import _expected as expected_of_univla
+from lerobot_lam_diffusion.utils.errors import LamError
 
 from .conftest import DATA
 from .test_locating import COMMIT, Hub
@@ -238,7 +239,6 @@ def test_a_damaged_folder_is_refused(convert):
 
 _CONVERT = """
 import sys
-from lerobot_lam_diffusion.lam import LamError
 from lerobot_lam_diffusion.lam.convert import locate_checkpoint
 for name in sys.argv[1:]:
     try:

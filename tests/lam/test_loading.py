@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_lam_diffusion.lam import LamError, fingerprint_of, load_lam
+from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.weights import Weights
+from lerobot_lam_diffusion.utils.errors import LamError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lerobot_lam_diffusion.lam import LamError, load_lam, resolve_lam, shipped_lams
+from lerobot_lam_diffusion.lam import load_lam, resolve_lam, shipped_lams
+from lerobot_lam_diffusion.utils.errors import LamError
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -88,7 +89,7 @@ def hub(make_lam_folder):
 
 _LOOK = """
 import sys
-from lerobot_lam_diffusion.lam.locating import LamError, locate_lam
+from lerobot_lam_diffusion.lam.locating import locate_lam
 for path, revision in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         folder, commit = locate_lam(path, revision or None)

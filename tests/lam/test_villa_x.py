@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lerobot_lam_diffusion.lam import LamError, LamTokens, load_lam
+from lerobot_lam_diffusion.lam import LamTokens, load_lam
+from lerobot_lam_diffusion.utils.errors import LamError
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheError, CacheKey, cached_entries
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 from tests.precompute import building
 
 KEY = CacheKey("d" * 64, 60, 10.0, "f" * 64, "observation.images.top", 1, "vq", "float32", "pyav", "cpu")
@@ -77,7 +78,7 @@ def test_a_cache_that_cannot_be_locked_is_read(cache, dataset, store):
     assert len(entry.open(dataset.meta, pytest.fail).values) == 60
     other = CacheEntry(cache, "other")
     other._mark("lock").mkdir()
-    with pytest.raises(CacheError, match=r"is not writable .*HF_LEROBOT_HOME.*lerobot-lam-precompute"):
+    with pytest.raises(ExtractionError, match=r"is not writable .*HF_LEROBOT_HOME.*lerobot-lam-precompute"):
         other.open(dataset.meta, pytest.fail)
 
 
@@ -85,7 +86,7 @@ def test_a_damaged_store_names_the_folder_to_remove(cache, dataset, store):
     entry = put(cache, store)
     file = entry.folder / TENSORS_FILE
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(CacheError, match=rf"damaged.*remove {entry.folder}, and it is built again"):
+    with pytest.raises(ExtractionError, match=rf"damaged.*remove {entry.folder}, and it is built again"):
         entry.open(dataset.meta, pytest.fail)
 
 

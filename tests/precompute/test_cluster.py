@@ -15,11 +15,10 @@ import pytest
 from lerobot_lam_diffusion.precompute import cluster as engines
 from lerobot_lam_diffusion.precompute.cluster import ExtractShards, MergeStore, submit
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
-from lerobot_lam_diffusion.precompute.plan import PlanError
 from lerobot_lam_diffusion.precompute.shards import ShardError
-from lerobot_lam_diffusion.problems import DatasetError, ExtractionError
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import EXTRACT_SHARE, main
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
+from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError
 from tests.conftest import EPISODE_LENGTHS, TOP
 from tests.precompute import cluster_tasks, interrupted
 
@@ -153,7 +152,7 @@ def test_what_is_pickled_are_names_paths_and_numbers(flags):
 
 def test_a_merge_before_all_tasks_have_ended_is_refused(flags, tmp_path):
     run_tasks(flags, [0], 2)
-    with pytest.raises(PlanError, match=r"has \d of 5 shards; run the extraction's command again"):
+    with pytest.raises(ExtractionError, match=r"has \d of 5 shards; run the extraction's command again"):
         MergeStore(flags["output_dir"]).run()
     assert not (tmp_path / "store").exists()
 

@@ -9,7 +9,7 @@ import pytest
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
 from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
-from lerobot_lam_diffusion.problems import DatasetError, UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
 
 LENGTHS = (5, 6, 8, 3, 4, 6, 7, 7, 5, 9)

@@ -12,12 +12,12 @@ import torch
 
 from lerobot_lam_diffusion.precompute.demonstrations import (
     DemonstrationVideo,
-    VideoError,
     encode_video,
     videos_in,
 )
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.utils.errors import DatasetError
 from tests.videos import turn, write_video
 
 FPS = 10
@@ -163,7 +163,7 @@ def bad(tmp_path):
     ],
 )
 def test_what_is_no_demonstration_is_refused(name, words, bad, lam):
-    with pytest.raises(VideoError, match=words):
+    with pytest.raises(DatasetError, match=words):
         encode_video(DemonstrationVideo(bad / name), lam, FPS, 1, True)
 
 
@@ -171,7 +171,7 @@ def test_a_still_image_is_refused(tmp_path, lam):
     from PIL import Image
 
     Image.fromarray(numbered(3)[2]).save(tmp_path / "a.png")
-    with pytest.raises(VideoError, match="has 1 frame"):
+    with pytest.raises(DatasetError, match="has 1 frame"):
         encode_video(DemonstrationVideo.parse(str(tmp_path / "a.png")), lam, FPS, 1, True)
 
 
@@ -251,5 +251,5 @@ def test_flags_that_do_not_go_together(flags, words, lam_folder, tmp_path):
 
 
 def test_a_folder_without_videos(tmp_path):
-    with pytest.raises(VideoError, match="has no videos in it"):
+    with pytest.raises(DatasetError, match="has no videos in it"):
         videos_in(str(tmp_path))

@@ -17,8 +17,8 @@ from lerobot.datasets.dataset_tools import delete_episodes
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset
 
 LENGTHS = (6, 5, 6, 4)

@@ -17,9 +17,9 @@ from lerobot_lam_diffusion.precompute.frames import DecodeError
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.plan import PLAN_FILE
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, writer
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import EPISODE_LENGTHS, TOP, record_dataset, write_lam
 
 STRIDES = [1, 3, 10, 100]  # 10: longer than two episodes, 100: than all

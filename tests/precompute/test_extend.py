@@ -10,9 +10,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.problems import ExtractionError
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known, episode_hashes
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 from tests.conftest import TOP, record_dataset, write_lam
 
 LENGTHS = (9, 7, 8)

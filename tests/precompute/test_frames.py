@@ -13,7 +13,7 @@ from PIL import Image
 
 from lerobot_lam_diffusion.precompute import frames as frames_module
 from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames, choose_camera
-from lerobot_lam_diffusion.problems import DatasetError, UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
 
 WRIST = "observation.images.wrist"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, share_of
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, share_of
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 
 IDENTITY = {"camera_key": "top", "frame_stride": 1}
 
@@ -50,7 +51,7 @@ def test_a_plan_is_written_once_and_found_again(tmp_path):
 def test_another_extraction_is_refused_with_every_difference(tmp_path):
     make([5, 6]).settle(tmp_path)
     other = Plan.make({"camera_key": "wrist", "frame_stride": 3}, [0], [5], None)
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(ExtractionError) as error:
         other.settle(tmp_path)
     told = str(error.value)
     assert "its camera_key is 'top', this run's 'wrist'" in told
@@ -91,7 +92,7 @@ def test_a_damaged_plan_is_refused(tmp_path, damage):
     make([5, 6]).settle(tmp_path)
     document = json.loads((tmp_path / PLAN_FILE).read_text())
     (tmp_path / PLAN_FILE).write_text(json.dumps(damage(document)))
-    with pytest.raises(PlanError, match=r"is damaged .*Remove the folder"):
+    with pytest.raises(ExtractionError, match=r"is damaged .*Remove the folder"):
         Plan.read(tmp_path / PLAN_FILE)
 
 
@@ -99,7 +100,7 @@ def test_a_damaged_plan_is_refused(tmp_path, damage):
 def test_any_bytes_are_a_clear_error(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("plan") / PLAN_FILE
     path.write_bytes(content)
-    with pytest.raises(PlanError, match="is damaged"):
+    with pytest.raises(ExtractionError, match="is damaged"):
         Plan.read(path)
 
 
@@ -108,5 +109,5 @@ def test_a_truncated_plan_is_refused(tmp_path):
     content = (tmp_path / PLAN_FILE).read_bytes()
     for keep in range(len(content)):
         (tmp_path / PLAN_FILE).write_bytes(content[:keep])
-        with pytest.raises(PlanError, match="is damaged"):
+        with pytest.raises(ExtractionError, match="is damaged"):
             Plan.read(tmp_path / PLAN_FILE)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lerobot_lam_diffusion.lam import LamError
-from lerobot_lam_diffusion.problems import FlagError, UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import normalise, run_command
 from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.utils.errors import FlagError, LamError, UserError, raise_problems
 
 SPELLINGS = {
     "dotted": (["--dataset.repo_id=a/b", "--batch_size=3"], ["--dataset.repo_id=a/b", "--batch_size=3"]),

@@ -8,9 +8,9 @@ import huggingface_hub.constants
 import pytest
 from lerobot.datasets import LeRobotDataset
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts import demo
 from lerobot_lam_diffusion.scripts.demo import DemoConfig, demo_folder, main, normalise
+from lerobot_lam_diffusion.utils.errors import UserError
 
 
 def needs_simulator() -> None:

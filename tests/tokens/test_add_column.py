@@ -25,11 +25,11 @@ from lerobot.scripts.lerobot_edit_dataset import DeleteEpisodesConfig, EditDatas
 from torch.utils.data import DataLoader
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import DatasetError, UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import read_column
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
 
 STATISTICS = {"min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99"}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import LamTokenDataset, TokenStoreError
 from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
+from lerobot_lam_diffusion.utils.errors import UserError
 
 
 @pytest.fixture(params=["one store", "joined"])

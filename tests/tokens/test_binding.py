@@ -11,9 +11,9 @@ from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.dataset_tools import add_features, delete_episodes, reencode_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import EPISODE_LENGTHS, TOP, record_dataset
 
 

@@ -7,8 +7,8 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import DataLoader
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import LamTokenDataset, TokenStoreError
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import record_dataset
 
 KEY = "observation.lam_tokens"

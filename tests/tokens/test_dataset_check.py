@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-from lerobot_lam_diffusion.problems import DatasetError
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files, channels_of, check_metadata, not_rgb
+from lerobot_lam_diffusion.utils.errors import DatasetError
 from tests.conftest import TOP
 
 

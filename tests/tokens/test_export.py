@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, export
 from lerobot_lam_diffusion.tokens.export import FORMATS, PARQUET_PROVENANCE, export_store
+from lerobot_lam_diffusion.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

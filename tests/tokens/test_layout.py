@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, tensor_file
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.tokens.conftest import StoreFiles
 
 REMEDY = "lerobot-lam-precompute"

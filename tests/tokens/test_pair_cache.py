@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lerobot_lam_diffusion.tokens import TokenStoreError
-from lerobot_lam_diffusion.tokens.pair_cache import PAIRS_FILE, PairCache
+from lerobot_lam_diffusion.tokens.pairs import PAIRS_FILE, PairCache
 
 VALUES = {"vq": (2, torch.int32), "continuous": (64, torch.float32)}
 

@@ -17,7 +17,7 @@ from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.export import FORMATS, export_store
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
-from lerobot_lam_diffusion.tokens.pair_cache import PairCache
+from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.pull import pull_store
 from tests.conftest import TOP
 

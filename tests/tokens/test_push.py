@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import constants
 
-from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.card import PICTURE_FILE
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS
 from lerobot_lam_diffusion.tokens.pull import pull_store
 from lerobot_lam_diffusion.tokens.push import push_store
+from lerobot_lam_diffusion.utils.errors import UserError
 from tests.hub_server import OWNER, READER
 
 REPO = "user/tokens"

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_lam_diffusion.tokens import tensor_file
-from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, fsync, read_blocks
+from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, read_blocks
+from lerobot_lam_diffusion.utils.files import fsync
 
 TENSORS = {
     "tokens": torch.arange(21).view(7, 3).to(torch.int8),

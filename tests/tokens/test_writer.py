@@ -10,7 +10,8 @@ import torch
 from lerobot_lam_diffusion.tokens import TokenStore, writer
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
-from lerobot_lam_diffusion.tokens.writer import refuse_existing, write_store
+from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 LENGTHS = [4, 5]
 

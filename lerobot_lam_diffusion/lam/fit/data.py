@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import LamError
+from lerobot_lam_diffusion.utils.errors import LamError
 
 MOVING_LEVELS = 20
 """A pixel moves if a colour changes by more than this, of 255: above what video compression flickers."""

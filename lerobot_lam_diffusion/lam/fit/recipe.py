@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import cos, pi
 
-from ..errors import problems_to_error
+from lerobot_lam_diffusion.utils.errors import LamError, raise_problems
 
 GROUND, DRAW, QUANTISE = "ground", "draw", "quantise"
 
@@ -58,8 +58,7 @@ class FitRecipe:
                 f"ground_share and draw_share sum to {self.ground_share + self.draw_share}, expected less "
                 "than 1: the rest of the steps is for the codebook"
             )
-        if problems:
-            raise problems_to_error("This recipe cannot be followed", problems, "Correct these fields.")
+        raise_problems("This recipe cannot be followed", problems, LamError, "Correct these fields.")
 
     def phase(self, step: int, has_state: bool) -> str:
         """The phase of a step, counted from 0."""

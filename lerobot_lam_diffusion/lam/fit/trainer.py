@@ -1,7 +1,6 @@
 """The training loop: every step is a function of (seed, step), so a resumed run continues bit for bit."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import LamError
+from lerobot_lam_diffusion.utils.errors import LamError
+from lerobot_lam_diffusion.utils.files import whole_or_nothing
+
 from ..preprocess import normalize_frames
 from ..villa_x.config import LamConfig
 from .codebook import CodebookAverages, kmeans
@@ -103,9 +104,8 @@ class Fit:
             "counts": self.averages.counts,
             "sums": self.averages.sums,
         }
-        partial = output_dir / f".{CHECKPOINT_FILE}.partial"
-        torch.save(state, partial)
-        os.replace(partial, output_dir / CHECKPOINT_FILE)
+        with whole_or_nothing(output_dir / CHECKPOINT_FILE, replace=True) as partial:
+            torch.save(state, partial)
 
     def resume(self, output_dir: Path) -> None:
         """Continue from the checkpoint of `output_dir`.

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.utils.errors import LamError
+
 from ..converting import Dims, Shape, Shapes, Translation
-from ..errors import LamError
 from .config import UniVlaConfig
 from .network import interpolated_positions, position_table
 

@@ -8,10 +8,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from lerobot_lam_diffusion.reading import shown
+from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
 
 from ..config import CONFIG_REMEDY
-from ..errors import problems_to_error
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class LamConfig:
 
     def __post_init__(self) -> None:
         problems = _type_problems(self) or _value_problems(self)
-        if problems:
-            raise problems_to_error("These LAM dimensions do not describe a model", problems, CONFIG_REMEDY)
+        raise_problems("These LAM dimensions do not describe a model", problems, LamError, CONFIG_REMEDY)
 
     @property
     def grid_size(self) -> int:

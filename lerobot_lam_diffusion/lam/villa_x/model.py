@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lerobot_lam_diffusion.utils.errors import LamError
+
 from ..base import LamTokens, LatentActionModel, check_axes
-from ..errors import LamError
 from ..precision import full_precision
 from ..preprocess import denormalize_frames, normalize_frames, resize
 from ..quantizer import Quantizer

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lerobot_lam_diffusion.lam import LamError
 from lerobot_lam_diffusion.lam.fit.data import moving_pixels
+from lerobot_lam_diffusion.utils.errors import LamError
 
 
 def test_pairs_stay_inside_an_episode_and_a_side(squares):

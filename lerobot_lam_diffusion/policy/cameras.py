@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.problems import TrainingError, raise_problems
+from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 
 logger = logging.getLogger(__name__)
 

@@ -4,22 +4,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.reading import shown
+from lerobot_lam_diffusion.utils.errors import HubError, shown
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no way out of the cache's folder of branches
 
 _ACCOUNT = "(hf auth login, or HF_TOKEN) with an account that may"
-
-
-class HubError(UserError):
-    """Why the Hub gave, or took, nothing.
-
-    Its message is a phrase, what was found and what to do, that goes on after the repository's name.
-    """
-
-    section = "the-hub"
 
 
 def fetch(repo_id: str, revision: str | None, files: Sequence[str], kind: str) -> Path:

@@ -15,7 +15,6 @@ and counts as not there; so the file needs no lock, and may be left at any momen
 
 import contextlib
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,21 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError, not_finite
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, not_finite
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import NOT_SUPPORTED, fsync
-from lerobot_lam_diffusion.tokens.writer import into_place, write_store
-from lerobot_lam_diffusion.utils.files import partial_folder
+from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
+from lerobot_lam_diffusion.utils.files import NOT_SUPPORTED, remove_whole, whole_or_nothing
 
 TABLES = "tables"
 PAIRS_FILE = "pairs.bin"
-
-
-class LiveCacheError(TokenStoreError):
-    """A live cache that is missing, damaged or empty."""
-
-    section = "the-live-cache"
 
 
 class Found(NamedTuple):
@@ -75,7 +68,7 @@ class PairCache:
         size = (path / PAIRS_FILE).stat().st_size
         expected = tables.num_frames * self._record.itemsize
         if size != expected:
-            raise LiveCacheError(
+            raise TokenStoreError(
                 f"{path / PAIRS_FILE} has {size} bytes, expected {expected}: it was truncated or altered. "
                 f"Remove the folder {path}; training makes it anew"
             )
@@ -105,25 +98,19 @@ class PairCache:
             with contextlib.suppress(OSError):  # it may only be read
                 os.utime(folder / PAIRS_FILE)
             return cls.open(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_folder(folder)
+        nothing = torch.zeros(len(episode_from), dtype=torch.bool)
+        provenance = replace(provenance, storage_dtype="")
         try:
-            nothing = torch.zeros(len(episode_from), dtype=torch.bool)
-            provenance = replace(provenance, storage_dtype="")
-            tables = write_store(
-                partial / TABLES, provenance, (), codebook, episode_from, episode_to, nothing
-            )
-            (partial / PAIRS_FILE).touch()
-            os.truncate(partial / PAIRS_FILE, tables.num_frames * _record_of(tables).itemsize)
-            fsync(partial / PAIRS_FILE)
-            try:
-                into_place(partial, folder)
-            except OSError:
-                if not is_pair_cache(folder):  # else another process was faster
-                    raise
-            fsync(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with whole_or_nothing(folder) as partial:
+                partial.mkdir()
+                tables = write_store(
+                    partial / TABLES, provenance, (), codebook, episode_from, episode_to, nothing
+                )
+                (partial / PAIRS_FILE).touch()
+                os.truncate(partial / PAIRS_FILE, tables.num_frames * _record_of(tables).itemsize)
+        except OSError:
+            if not is_pair_cache(folder):  # else another process was faster
+                raise
         return cls.open(folder)
 
     @classmethod
@@ -134,7 +121,7 @@ class PairCache:
             TokenStoreError: there is none, or it is damaged.
         """
         if not is_pair_cache(folder):
-            raise LiveCacheError(
+            raise TokenStoreError(
                 f"no cache of live tokens at {folder}: expected the folder {TABLES} and {PAIRS_FILE} in it, "
                 "as training with --policy.lam_live_cache makes them"
             )
@@ -292,10 +279,7 @@ def remove_pair_cache(folder: Path) -> bool:
     with path.open("r+b" if os.access(path, os.W_OK) else "rb", buffering=0) as file:
         if not _lock(file, exclusive=True):
             return False
-        removed = folder.with_name(f".{folder.name}.partial-removed")  # never half a cache under its name
-        shutil.rmtree(removed, ignore_errors=True)
-        folder.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        remove_whole(folder)
     return True
 
 

@@ -20,8 +20,8 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.precompute.dataset import is_local, open_readable, open_whole
-from lerobot_lam_diffusion.problems import DatasetError, UserError
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 
 def usable_device(device: str | None) -> str:

@@ -20,11 +20,12 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
+from lerobot_lam_diffusion.policy.precomputed import dataset_camera
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
 from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
-from lerobot_lam_diffusion.token_source import dataset_camera
-from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
+from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def open_live_caches(
         try:
             pairs = PairCache.make(folder, provenance, codebook_of(lam), *episode_bounds(dataset_meta))
         except OSError as error:
-            raise LiveCacheError(
+            raise TokenStoreError(
                 f"--policy.lam_live_cache={config.lam_live_cache} cannot be used: {folder} cannot be made or "
                 f"opened ({error}). Name another folder, or leave the flag out"
             ) from error

@@ -17,18 +17,17 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import (
-    LamError,
     LamTokens,
     LatentActionModel,
     TokenShape,
     load_lam,
     resolve_lam,
 )
-from lerobot_lam_diffusion.problems import LamNotFoundError, raise_unfit
 from lerobot_lam_diffusion.sources import LamSource, twins
+from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise_unfit
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.live_cache import LiveCache
+    from lerobot_lam_diffusion.policy.live_cache import LiveCache
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,9 @@ class LiveTokens:
             UserError: the cache is damaged, or a camera is not one of the dataset's.
             OSError: the cache cannot be made.
         """
-        from lerobot_lam_diffusion.live_cache import open_live_caches  # nothing else here needs datasets
+        from lerobot_lam_diffusion.policy.live_cache import (
+            open_live_caches,  # nothing else here needs datasets
+        )
 
         models = [live.lam for live in self.lams]
         caches = open_live_caches(self._config, dataset_meta, models, names)

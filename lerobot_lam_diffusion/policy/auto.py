@@ -16,17 +16,17 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, load_lam, proposed_stride, read_config
-from lerobot_lam_diffusion.live_tokens import check_lams, find_lams
+from lerobot_lam_diffusion.policy.live import check_lams, find_lams
+from lerobot_lam_diffusion.policy.precomputed import dataset_camera
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
 from lerobot_lam_diffusion.precompute.dataset import open_whole
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
-from lerobot_lam_diffusion.problems import DatasetError, ExtractionError, UserError
-from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
+from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -11,21 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lerobot_lam_diffusion.camera_names import (
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.policy.cameras import (
     check_cameras,
     frame_size,
     may_be_exchanged,
     named_by_policy,
     presumed_names,
-)
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.problems import (
-    ColumnError,
-    DatasetError,
-    TrainingError,
-    UserError,
-    raise_problems,
-    raise_unfit,
 )
 from lerobot_lam_diffusion.sources import LamSource
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -33,6 +25,13 @@ from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata, not_rgb
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.utils.errors import (
+    DatasetError,
+    TrainingError,
+    UserError,
+    raise_problems,
+    raise_unfit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +68,13 @@ def settle_precomputed_source(
         _settle_column(config, column, dataset_meta)
         return None
     if column is not None:
-        raise ColumnError(
+        raise DatasetError(
             f"two sources of LAM tokens: --policy.lam_tokens_path={_listed(paths)} and the column "
             f"{config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r}. Leave lam_tokens_path unset to "
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
         )
     if sources[0].is_auto:
-        from lerobot_lam_diffusion.auto_tokens import (
+        from lerobot_lam_diffusion.policy.auto import (
             cached_stores,
             resolved_lams,
         )  # no other store needs a LAM
@@ -233,7 +232,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             "--policy.lam_camera_key=<camera>"
         )
     if len(sources) > 1:
-        raise ColumnError(
+        raise DatasetError(
             f"column {config.lam_tokens_key!r} of dataset {dataset_meta.repo_id!r} holds the tokens of one "
             f"camera and LAM, the policy has {len(sources)} sources of tokens. Give each field lam_… one "
             "entry to train on the column, or name a token store for each by --policy.lam_tokens_path and "
@@ -247,7 +246,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
         return
     shape = tuple(column["shape"])
     if shape != (config.lam_token_dim,):
-        raise ColumnError(
+        raise DatasetError(
             f"column {config.lam_tokens_key!r} has shape {shape}, the policy expects "
             f"({config.lam_token_dim},) = lam_num_learned_tokens * lam_action_latent_dim; set "
             "--policy.lam_num_learned_tokens and --policy.lam_action_latent_dim to the LAM's"
@@ -264,7 +263,7 @@ def _refuse_offsets_of_column(config: DiffusionLamConfig, dataset_meta: Any) -> 
     offsets = config.lam_token_offsets
     delivered = list(range(1 - config.n_obs_steps, 1))
     if offsets is not None and offsets != delivered[-len(offsets) :]:
-        raise ColumnError(
+        raise DatasetError(
             f"--policy.lam_token_offsets={offsets}: LeRobot delivers the column {config.lam_tokens_key!r} of "
             f"dataset {dataset_meta.repo_id!r} at the policy's observations only, offsets {delivered}; for "
             "others it would decode the camera's frames at all of them. Train on a token store: "

@@ -20,18 +20,12 @@ from lerobot.utils.constants import LOOKAHEAD_BACKTRACKTABLE, LOOKBACK_BACKTRACK
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 
 logger = logging.getLogger(__name__)
 
 FLAGS = ("dataset.streaming", "dataset.episodes", "dataset.eval_split", "num_workers")
 AUGMENTATION = "dataset.image_transforms.enable"
-
-
-class StreamingError(UserError):
-    """A streamed dataset that LeRobot would deliver otherwise than asked."""
-
-    section = "streaming"
 
 
 class StreamingGuard:
@@ -43,7 +37,7 @@ class StreamingGuard:
         arguments: Of the command line; this process's own if None.
 
     Raises:
-        StreamingError: the command line or its config file streams the dataset, and that would train wrongly;
+        TrainingError: the command line or its config file streams the dataset, and that would train wrongly;
             all problems at once.
     """
 
@@ -61,7 +55,7 @@ class StreamingGuard:
         """Look at a training batch.
 
         Raises:
-            StreamingError: it was streamed, and frames of this dataset are not where LeRobot looks for them.
+            TrainingError: it was streamed, and frames of this dataset are not where LeRobot looks for them.
         """
         if self._is_settled or not is_streamed(batch):
             return
@@ -74,7 +68,7 @@ class StreamingGuard:
 
     def _settle(self, problems: list[str], taken: str = "") -> None:
         raise_problems(
-            f"dataset {self._repo_id!r} cannot be streamed for this training{taken}", problems, StreamingError
+            f"dataset {self._repo_id!r} cannot be streamed for this training{taken}", problems, TrainingError
         )
         self._is_settled = True
 

@@ -10,7 +10,7 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.problems import TrainingError, raise_problems
+from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 
 COMPILED = "_orig_mod."
 """`torch.compile` renames every parameter of the module that it wraps, in checkpoints too."""
