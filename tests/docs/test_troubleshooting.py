@@ -33,6 +33,7 @@ def test_rows_are_found_in_messages():
         "unrecognized arguments: …",
         "No such file or directory: '….yaml'",
         "libxcb.so.1: cannot open shared object file",
+        "No working C++ compiler found",
         "Output directory … already exists and resume is False",
         "Repo id must be in the form",
         "offline mode is enabled",

@@ -280,7 +280,11 @@ def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
     """Tasks out of order, one killed; no merge. The same command again: that one is sent, and runs twice."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
-    monkeypatch.setenv("PATH", f"{Path(__file__).parent / 'slurm'}:{os.environ['PATH']}")
+    folders = [
+        Path(__file__).parent / "slurm",
+        Path(sys.executable).parent,
+    ]  # the latter has python3 on any machine
+    monkeypatch.setenv("PATH", ":".join([*map(str, folders), os.environ["PATH"]]))
     monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
     logs = tmp_path / "store.logs"
     arguments = (cluster_tasks.DIES, flags, tmp_path / "store")
