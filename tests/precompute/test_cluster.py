@@ -283,7 +283,7 @@ def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
     folders = [
         Path(__file__).parent / "slurm",
         Path(sys.executable).parent,
-    ]  # the latter has python3 on any machine
+    ]
     monkeypatch.setenv("PATH", ":".join([*map(str, folders), os.environ["PATH"]]))
     monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
     logs = tmp_path / "store.logs"
