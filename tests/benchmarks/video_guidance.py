@@ -1,8 +1,9 @@
-"""Show it a video: does a policy that was trained on what comes next do what a demonstration shows?
+r"""Show it a video: does a policy that was trained on what comes next do what a demonstration shows?
 
     python tests/benchmarks/video_guidance.py --work_dir=/tmp/guidance --picture=guidance.png
     python tests/benchmarks/video_guidance.py --work_dir=/tmp/guidance --robustness
-    python tests/benchmarks/video_guidance.py --work_dir=/tmp/guidance --observations=pixels --steps=3000 --device=cuda
+    python tests/benchmarks/video_guidance.py --work_dir=/tmp/guidance --observations=pixels --steps=3000 \
+        --device=cuda
 
 PushT, the block near the middle at any angle, the agent below it. The same starts are demonstrated twice: the
 agent walks round the block and pushes it left, or right. Nothing but the tokens of the next frames tells the
@@ -12,8 +13,8 @@ than 25 px the video's way. Controls: no guide (its habit), tokens of random fra
 right video's tokens in another order; and a policy that was trained on the eight past tokens and is fed the
 next eight.
 
-About 15 minutes on one core; with pixels hours, or about 12 minutes on a GPU. What is finished in `work_dir` is
-not done again.
+About 15 minutes on one core; with pixels hours, or about 12 minutes on a GPU. What is finished in
+`work_dir` is not done again.
 """
 
 import argparse
