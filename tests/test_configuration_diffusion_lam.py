@@ -83,7 +83,7 @@ def test_lists_from_the_command_line_and_from_a_checkpoint(tmp_path):
         assert (first.token_dim, second.token_dim) == (64, 128)
         assert second.camera_key is None
     sources = told.token_sources
-    told.set_token_sources([replace(source, token_scale=2.0, origin="x") for source in sources])
+    told.set_token_sources([replace(source, token_scale=2.0, trained_on="x") for source in sources])
     assert (told.lam_token_scale, told.lam_source) == ([2.0, 2.0], ["x", "x"])
     assert told.lam_fingerprint is None
 

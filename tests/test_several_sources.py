@@ -14,7 +14,6 @@ from lerobot.policies.factory import make_policy
 from lerobot_lam_diffusion import DiffusionLamPolicy, LamTokenDataset
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.policy import auto as auto_tokens
-from lerobot_lam_diffusion.policy import live as live_tokens
 from lerobot_lam_diffusion.policy.model_card import lam_section
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -119,7 +118,7 @@ def test_training_fills_in_what_the_checkpoint_must_know(both, stores, lams, tmp
         "| | source 1 | source 2 |\n| --- | --- | --- |",
         f"| camera | `{TOP}` | `{WRIST}` |",
         "| LAM | `top` (a folder where it was trained) | `wrist` (a folder where it was trained) |",
-        "2 × 32 numbers, encoded in float32 | VQ (codebook rows), 3 × 16 numbers",
+        "2 × 32 elements, encoded in float32 | VQ (codebook rows), 3 × 16 elements",
         "| trained on tokens from | the token store `store`",
         "--policy.lam_model_path='[<LAM 1>,<LAM 2>]' ",
     ):
@@ -195,7 +194,9 @@ def test_another_lam_in_any_position_is_refused(both, stores, lams, frames, tmp_
 
 def test_a_lam_that_two_cameras_share_is_loaded_once(both, lams, tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr(live_tokens, "load_lam", lambda path, **_: loads.append(path) or load_lam(path))
+    monkeypatch.setattr(
+        "lerobot_lam_diffusion.lam.load_lam", lambda path, **_: loads.append(path) or load_lam(path)
+    )
     (tmp_path / "link").symlink_to(lams[0])
     for path in (lams[0], [lams[0], str(tmp_path / "link")]):
         config = live(path)

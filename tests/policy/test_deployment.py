@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.policy.tick_clock import TICKS, TickClock
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import FPS, TOP, record_dataset
 from tests.policies import build, lam_config, training_batch
-from tests.test_live_tokens import deploy, live_config, observation
+from tests.policy.test_live import deploy, live_config, observation
 
 
 def ticks(clock, *intervals):

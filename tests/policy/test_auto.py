@@ -162,7 +162,7 @@ def test_bad_input_stops_lerobot_train_before_its_first_step(
         ),
         (
             {"lam_num_learned_tokens": 4, "lam_action_latent_dim": 16, "lam_fingerprint": "abc"},
-            ["3 problems", "is 4, the LAM has 2", "is 16, the LAM has 32", "trained with the tokens of abc…"],
+            ["3 problems", "is 4, the LAM has 2", "is 16, the LAM has 32", "was trained with abc…"],
         ),
         (
             {"lam_camera_key": "observation.images.wrist"},

@@ -44,8 +44,8 @@ def live(dataset, lam_folder, tmp_path):
         policy, preprocess = build(config, dataset)
         asked = []
         (one,) = policy.live_tokens.lams
-        encode_pairs = one.lam.encode_pairs
-        one.lam.encode_pairs = lambda prev, cur: asked.append(len(prev)) or encode_pairs(prev, cur)
+        encode_pairs = one.model.encode_pairs
+        one.model.encode_pairs = lambda prev, cur: asked.append(len(prev)) or encode_pairs(prev, cur)
         return policy, lambda rows: preprocess(training_batch(config, dataset, rows)), asked
 
     return live
@@ -127,7 +127,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_training(live, monkeypatch, cap
     expected = loss(live(lam_live_cache=None)[0], batch([20]))
     assert [loss(policy, batch([20])) for _ in range(2)] == [expected, expected]
     assert asked == [1, 1]
-    assert sum("no longer kept" in record.message for record in caplog.records) == 1
+    assert sum("no longer cached" in record.message for record in caplog.records) == 1
 
 
 def test_with_precomputed_tokens_it_means_nothing(dataset, store, tmp_path):
