@@ -239,18 +239,19 @@ class DiffusionLamConfig(DiffusionConfig):
         problems = length_problems(self)
         sources = [] if problems else self.token_sources
         problems += source_problems(sources, self.use_precomputed_lam_tokens)
-        without_lam, without_camera = (
-            not all(entries(value)) for value in (self.lam_model_path, self.lam_camera_key)
-        )
+        needed = {
+            "lam_model_path": "<LAM folder or Hub id>",
+            "lam_camera_key": "<camera that the LAM looks at>",
+        }
+        missing = [
+            f"--policy.{name}={what}"
+            for name, what in needed.items()
+            if not all(entries(getattr(self, name)))
+        ]
         if self.use_precomputed_lam_tokens:
             if any(source.is_auto for source in sources):
-                needs = "--policy.lam_tokens_path=auto needs --policy."
-                if without_lam:
-                    problems.append(f"{needs}lam_model_path=<LAM folder or Hub id>, which makes the tokens")
-                if without_camera:
-                    problems.append(f"{needs}lam_camera_key=<camera that the LAM looks at>")
-            return problems
-        if not any((self.lam_tokens_path, self.lam_model_path, self.lam_camera_key)):
+                problems += [f"--policy.lam_tokens_path=auto needs {flag}" for flag in missing]
+        elif not any((self.lam_tokens_path, self.lam_model_path, self.lam_camera_key)):
             problems.append(
                 "LAM tokens need a source: --policy.use_precomputed_lam_tokens=true "
                 "--policy.lam_tokens_path=<store made by lerobot-lam-precompute>, or on the fly "
@@ -262,16 +263,10 @@ class DiffusionLamConfig(DiffusionConfig):
                 "--policy.use_precomputed_lam_tokens=true"
             )
         else:
-            if without_lam:
-                problems.append(
-                    "tokens on the fly need a LAM: set --policy.lam_model_path=<LAM folder or Hub id>, or "
-                    "--policy.use_precomputed_lam_tokens=true to train on precomputed tokens"
-                )
-            if without_camera:
-                problems.append(
-                    "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for "
-                    "example observation.images.top"
-                )
+            problems += [
+                f"tokens on the fly need {flag}, precomputed ones --policy.use_precomputed_lam_tokens=true"
+                for flag in missing
+            ]
         return problems
 
     def _window_problems(self) -> list[str]:

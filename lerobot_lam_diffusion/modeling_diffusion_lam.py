@@ -23,7 +23,7 @@ from lerobot.policies.diffusion.modeling_diffusion import (
     DiffusionModel,
     DiffusionPolicy,
 )
-from lerobot.utils.constants import ACTION, OBS_PREFIX, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_PREFIX
 from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -177,7 +177,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
             if self.config.future_token_deltas and not {self.config.lam_tokens_key, "index"} & batch.keys():
                 batch = {**batch, OBS_LAM_TOKENS: self.rollout.chunk(batch)}
             else:
-                batch = self._with_window_tokens(self._with_missing_tokens(batch))
+                if self._lacks_tokens(batch):
+                    zeros = self.rollout.zeros(batch, len(self.config.lam_token_deltas))
+                    batch = {**batch, self.config.lam_tokens_key: zeros}
+                batch = self._with_window_tokens(batch)
         return super().predict_action_chunk(batch, noise=noise)
 
     @torch.no_grad()
@@ -201,17 +204,12 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 batch = {**batch, OBS_LAM_TOKENS: tokens}
         return super().select_action(batch, noise=noise)
 
-    def _with_missing_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch of a chunk, with zeros where there are no tokens and the user wants to act without."""
+    def _lacks_tokens(self, batch: dict[str, Any]) -> bool:
+        """Whether there are no tokens for a batch, and the user wants to act without."""
         config = self.config
         if config.lam_missing != "zero" or config.lam_tokens_key in batch:
-            return batch
-        precomputed = config.use_precomputed_lam_tokens
-        if self.token_store is not None if precomputed else self.rollout.has_lam():
-            return batch
-        state = batch[OBS_STATE]
-        shape = (len(state), len(config.lam_token_deltas), config.lam_token_dim)
-        return {**batch, config.lam_tokens_key: torch.zeros(shape, device=state.device)}
+            return False
+        return self.token_store is None if config.use_precomputed_lam_tokens else not self.rollout.has_lam()
 
     def _with_window_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its conditioning tokens `(B, lam_conditioning_steps, n·a)` under a fixed key."""
@@ -247,17 +245,15 @@ class DiffusionLamPolicy(DiffusionPolicy):
             tokens = self.token_store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         if tokens.ndim == 2:  # one observation step without a time axis
             tokens = tokens.unsqueeze(1)
-        if deltas != list(range(1 - steps, 1)) and tokens.ndim == 3 and tokens.shape[1] != steps:
+        # A longer window of the past is trimmed; other offsets must be met exactly.
+        trims = deltas == list(range(1 - steps, 1))
+        is_window = tokens.ndim == 3 and (tokens.shape[1] == steps or (trims and tokens.shape[1] > steps))
+        if not is_window or tokens.shape[2] != token_dim:
+            at_least = "at least " * trims
             raise TrainingError(
-                f"LAM tokens {key!r} are of {tokens.shape[1]} frames, expected those of the {steps} "
-                f"lam_token_offsets={deltas}: LamTokenDataset(dataset, store, config.lam_token_deltas) joins "
-                "them"
-            )
-        if tokens.ndim != 3 or tokens.shape[1] < steps or tokens.shape[2] != token_dim:
-            raise TrainingError(
-                f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, at least {steps}, "
-                f"{token_dim}) = (batch, lam_conditioning_steps, lam_num_learned_tokens * "
-                "lam_action_latent_dim)"
+                f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, {at_least}{steps}, "
+                f"{token_dim}) = (batch, frame offsets {deltas}, lam_num_learned_tokens * "
+                "lam_action_latent_dim): LamTokenDataset(dataset, store, config.lam_token_deltas) joins them"
             )
         return tokens[:, -steps:]
 
@@ -301,23 +297,20 @@ class DiffusionLamPolicy(DiffusionPolicy):
         LeRobot's commands pass a config without a dataset for deployment, before they connect a robot.
         """
         policy = super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
-        if config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None:
-            policy._open_lams_for_deployment()
+        deployed = config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None
+        if not deployed or not config.use_lam_conditioning:
+            return policy
+        if config.lam_missing == "zero":
+            policy.rollout.has_lam()
+        else:
+            try:
+                _ = policy.live_tokens.lams
+            except LamNotFoundError as error:
+                if drives_a_robot():
+                    raise
+                logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
+        policy.diffusion.lam_model = policy.live_tokens.loaded
         return policy
-
-    def _open_lams_for_deployment(self) -> None:
-        if not self.config.use_lam_conditioning:
-            return
-        if self.config.lam_missing == "zero":
-            self.rollout.has_lam()
-            return
-        try:
-            _ = self.live_tokens.lams
-        except LamNotFoundError as error:
-            if drives_a_robot():
-                raise
-            logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
-        self.diffusion.lam_model = self.live_tokens.loaded
 
     @classmethod
     def _load_as_safetensor(

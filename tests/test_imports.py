@@ -1,7 +1,7 @@
-"""Imports point one way, also those inside functions: scripts, demo → policy → precompute → tokens, lam → utils.
+"""Imports point one way: scripts, demo → policy → precompute → tokens, lam → utils.
 
-The LeRobot files of the root lie around `policy`: it is written on top of the configuration, the modeling file on
-top of it. What only type checkers import does not count.
+Those inside functions count, those for type checkers do not. The LeRobot files of the root lie around
+`policy`: it is written on top of the configuration, and the modeling file on top of it.
 """
 
 import ast
@@ -78,7 +78,7 @@ def test_no_modules_import_each_other():
 
 
 def test_a_policy_extracts_tokens_only_where_that_is_asked_for():
-    """Training on a store imports no `precompute`: three modules do, and are imported when they are needed."""
+    """Training on a store imports no `precompute`: three modules do, imported when needed."""
     of_policy = {name: targets for name, targets in modules().items() if room(name) == "policy"}
     using = {
         name.rpartition(".")[2] for name, targets in of_policy.items() if "precompute" in map(room, targets)

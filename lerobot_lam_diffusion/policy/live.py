@@ -78,9 +78,8 @@ class LiveTokens:
                 )
         is_pad = _padding(batch, next(iter(frames.values())))
         index = batch.get("index")
-        return self._joined(
-            [live.window(frames[live.camera_key], deltas, is_pad, index) for live in self.lams]
-        )
+        tokens = [live.window(frames[live.camera_key], deltas, is_pad, index) for live in self.lams]
+        return torch.cat(tokens, dim=-1)
 
     def newest(self, history: "dict[str, FrameHistory]") -> Tensor:
         """Tokens of offsets up to 0, `(B, steps, lam_token_dim)`, at this tick.
@@ -88,10 +87,7 @@ class LiveTokens:
         Args:
             history: Camera → its frames.
         """
-        return self._joined([history[live.camera_key].tokens(live) for live in self.lams])
-
-    def _joined(self, tokens: list[Tensor]) -> Tensor:
-        return torch.cat(tokens, dim=-1)
+        return torch.cat([history[live.camera_key].tokens(live) for live in self.lams], dim=-1)
 
 
 class LiveLam:
@@ -203,11 +199,6 @@ def raw_frames(
             "checkpoint)"
         )
     if isinstance(frames, Tensor):
-        if len(cameras) > 1:
-            raise TrainingError(
-                f"the raw frames under {OBS_LAM_IMAGES!r} are of one camera, the LAMs look at {cameras}: "
-                "pass a dict from camera to frames"
-            )
         frames = {cameras[0]: frames}
     unknown = ", ".join(repr(camera) for camera in cameras if camera not in frames)
     if unknown and deployed:

@@ -102,7 +102,7 @@ class Rollout:
                 )
             return tokens
         if not config.future_token_deltas and config.lam_missing == "zero" and not self.has_lam():
-            return self._zeros(batch, 1)[:, 0]
+            return self.zeros(batch, 1)[:, 0]
         return None
 
     def _remember_frames(self, batch: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Rollout:
         if past and self._history is not None:
             parts.append(self._live.newest(self._history))
         elif past and may_lack:
-            parts.append(self._zeros(batch, len(past)))
+            parts.append(self.zeros(batch, len(past)))
         elif past:
             raise TrainingError(
                 "a chunk of actions was asked for outside of select_action, which keeps the frames that "
@@ -136,7 +136,7 @@ class Rollout:
             parts.append(self.guide.window(self._tick, future, len(state)).to(state.device))
             self.guide.compare(batch)
         elif future and may_lack:
-            parts.append(self._zeros(batch, len(future)))
+            parts.append(self.zeros(batch, len(future)))
         elif future:
             raise TrainingError(
                 f"this policy acts on tokens of what comes next (lam_token_offsets={future}), which no "
@@ -145,7 +145,8 @@ class Rollout:
             )
         return torch.cat(parts, dim=1)
 
-    def _zeros(self, batch: dict[str, Any], steps: int) -> Tensor:
+    def zeros(self, batch: dict[str, Any], steps: int) -> Tensor:
+        """Missing tokens `(B, steps, n·a)` of a batch."""
         state = batch[OBS_STATE]
         return torch.zeros(len(state), steps, self._config.lam_token_dim, device=state.device)
 
