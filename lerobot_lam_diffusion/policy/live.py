@@ -141,7 +141,7 @@ class LiveLam:
         """Encode each pair once. Pairs of one frame may still differ: augmentation changes pixels."""
         if frame is None:
             if self.cache is not None:
-                self.cache.disable("the batch has no 'index', which tells the frames")
+                self.cache.disable("the batch has no 'index', which identifies the frames")
             return self.encode(prev, cur)
         order = torch.arange(len(frame), device=frame.device)
         _, group = torch.unique(frame, return_inverse=True)

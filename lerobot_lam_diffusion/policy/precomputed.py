@@ -92,7 +92,7 @@ def resolve_precomputed_sources(
 
         if names is None and dataset_meta is not None and may_be_exchanged(config, dataset_meta):
             resolved_lams(config)
-            logger.info("LAM tokens: waiting for the first batch, which tells the cameras (--rename_map).")
+            logger.info("LAM tokens: waiting for the first batch, which shows the cameras (--rename_map).")
             return None
         stores = cached_stores(config, dataset_meta, names)
     else:
@@ -283,7 +283,7 @@ def _contradictions(
             )
         other = another_lam(source, provenance.lam.fingerprint, "it was made by the LAM with fingerprint")
         if other and not config.lam_allow_mismatch:
-            go_on = "" if shape else ", or go on with it by --policy.lam_allow_mismatch=true"
+            go_on = "" if shape else ", or continue with it by --policy.lam_allow_mismatch=true"
             problems.append(f"{other}: train on a {noun} of that LAM{go_on}")
     elif tokens.token_dim != source.token_dim:
         problems.append(
@@ -301,7 +301,7 @@ def _contradictions(
 def _is_other_camera(config: DiffusionLamConfig, key: str | None, camera: str, dataset_meta: Any) -> bool:
     """Whether `lam_camera_key` is certainly another camera than the dataset's `camera`.
 
-    Another name of the same camera is what a `rename_map` gives; then the first batch tells.
+    Another name of the same camera is what a `rename_map` gives; then the first batch shows it.
     """
     if key in (None, camera) or dataset_meta is None or may_be_exchanged(config, dataset_meta):
         return False
