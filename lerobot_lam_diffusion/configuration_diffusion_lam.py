@@ -1,4 +1,4 @@
-"""`--policy.type=diffusion_lam`: LeRobot's Diffusion Policy plus what it needs to know about LAM tokens."""
+"""`--policy.type=diffusion_lam`: LeRobot's Diffusion Policy and the settings of its LAM tokens."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.sources import (
     LamSource,
     entries,
-    number_problems,
+    length_problems,
     parse_guidance,
     parse_lists,
     read_sources,
@@ -23,9 +23,12 @@ from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
 
 logger = logging.getLogger(__name__)
 
-AGGREGATIONS = ("latest", "concat")
-LAM_DTYPES = ("float32", "bfloat16")
-MISSING = ("error", "zero")
+CHOICES = {
+    "lam_temporal_aggregation": ["latest", "concat"],
+    "lam_dtype": ["float32", "bfloat16"],
+    "lam_missing": ["error", "zero"],
+}
+NO_FOLDERS = ("", "true", "false", "yes", "no")  # as lam_live_cache: meant as a switch
 
 
 @PreTrainedConfig.register_subclass("diffusion_lam")
@@ -38,8 +41,8 @@ class DiffusionLamConfig(DiffusionConfig):
     and saved with the checkpoint; one that is set must agree with them.
 
     Several sources of tokens (cameras, LAMs): the fields that may be lists have an entry for each, and a
-    plain value beside them counts for all. A frame's token is then those of all sources, one after the
-    other. Stride, kind and arithmetic are one for all.
+    plain value beside them counts for all. A frame's token is then the concatenation of all sources. Stride,
+    kind and compute dtype are one for all.
 
     Args:
         use_lam_conditioning: Condition the U-Net on LAM tokens. False: exactly the stock Diffusion Policy.
@@ -52,14 +55,14 @@ class DiffusionLamConfig(DiffusionConfig):
             A list: one store for each source.
         lam_model_path: LAM folder (`model_config.json` + `model.safetensors`), the name of a shipped LAM
             (`pusht-compact`) or a Hub id such as `microsoft/villa-x`. Required on the fly.
-        lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`); one of
-            the dataset's that is no input of the policy will do. Required on the fly.
+        lam_camera_key: Camera that the LAM looks at, as the policy names it (after `rename_map`); it need
+            not be an input of the policy. Required on the fly.
         lam_num_learned_tokens: Vectors per frame pair, n.
-        lam_action_latent_dim: Width of one vector, a. A source's token has n * a numbers.
+        lam_action_latent_dim: Width of one vector, a. A source's token has n * a elements.
         lam_use_vq_tokens: True: codebook rows. False: the vectors before quantisation.
-        lam_dtype: Arithmetic of the LAM, "float32" or "bfloat16"; the quantiser is always float32.
+        lam_dtype: Compute dtype of the LAM, "float32" or "bfloat16"; the quantiser is always float32.
         lam_temporal_aggregation: "latest": condition on the newest token. "concat": on all of the window.
-        lam_frame_stride: Gap of a frame pair, in frames of the dataset.
+        lam_frame_stride: Offset between the two frames of a pair, in frames of the dataset.
         lam_conditioning_steps: Tokens in the conditioning vector. Derived once ("latest": 1; "concat":
             `n_obs_steps` precomputed, `n_obs_steps - 1` on the fly), then saved, so that a checkpoint can
             change its token source without changing shape.
@@ -75,15 +78,15 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_fps: Frames per second of the training dataset: the time base of `lam_frame_stride`, the rate at
             which a robot should run the policy, and that to which a guiding video is resampled. Written by
             training.
-        lam_live_cache: On the fly in training: keep each token that the LAM computes, so that a frame pair is
-            encoded once; later epochs and runs read it, for the very pixels that it was made of. "auto": in
-            LeRobot's home, or a folder.
+        lam_live_cache: On the fly in training: cache each token that the LAM computes, so that a frame pair
+            is encoded once; later epochs and runs read it, for the very pixels that it was computed from.
+            "auto": in LeRobot's home, or a folder.
         lam_allow_mismatch: Compute live tokens with another LAM than trained with; warns.
         lam_token_dropout: Probability p in training of dropping a sample's whole window of tokens, and
             otherwise of each token of it; 0.5 is villa-X's masking. A policy trained with it survives
             missing tokens.
-        lam_missing: Where neither tokens nor a LAM are at hand: "error", or "zero" to act without them (for
-            a policy trained with `lam_token_dropout`).
+        lam_missing: Without tokens and LAM: "error", or "zero" to act without them (for a policy trained
+            with `lam_token_dropout`).
         lam_guidance: At deployment: where the tokens of what comes next come from. A video (`demo.mp4`, or a
             part of it in seconds, `demo.mp4#t=1.5,9`) or an episode of a token store, local or on the Hub
             (`STORE#7`). A list: environment b follows entry b, modulo their number. Never saved.
@@ -91,7 +94,7 @@ class DiffusionLamConfig(DiffusionConfig):
             once they are loaded.
 
     Raises:
-        ValueError: fields contradict each other; all contradictions are told at once.
+        ValueError: fields contradict each other; lists all contradictions.
     """
 
     use_lam_conditioning: bool = True
@@ -130,7 +133,7 @@ class DiffusionLamConfig(DiffusionConfig):
         try:
             raise_problems("policy `diffusion_lam` cannot be built from these fields", self._problems())
         except UserError as error:
-            # draccus, which parses LeRobot's command lines, drops the text of a ValueError.
+            # LeRobot's command lines lose the text of a ValueError (draccus drops it).
             logger.error("%s\n(What LeRobot prints after this follows from it.)", error)
             raise
         if self.lam_conditioning_steps is None:
@@ -138,21 +141,21 @@ class DiffusionLamConfig(DiffusionConfig):
 
     @property
     def token_sources(self) -> list[LamSource]:
-        """What the fields say of each source of tokens, in the order in which its tokens stand."""
+        """The sources of tokens, in the order in which their tokens are concatenated."""
         return read_sources(self)
 
     def set_token_sources(self, sources: list[LamSource]) -> None:
-        """Write into the fields what is known of the sources now."""
+        """Write `sources` into the fields."""
         write_sources(self, sources)
 
     @property
     def lam_token_dim(self) -> int:
-        """Numbers in one frame's token: n * a of each source."""
+        """Token dimension of one frame: n * a of each source."""
         return sum(source.token_dim for source in self.token_sources)
 
     @property
     def lam_conditioning_dim(self) -> int:
-        """Numbers that the LAM adds to the U-Net's conditioning; 0 without LAM conditioning."""
+        """Dimension that the LAM adds to the U-Net's conditioning; 0 without LAM conditioning."""
         if not self.use_lam_conditioning:
             return 0
         return len(self.lam_token_deltas) * self.lam_token_dim
@@ -167,12 +170,12 @@ class DiffusionLamConfig(DiffusionConfig):
 
     @property
     def past_token_deltas(self) -> list[int]:
-        """Those of `lam_token_deltas` that tell what has happened: 0 and below."""
+        """Those of `lam_token_deltas` up to 0: what has happened."""
         return [delta for delta in self.lam_token_deltas if delta <= 0]
 
     @property
     def future_token_deltas(self) -> list[int]:
-        """Those of `lam_token_deltas` that tell what comes next."""
+        """Those of `lam_token_deltas` above 0: what comes next."""
         return [delta for delta in self.lam_token_deltas if delta > 0]
 
     @property
@@ -182,7 +185,7 @@ class DiffusionLamConfig(DiffusionConfig):
         if not self.use_lam_conditioning or self.use_precomputed_lam_tokens:
             return window
         stride = self.lam_frame_stride or 1
-        pairs = {delta - gap for delta in self.lam_token_deltas for gap in (0, stride)}
+        pairs = {frame for delta in self.lam_token_deltas for frame in (delta, delta - stride)}
         return sorted({*window, *pairs})
 
     def validate_features(self) -> None:
@@ -200,131 +203,98 @@ class DiffusionLamConfig(DiffusionConfig):
         return self.n_obs_steps if self.use_precomputed_lam_tokens else self.n_obs_steps - 1
 
     def _problems(self) -> list[str]:
-        problems = []
+        problems = [
+            f"{name}={getattr(self, name)!r} must be one of {choices}"
+            for name, choices in CHOICES.items()
+            if getattr(self, name) not in choices
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} must be a positive integer, or unset to take it from the LAM"
+            for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_frame_stride")
+            if any(entry is not None and entry < 1 for entry in entries(getattr(self, name)))
+        ]
         if not self.lam_tokens_key.startswith(OBS_PREFIX):
             problems.append(
                 f"lam_tokens_key={self.lam_tokens_key!r} must start with '{OBS_PREFIX}': LeRobot gives other "
                 "keys no observation window and drops them"
             )
-        if self.lam_temporal_aggregation not in AGGREGATIONS:
+        if self.lam_live_cache is not None and self.lam_live_cache.lower() in NO_FOLDERS:
             problems.append(
-                f"lam_temporal_aggregation={self.lam_temporal_aggregation!r} must be one of "
-                f"{list(AGGREGATIONS)}"
-            )
-        if self.lam_dtype not in LAM_DTYPES:
-            problems.append(f"lam_dtype={self.lam_dtype!r} must be one of {list(LAM_DTYPES)}")
-        if self.lam_live_cache is not None and self.lam_live_cache.lower() in (
-            "",
-            "true",
-            "false",
-            "yes",
-            "no",
-        ):
-            problems.append(
-                f"lam_live_cache={self.lam_live_cache!r} must be 'auto' or a folder; to keep nothing "
-                "leave it out"
+                f"lam_live_cache={self.lam_live_cache!r} must be 'auto' or a folder; to cache nothing leave "
+                "it out"
             )
         if not 0 <= self.lam_token_dropout <= 1:
             problems.append(f"lam_token_dropout={self.lam_token_dropout} must be in 0..1")
-        if self.lam_missing not in MISSING:
-            problems.append(f"lam_missing={self.lam_missing!r} must be one of {list(MISSING)}")
-        elif self.lam_missing == "zero" and not self.lam_token_dropout:
+        if self.lam_missing == "zero" and not self.lam_token_dropout:
             problems.append(
                 "lam_missing=zero is for policies trained with lam_token_dropout > 0; this one has never "
                 "seen a missing token"
             )
-        for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_frame_stride"):
-            value = getattr(self, name)
-            if any(entry is not None and entry < 1 for entry in entries(value)):
-                problems.append(
-                    f"{name}={value} must be a positive integer, or unset to take it from the LAM"
-                )
-        return problems + self._source_problems() + self._conditioning_problems() + self._guidance_problems()
+        if self.lam_fps is not None and not 0 < self.lam_fps < math.inf:
+            problems.append(f"lam_fps={self.lam_fps} must be a positive number of frames per second")
+        return problems + self._source_problems() + self._window_problems()
 
     def _source_problems(self) -> list[str]:
-        problems = number_problems(self)
+        """Of the fields that name stores, LAMs and cameras."""
+        problems = length_problems(self)
         sources = [] if problems else self.token_sources
         problems += source_problems(sources, self.use_precomputed_lam_tokens)
+        needed = {
+            "lam_model_path": "<LAM folder or Hub id>",
+            "lam_camera_key": "<camera that the LAM looks at>",
+        }
+        missing = [
+            f"--policy.{name}={what}"
+            for name, what in needed.items()
+            if not all(entries(getattr(self, name)))
+        ]
         if self.use_precomputed_lam_tokens:
-            return problems + (self._auto_problems() if any(source.is_auto for source in sources) else [])
-        return problems + self._live_problems()
-
-    def _live_problems(self) -> list[str]:
-        if not any((self.lam_tokens_path, self.lam_model_path, self.lam_camera_key)):
-            return [
+            if any(source.is_auto for source in sources):
+                problems += [f"--policy.lam_tokens_path=auto needs {flag}" for flag in missing]
+        elif not any((self.lam_tokens_path, self.lam_model_path, self.lam_camera_key)):
+            problems.append(
                 "LAM tokens need a source: --policy.use_precomputed_lam_tokens=true "
                 "--policy.lam_tokens_path=<store made by lerobot-lam-precompute>, or on the fly "
                 "--policy.lam_model_path=<LAM folder or Hub id> --policy.lam_camera_key=<camera>"
-            ]
-        if self.lam_tokens_path and not self.lam_model_path:
-            return [
+            )
+        elif self.lam_tokens_path and not self.lam_model_path:
+            problems.append(
                 f"--policy.lam_tokens_path={self.lam_tokens_path} is for precomputed tokens: add "
                 "--policy.use_precomputed_lam_tokens=true"
+            )
+        else:
+            problems += [
+                f"tokens on the fly need {flag}, precomputed ones --policy.use_precomputed_lam_tokens=true"
+                for flag in missing
             ]
+        return problems
+
+    def _window_problems(self) -> list[str]:
+        """Of the fields that say which tokens condition."""
+        if self.lam_token_offsets is not None:
+            return self._offset_problems(self.lam_token_offsets)
         problems = []
-        if not all(entries(self.lam_model_path)):
-            problems.append(
-                "tokens on the fly need a LAM: set --policy.lam_model_path=<LAM folder or Hub id>, or "
-                "--policy.use_precomputed_lam_tokens=true to train on precomputed tokens"
-            )
-        if not all(entries(self.lam_camera_key)):
-            problems.append(
-                "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for example "
-                "observation.images.top"
-            )
-        derived = self.lam_conditioning_steps is None and self.lam_token_offsets is None
-        if self.n_obs_steps < 2 and derived and self.lam_temporal_aggregation == "concat":
+        steps, aggregation = self.lam_conditioning_steps, self.lam_temporal_aggregation
+        if steps is None and aggregation == "concat" and self._derived_conditioning_steps() < 1:
             problems.append(
                 "tokens on the fly need n_obs_steps >= 2 with lam_temporal_aggregation=concat, which has "
                 f"n_obs_steps - 1 of them, got {self.n_obs_steps}; raise --policy.n_obs_steps, set "
                 "--policy.lam_temporal_aggregation=latest or train on precomputed tokens"
             )
-        return problems
-
-    def _auto_problems(self) -> list[str]:
-        needed = {
-            "lam_model_path": "<LAM folder or Hub id>, which makes the tokens",
-            "lam_camera_key": "<camera that the LAM looks at>",
-        }
-        return [
-            f"--policy.lam_tokens_path=auto needs --policy.{name}={what}"
-            for name, what in needed.items()
-            if not all(entries(getattr(self, name)))
-        ]
-
-    def _guidance_problems(self) -> list[str]:
-        problems = []
-        if self.lam_guidance is not None and not any(map(_is_future, self.lam_token_offsets or [])):
-            offsets = self.lam_token_offsets or self.lam_token_deltas
-            problems.append(
-                f"--policy.lam_guidance={self.lam_guidance}: this policy is for tokens of what has happened "
-                f"({offsets}), and a video tells what comes next: train with "
-                "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5"
-            )
-        if self.lam_fps is not None and not 0 < self.lam_fps < math.inf:
-            problems.append(f"lam_fps={self.lam_fps} must be a positive number of frames per second")
-        return problems
-
-    def _conditioning_problems(self) -> list[str]:
-        if self.lam_token_offsets is not None:
-            return self._offset_problems(self.lam_token_offsets)
-        steps = self.lam_conditioning_steps
-        if steps is None:
-            return []
-        if self.lam_temporal_aggregation == "latest" and steps != 1:
-            return [f"lam_conditioning_steps={steps} must be 1 with lam_temporal_aggregation=latest"]
-        if not 1 <= steps <= self.n_obs_steps:
-            return [f"lam_conditioning_steps={steps} must be in 1..n_obs_steps={self.n_obs_steps}"]
-        return []
+        if steps is not None and aggregation == "latest" and steps != 1:
+            problems.append(f"lam_conditioning_steps={steps} must be 1 with lam_temporal_aggregation=latest")
+        elif steps is not None and not 1 <= steps <= self.n_obs_steps:
+            problems.append(f"lam_conditioning_steps={steps} must be in 1..n_obs_steps={self.n_obs_steps}")
+        return problems + self._guidance_problems()
 
     def _offset_problems(self, offsets: list[int]) -> list[str]:
-        problems = []
         if not offsets or any(type(offset) is not int for offset in offsets):
-            problems.append(
+            return [
                 f"lam_token_offsets={offsets} must be whole frames, at least one, such as [1,2,3,4]; leave "
                 "it out to condition as lam_temporal_aggregation says"
-            )
-        elif offsets != sorted(set(offsets)):
+            ]
+        problems = []
+        if offsets != sorted(set(offsets)):
             problems.append(
                 f"lam_token_offsets={offsets} must ascend, each once: pass {sorted(set(offsets))}"
             )
@@ -338,8 +308,13 @@ class DiffusionLamConfig(DiffusionConfig):
                 "lam_temporal_aggregation=concat and lam_token_offsets both say which tokens condition: "
                 "leave one out"
             )
-        return problems
+        return problems + self._guidance_problems()
 
-
-def _is_future(offset: object) -> bool:
-    return isinstance(offset, int) and offset > 0
+    def _guidance_problems(self) -> list[str]:
+        if self.lam_guidance is None or self.future_token_deltas:
+            return []
+        return [
+            f"--policy.lam_guidance={self.lam_guidance}: this policy is for tokens of what has happened "
+            f"({self.lam_token_deltas}), and a video shows what comes next: train with "
+            "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5"
+        ]

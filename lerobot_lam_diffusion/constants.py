@@ -1,4 +1,4 @@
-"""Batch keys, named as LeRobot names its own (`lerobot.utils.constants`)."""
+"""Batch keys, named as LeRobot names its own (`lerobot.utils.constants`), and words with a meaning."""
 
 OBS_LAM_TOKENS = "observation.lam_tokens"
 """LAM tokens of the observation window, float32 `(B, T, token_dim)`."""
@@ -13,17 +13,7 @@ AUTO = "auto"
 """As `lam_tokens_path`: a store out of the cache (`precompute/cache.py`); the folder is `./auto`."""
 
 VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".mts",
-    ".gif",
-    ".3gp",
+    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".gif", ".3gp"),
 )
-"""Endings of files that are taken for demonstration videos."""
+"""File name endings of demonstration videos."""

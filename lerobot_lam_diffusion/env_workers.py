@@ -1,10 +1,9 @@
 """Gymnasium environments in the worker processes of `lerobot-eval`.
 
-From two environments on, LeRobot evaluates in processes that a fork server starts, and two things go wrong
-there: the package that registers the environment, `gym_pusht` for example, is imported in the main process
-only; and LeRobot asks each environment for `task_description` and `task`, which ends a worker whose
-environment has none. So the fork server is asked to import `env_workers_preload`, whose effects its children
-inherit.
+From two environments on, LeRobot evaluates in processes that a fork server starts. Two things go wrong there:
+the package that registers the environment, `gym_pusht` for example, is imported in the main process only; and
+LeRobot asks each environment for `task_description` and `task`, which ends a worker whose environment has
+none. So the fork server imports `env_workers_preload`, whose effects its children inherit.
 """
 
 import multiprocessing
@@ -19,7 +18,7 @@ PRELOAD = f"{__name__}_preload"
 
 
 class TaskDescription(gymnasium.Wrapper):
-    """Gives an environment the attributes that LeRobot asks for: its task if it has one, else no words."""
+    """Gives an environment the attributes that LeRobot asks for; empty if it has no task."""
 
     @property
     def task(self) -> Any:
@@ -31,7 +30,7 @@ class TaskDescription(gymnasium.Wrapper):
 
 
 def preload_environments() -> None:
-    """Have the fork servers of this process know the environments of installed packages."""
+    """Make the fork servers of this process import the environments of installed packages."""
     if any(find_spec(package) is not None for package in PACKAGES):
         # __main__ is what a fork server preloads by default; LeRobot adds no modules of its own.
         multiprocessing.set_forkserver_preload(["__main__", PRELOAD])

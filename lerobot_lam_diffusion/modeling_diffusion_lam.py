@@ -2,10 +2,10 @@
 
     batch["index"] ─► TokenStore.window ┐
     native column, LamTokenDataset ─────┼► tokens (B, T, n·a) ─► lam_projection ─► every residual block's
-    raw frames ─► LAM (live_tokens.py) ─┤                                          conditioning, added
-    deployed: video ─► LAM (guidance) ──┘
+    raw frames ─► LAM (policy/live.py) ─┤                                          conditioning, added
+    deployed (policy/rollout.py) ───────┘
 
-Of several sources (cameras, LAMs) the tokens stand side by side: n·a is then the sum over them.
+The tokens of several sources (cameras, LAMs) are concatenated: n·a is then the sum over them.
 
 The stock U-Net is built as it is, and each residual block's conditioning layer gets a second linear, zero at
 the start: `linear(cond) + linear_lam(lam)`. So a fresh policy gives the stock loss bit for bit, the random
@@ -15,7 +15,7 @@ would not be bit-exact: the order of summation changes.)
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lerobot.policies.diffusion.modeling_diffusion import (
@@ -23,7 +23,7 @@ from lerobot.policies.diffusion.modeling_diffusion import (
     DiffusionModel,
     DiffusionPolicy,
 )
-from lerobot.utils.constants import ACTION, OBS_PREFIX, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_PREFIX
 from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,24 +32,22 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.policy.cameras import may_be_exchanged
 from lerobot_lam_diffusion.policy.checkpoints import load_stock_weights, load_weights, plain
+from lerobot_lam_diffusion.policy.guidance import open_guide, warn_of_missing_guide
+from lerobot_lam_diffusion.policy.lams import resolve_live_sources
+from lerobot_lam_diffusion.policy.live import LiveTokens
 from lerobot_lam_diffusion.policy.model_card import add_lam_section
 from lerobot_lam_diffusion.policy.precomputed import (
-    settle_first_batch,
-    settle_live_source,
-    settle_precomputed_source,
-    warn_of_missing_guide,
+    resolve_first_batch,
+    resolve_precomputed_sources,
     warn_of_pauses,
 )
+from lerobot_lam_diffusion.policy.rollout import Rollout
 from lerobot_lam_diffusion.policy.streaming import StreamingGuard
-from lerobot_lam_diffusion.policy.tick_clock import TickClock, drives_a_robot
+from lerobot_lam_diffusion.policy.tick_clock import drives_a_robot
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
-from lerobot_lam_diffusion.utils.errors import DatasetError, LamNotFoundError, TrainingError
-
-if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
-    from lerobot_lam_diffusion.policy.guidance import Guide
-    from lerobot_lam_diffusion.policy.live import FrameHistory, LiveTokens
+from lerobot_lam_diffusion.utils.errors import LamNotFoundError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +63,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
         dataset_meta: Metadata of the training dataset, as LeRobot's `make_policy` passes it. The token
             stores are checked against it here, before the first step.
 
+    Attributes:
+        token_store: Where precomputed tokens are joined by frame index; None if they come otherwise.
+        live_tokens: Tokens from frames; loads the LAMs when they are first needed.
+        rollout: Tokens at deployment.
+
     Raises:
-        UserError: no or contradictory sources of tokens (see `token_source`).
+        UserError: no or contradictory sources of tokens.
     """
 
     config_class = DiffusionLamConfig
@@ -86,74 +89,70 @@ class DiffusionLamPolicy(DiffusionPolicy):
             )
         self._streaming = StreamingGuard(config, dataset_meta)
         self.token_store: TokenStore | JoinedStores | None = None
-        self._live_tokens: LiveTokens | None = None
-        self._clock = TickClock(config)
-        self._frame_sizes_seen = False
-        self._dataset_meta = dataset_meta if config.use_lam_conditioning else None  # until the first batch
-        self._given_sources = config.token_sources if config.use_lam_conditioning else []
-        if self._dataset_meta is not None:
-            config.lam_fps = float(dataset_meta.fps)
-            warn_of_pauses(dataset_meta)
-        self.guide: Guide | None = None
-        if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
-            self.token_store = settle_precomputed_source(config, dataset_meta)
-        elif config.use_lam_conditioning:
-            self._settle_live_source(dataset_meta)
+        self.live_tokens = LiveTokens(config)
+        self._unresolved_meta: Any = None  # of the training dataset, until the first batch shows its cameras
+        guide = None
         if config.use_lam_conditioning:
-            self._open_guide(dataset_meta)
+            self._unresolved_meta = dataset_meta
+            self._given_sources = config.token_sources
+            if dataset_meta is not None:
+                config.lam_fps = float(dataset_meta.fps)
+                warn_of_pauses(dataset_meta)
+            if config.use_precomputed_lam_tokens:
+                self.token_store = resolve_precomputed_sources(config, dataset_meta)
+            else:
+                self._resolve_live_sources(dataset_meta)
+            if dataset_meta is not None:
+                warn_of_missing_guide(config)
+            if config.lam_guidance is not None:
+                guide = open_guide(config)
+                config.lam_guidance = None  # no checkpoint carries it
+        self.rollout = Rollout(config, self.live_tokens, guide)
         self.diffusion = DiffusionLamModel(config)
         if config.init_from_stock is not None:
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
             logger.info("Started from the stock policy %s.", config.init_from_stock)
             config.init_from_stock = None
-        if self._live_tokens is not None and self._live_tokens.is_open:
-            self.diffusion.lam_model = self._live_tokens.models
+        self.diffusion.lam_model = self.live_tokens.loaded
         self.reset()
 
-    def _open_guide(self, dataset_meta: Any) -> None:
-        """Open what `lam_guidance` names, and forget the name: no checkpoint carries it."""
-        if dataset_meta is not None:
-            warn_of_missing_guide(self.config)
-        if self.config.lam_guidance is not None:
-            from lerobot_lam_diffusion.policy.guidance import open_guide  # training needs none
-
-            self.guide = open_guide(self.config)
-            self.config.lam_guidance = None
-
-    def _settle_live_source(self, dataset_meta: Any) -> None:
+    def _resolve_live_sources(self, dataset_meta: Any) -> None:
         """Open the LAMs now, so that a wrong one fails early; a trained policy may be given its tokens."""
-        deployed = dataset_meta is None and self.config.lam_source is not None
-        if deployed and not self.config.past_token_deltas:
+        config = self.config
+        trained = dataset_meta is None and config.lam_source is not None
+        if trained and not config.past_token_deltas:
             return  # a guide gives its tokens
         try:
-            lams = [live.lam for live in self.live_tokens.lams]
+            models = [live.model for live in self.live_tokens.lams]
         except LamNotFoundError:
-            if dataset_meta is not None or self.config.lam_source is None:
+            if not trained:
                 raise
-        else:
-            settle_live_source(self.config, dataset_meta, lams)
-            if (
-                self.config.lam_live_cache is not None
-                and dataset_meta is not None
-                and not may_be_exchanged(self.config, dataset_meta)  # then the first batch tells the cameras
-            ):
-                self.live_tokens.keep(dataset_meta)
+            return
+        resolve_live_sources(config, dataset_meta, models)
+        if dataset_meta is not None and not may_be_exchanged(config, dataset_meta):
+            self._open_caches(dataset_meta)  # else the first batch shows the cameras
 
-    @property
-    def live_tokens(self) -> "LiveTokens":
-        """Tokens from frames; their LAMs are loaded when they are first needed."""
-        if self._live_tokens is None:
-            from lerobot_lam_diffusion.policy.live import LiveTokens
+    def _open_caches(self, dataset_meta: Any, names: dict[str, str] | None = None) -> None:
+        """Open the cache of each source's tokens, if `lam_live_cache` asks for it."""
+        if self.config.lam_live_cache is not None and not self.config.use_precomputed_lam_tokens:
+            from lerobot_lam_diffusion.policy.live_cache import open_live_caches  # imports precompute
 
-            self._live_tokens = LiveTokens(self.config)
-        return self._live_tokens
+            models = [live.model for live in self.live_tokens.lams]
+            self.live_tokens.use_caches(open_live_caches(self.config, dataset_meta, models, names))
+
+    def _resolve_first_batch(self, batch: dict[str, Any]) -> None:
+        """Before the first step of a training: the tokens are of the camera that the policy knows (once)."""
+        config, meta = self.config, self._unresolved_meta
+        if meta is None:
+            return
+        self.token_store = resolve_first_batch(config, self.token_store, meta, batch, self._given_sources)
+        if may_be_exchanged(config, meta):
+            self._open_caches(meta, batch.get(OBS_LAM_CAMERAS))
+        self._unresolved_meta = None
 
     def reset(self) -> None:
         super().reset()
-        self._history: dict[str, FrameHistory] | None = None  # of each camera that a LAM looks at
-        self._clock.reset()
-        self._can_compute: bool | None = None  # whether there is a LAM; found out when it matters
-        self._tick = 0  # of the rollout, and frame of the guide
+        self.rollout.reset()
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
@@ -172,14 +171,16 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """Actions `(B, n_action_steps, action_dim)`, from the queues or, while they are empty, the batch.
 
-        A guided policy takes each chunk that is asked for in this way to be acted out before the next one.
+        A guided policy assumes that each chunk requested in this way is acted out before the next one.
         """
-        if not any(self._queues.values()):
+        if self.config.use_lam_conditioning and not any(self._queues.values()):
             if self.config.future_token_deltas and not {self.config.lam_tokens_key, "index"} & batch.keys():
-                batch = {**batch, OBS_LAM_TOKENS: self._window_at_tick(batch)}
-                self._tick += self.config.n_action_steps
+                batch = {**batch, OBS_LAM_TOKENS: self.rollout.chunk(batch)}
             else:
-                batch = self._with_window_tokens(self._with_missing_tokens(batch))
+                if self._lacks_tokens(batch):
+                    zeros = self.rollout.zeros(batch, len(self.config.lam_token_deltas))
+                    batch = {**batch, self.config.lam_tokens_key: zeros}
+                batch = self._with_window_tokens(batch)
         return super().predict_action_chunk(batch, noise=noise)
 
     @torch.no_grad()
@@ -192,277 +193,83 @@ class DiffusionLamPolicy(DiffusionPolicy):
         guide gives those above 0.
         """
         if self.config.use_lam_conditioning:
-            batch = self._with_current_tokens(batch)
-            self._tick += 1
+            tokens = self.rollout.tick(batch, predicts=not self._queues[ACTION])
+            self.diffusion.lam_model = self.live_tokens.loaded
+            if tokens is not None and tokens.ndim == 3:  # a whole window: all but the newest into the queue
+                queue = self._queues[OBS_LAM_TOKENS]
+                queue.clear()
+                queue.extend(tokens[:, :-1].unbind(1))
+                tokens = tokens[:, -1]
+            if tokens is not None:
+                batch = {**batch, OBS_LAM_TOKENS: tokens}
         return super().select_action(batch, noise=noise)
 
-    def _with_missing_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch of a chunk, with zeros where there are no tokens and the user wants to act without."""
+    def _lacks_tokens(self, batch: dict[str, Any]) -> bool:
+        """Whether there are no tokens for a batch, and the user wants to act without."""
         config = self.config
-        if not config.use_lam_conditioning or config.lam_missing != "zero" or config.lam_tokens_key in batch:
-            return batch
-        is_at_hand = self.token_store is not None if config.use_precomputed_lam_tokens else self._computable()
-        if is_at_hand:
-            return batch
-        state = batch[OBS_STATE]
-        shape = (len(state), len(config.lam_token_deltas), config.lam_token_dim)
-        return {**batch, config.lam_tokens_key: torch.zeros(shape, device=state.device)}
-
-    def _settle_first_batch(self, batch: dict[str, Any]) -> None:
-        """Before the first step of a training: the tokens are of the camera that the policy knows (once)."""
-        meta = self._dataset_meta
-        if meta is None:
-            return
-        names = batch.get(OBS_LAM_CAMERAS)
-        exchanged = may_be_exchanged(self.config, meta)
-        if (
-            names is None
-            and exchanged
-            and (self.config.use_precomputed_lam_tokens or self.config.lam_live_cache)
-        ):
-            logger.warning(
-                "The batch does not tell which of the dataset's cameras are which of the policy's (no %r: "
-                "the pre-processor is not this policy's, or of a checkpoint of an earlier version). They are "
-                "taken to have the same names; under a --rename_map that exchanges cameras the tokens would "
-                "be of another camera than the policy's: train without one.",
-                OBS_LAM_CAMERAS,
-            )
-        self.token_store = settle_first_batch(self.config, self.token_store, meta, names, self._given_sources)
-        if exchanged and self.config.lam_live_cache and not self.config.use_precomputed_lam_tokens:
-            self.live_tokens.keep(meta, names)
-        self._dataset_meta = None
+        if config.lam_missing != "zero" or config.lam_tokens_key in batch:
+            return False
+        return self.token_store is None if config.use_precomputed_lam_tokens else not self.rollout.has_lam()
 
     def _with_window_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its conditioning tokens `(B, lam_conditioning_steps, n·a)` under a fixed key."""
         if not self.config.use_lam_conditioning:
             return batch
-        self._settle_first_batch(batch)
+        self._resolve_first_batch(batch)
         tokens = self._window_tokens(batch)
         if self.training and self.config.lam_token_dropout:
             tokens = drop_tokens(tokens, self.config.lam_token_dropout)
         return {**self._last_observations(batch), OBS_LAM_TOKENS: tokens}
 
     def _window_tokens(self, batch: dict[str, Any]) -> Tensor:
-        key, deltas = self.config.lam_tokens_key, self.config.lam_token_deltas
+        config, key = self.config, self.config.lam_tokens_key
+        deltas, token_dim = config.lam_token_deltas, config.lam_token_dim
+        steps = len(deltas)
         if key in batch:
             tokens = batch[key]
-        elif not self.config.use_precomputed_lam_tokens:
-            tokens = self._computed_window(batch)
-        elif "index" in batch:
-            store = self._opened_store()
-            check_batch(store, batch)
-            tokens = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
-        else:
+        elif not config.use_precomputed_lam_tokens:
+            tokens = self.live_tokens.window(batch)
+        elif "index" not in batch:
             raise TrainingError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
                 f"them by (it has {sorted(batch)})"
             )
+        elif self.token_store is None:
+            raise TrainingError(
+                f"the batch has no LAM tokens under {key!r} and this policy has no token store open: wrap "
+                "the dataset in LamTokenDataset, or build the policy with LeRobot's make_policy and "
+                "--policy.lam_tokens_path"
+            )
+        else:
+            check_batch(self.token_store, batch)
+            tokens = self.token_store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         if tokens.ndim == 2:  # one observation step without a time axis
             tokens = tokens.unsqueeze(1)
-        steps = len(deltas)
-        if deltas != list(range(1 - steps, 1)) and tokens.ndim == 3 and tokens.shape[1] != steps:
+        # A longer window of the past is trimmed; other offsets must be met exactly.
+        trims = deltas == list(range(1 - steps, 1))
+        is_window = tokens.ndim == 3 and (tokens.shape[1] == steps or (trims and tokens.shape[1] > steps))
+        if not is_window or tokens.shape[2] != token_dim:
+            at_least = "at least " * trims
             raise TrainingError(
-                f"LAM tokens {key!r} are of {tokens.shape[1]} frames, expected those of the {steps} "
-                f"lam_token_offsets={deltas}: LamTokenDataset(dataset, store, config.lam_token_deltas) joins "
-                "them"
-            )
-        if tokens.ndim != 3 or tokens.shape[1] < steps or tokens.shape[2] != self.config.lam_token_dim:
-            raise TrainingError(
-                f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, at least {steps}, "
-                f"{self.config.lam_token_dim}) = (batch, lam_conditioning_steps, lam_num_learned_tokens * "
-                "lam_action_latent_dim)"
+                f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, {at_least}{steps}, "
+                f"{token_dim}) = (batch, frame offsets {deltas}, lam_num_learned_tokens * "
+                "lam_action_latent_dim): LamTokenDataset(dataset, store, config.lam_token_deltas) joins them"
             )
         return tokens[:, -steps:]
 
-    def _opened_store(self) -> TokenStore | JoinedStores:
-        if self.token_store is None:
-            raise TrainingError(
-                f"the batch has no LAM tokens under {self.config.lam_tokens_key!r} and this policy has no "
-                "token store open: wrap the dataset in LamTokenDataset, or build the policy with LeRobot's "
-                "make_policy and --policy.lam_tokens_path"
-            )
-        return self.token_store
-
-    def _computed_window(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens of a dataset batch on the fly."""
-        deltas = self.config.observation_delta_indices
-        frames = self._raw_frames(batch)
-        for camera, seen in frames.items():
-            if seen.ndim != 5 or seen.shape[1] != len(deltas):
-                raise TrainingError(
-                    f"frames of {camera!r} have shape {tuple(seen.shape)}, expected (B, {len(deltas)}, 3, H, "
-                    f"W): one frame for each of the policy's observation_delta_indices {deltas}"
-                )
-        is_pad = _padding(batch, next(iter(frames.values())))
-        return self.live_tokens.window(frames, deltas, is_pad, batch.get("index"))
-
-    def _with_current_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch of one tick, with tokens if a chunk of actions is about to be predicted."""
-        given = self._given_tokens(batch)
-        if given is not None:
-            self._history = None  # frames of this tick are not kept: a later pair must not bridge the gap
-            return self._queued(batch, given) if given.ndim == 3 else {**batch, OBS_LAM_TOKENS: given}
-        self._clock.tick()
-        if self.config.past_token_deltas and (self.config.lam_missing == "error" or self._computable()):
-            self._remember_frames(batch)
-        if self._queues[ACTION]:
-            return batch
-        self._clock.predict()
-        return self._queued(batch, self._window_at_tick(batch))
-
-    def _queued(self, batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-        """The batch with a whole window of tokens `(B, lam_conditioning_steps, n·a)`, by way of the queue."""
-        queue = self._queues[OBS_LAM_TOKENS]
-        queue.clear()
-        queue.extend(tokens[:, :-1].unbind(1))
-        return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
-
-    def _remember_frames(self, batch: dict[str, Any]) -> None:
-        """Keep this tick's frames for the tokens of what has happened."""
-        if self._history is None:
-            from lerobot_lam_diffusion.policy.live import FrameHistory
-
-            self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
-            self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}
-        frames = self._raw_frames(batch, is_deployed=True)
-        self._compare_sizes(frames)
-        for camera, seen in frames.items():
-            self._history[camera].append(seen)
-
-    def _window_at_tick(self, batch: dict[str, Any]) -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, n·a)` of this tick of a rollout.
-
-        Those of offsets up to 0 are the LAM's, of the frames seen so far; those above 0 the guide's.
-        """
-        past, future = self.config.past_token_deltas, self.config.future_token_deltas
-        state = batch[OBS_STATE]
-        parts = []
-        if past and self._history is not None:
-            parts.append(self.live_tokens.newest(self._history))
-        elif past and self.config.lam_missing == "zero":
-            parts.append(torch.zeros(len(state), len(past), self.config.lam_token_dim, device=state.device))
-        elif past:
-            raise TrainingError(
-                "a chunk of actions was asked for outside of select_action, which keeps the frames that "
-                f"tokens of lam_token_offsets={past} are made of: call select_action each tick, or pass "
-                f"tokens (B, {len(past) + len(future)}, {self.config.lam_token_dim}) under "
-                f"{self.config.lam_tokens_key!r}"
-            )
-        if future and self.guide is not None:
-            parts.append(self.guide.window(self._tick, future, len(state)).to(state.device))
-            self.guide.compare(batch)
-        elif future and self.config.lam_missing == "zero":
-            parts.append(torch.zeros(len(state), len(future), self.config.lam_token_dim, device=state.device))
-        elif future:
-            raise TrainingError(
-                f"this policy acts on tokens of what comes next (lam_token_offsets={future}), which no "
-                "camera sees: pass --policy.lam_guidance=<video, or STORE#episode>, or "
-                "--policy.lam_missing=zero to act without (trained with --policy.lam_token_dropout)"
-            )
-        return torch.cat(parts, dim=1)
-
-    def _compare_sizes(self, frames: dict[str, Tensor]) -> None:
-        """Warn, once, of a camera whose frames have another size than those of the training dataset."""
-        if self._frame_sizes_seen:
-            return
-        self._frame_sizes_seen = True
-        for source in self.config.token_sources:
-            height, width = frames[str(source.camera_key)].shape[-2:]
-            if source.frame_size not in (None, f"{height}x{width}"):
-                logger.warning(
-                    "The frames of the LAM's camera %r are %dx%d (height x width), those of the training "
-                    "dataset were %s: the LAM gives other tokens for them. Set the camera, or the "
-                    "environment, to the size of the dataset.",
-                    source.camera_key, height, width, source.frame_size,
-                )  # fmt: skip
-
-    def _given_tokens(self, batch: dict[str, Any]) -> Tensor | None:
-        """Tokens that need neither LAM nor guide: the batch's own, or zeros to act without.
-
-        `(B, n·a)` of this tick, or with `lam_token_offsets` `(B, lam_conditioning_steps, n·a)`.
-        """
-        key, token_dim = self.config.lam_tokens_key, self.config.lam_token_dim
-        if key in batch:
-            tokens = batch[key]
-            steps = len(self.config.lam_token_deltas)
-            expected: tuple[int, ...]
-            if self.config.lam_token_offsets is None or (steps == 1 and tokens.ndim == 2):
-                expected, meaning = (token_dim,), "token of this tick"
-            else:
-                expected, meaning = (steps, token_dim), "tokens of all lam_token_offsets"
-            if tuple(tokens.shape[1:]) != expected:
-                raise TrainingError(
-                    f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected "
-                    f"(B, {', '.join(map(str, expected))}): the {meaning} for each environment"
-                )
-            return tokens
-        if self.config.future_token_deltas:
-            return None
-        if self.config.lam_missing == "zero" and not self._computable():
-            state = batch[OBS_STATE]
-            return torch.zeros(len(state), token_dim, device=state.device)
-        return None
-
-    def _computable(self) -> bool:
-        """Whether there is a LAM at all; asked once between two resets. One that does not fit is an error."""
-        if self._can_compute is None:
-            try:
-                self._can_compute = bool(self.live_tokens.lams)
-            except LamNotFoundError as error:
-                logger.warning("Acting without LAM tokens, as lam_missing=zero says: %s", error)
-                self._can_compute = False
-        return self._can_compute
-
-    def _raw_frames(self, batch: dict[str, Any], is_deployed: bool = False) -> dict[str, Tensor]:
-        """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on."""
-        from lerobot_lam_diffusion.lam.preprocess import as_uint8
-
-        cameras = list(dict.fromkeys(str(source.camera_key) for source in self.config.token_sources))
-        frames = batch.get(OBS_LAM_IMAGES)
-        if frames is None:
-            raise TrainingError(
-                f"the batch has no raw frames under {OBS_LAM_IMAGES!r} for the LAM, only {sorted(batch)}: "
-                "use the pre-processor of this policy (make_pre_post_processors, or the one saved with its "
-                "checkpoint)"
-            )
-        if isinstance(frames, Tensor):
-            if len(cameras) > 1:
-                raise TrainingError(
-                    f"the raw frames under {OBS_LAM_IMAGES!r} are of one camera, the LAMs look at {cameras}: "
-                    "pass a dict from camera to frames"
-                )
-            frames = {cameras[0]: frames}
-        unknown = [camera for camera in cameras if camera not in frames]
-        if unknown:
-            named = ", ".join(map(repr, unknown))
-            if is_deployed:
-                raise DatasetError(
-                    f"the LAM's camera {named} is not among the cameras {sorted(frames)} that the robot or "
-                    "environment has: it needs the one that the policy was trained with, under that name "
-                    "(--rename_map renames it; PushT gives pictures with --env.obs_type=pixels_agent_pos)"
-                )
-            raise DatasetError(
-                f"the LAM's camera {named} is not among the cameras {sorted(frames)}; name one of them by "
-                "--policy.lam_camera_key"
-            )
-        return {camera: as_uint8(frames[camera]) for camera in cameras}
-
     def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without the frames that only the LAM needs: `n_obs_steps` up to now of every observation."""
+        """Without the frames that only the LAM needs: the last `n_obs_steps` of every observation."""
         delivered = self.config.observation_delta_indices
         window = len(delivered)
         if window == self.config.n_obs_steps:
             return batch
-        first, stop = delivered.index(1 - self.config.n_obs_steps), delivered.index(0) + 1
-        return {
-            key: value[:, first:stop]
-            if key.startswith(OBS_PREFIX)
-            and isinstance(value, Tensor)
-            and value.ndim > 1
-            and value.shape[1] == window
-            else value
-            for key, value in batch.items()
-        }
+        kept = slice(delivered.index(1 - self.config.n_obs_steps), delivered.index(0) + 1)
+
+        def is_window(key: str, value: Any) -> bool:
+            is_observation = key.startswith(OBS_PREFIX) and isinstance(value, Tensor)
+            return is_observation and value.ndim > 1 and value.shape[1] == window
+
+        return {key: value[:, kept] if is_window(key, value) else value for key, value in batch.items()}
 
     def generate_model_card(self, *args: Any, dataset_meta: Any = None, **kwargs: Any) -> Any:
         """LeRobot's card, and which tokens the policy was trained with."""
@@ -485,27 +292,25 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: Any, *, config: Any = None, **kwargs: Any
     ) -> "DiffusionLamPolicy":
-        """LeRobot's, and for deployment the LAMs are opened, so that what is wrong with them is told early.
+        """LeRobot's, and for deployment the LAMs are opened, so that a bad one fails early.
 
-        That is where LeRobot's commands give a config without a dataset: before they connect a robot.
+        LeRobot's commands pass a config without a dataset for deployment, before they connect a robot.
         """
         policy = super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
-        if config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None:
-            policy._open_lams_for_deployment()
+        deployed = config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None
+        if not deployed or not config.use_lam_conditioning:
+            return policy
+        if config.lam_missing == "zero":
+            policy.rollout.has_lam()
+        else:
+            try:
+                _ = policy.live_tokens.lams
+            except LamNotFoundError as error:
+                if drives_a_robot():
+                    raise
+                logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
+        policy.diffusion.lam_model = policy.live_tokens.loaded
         return policy
-
-    def _open_lams_for_deployment(self) -> None:
-        if not self.config.use_lam_conditioning:
-            return
-        if self.config.lam_missing == "zero":
-            self._computable()
-            return
-        try:
-            self.diffusion.lam_model = self.live_tokens.models
-        except LamNotFoundError as error:
-            if drives_a_robot():
-                raise
-            logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
 
     @classmethod
     def _load_as_safetensor(
@@ -537,7 +342,7 @@ class DiffusionLamModel(DiffusionModel):
         super().__init__(config)
         self.lam_model: Any = None
         if config.use_lam_conditioning:
-            self.lam_projection = _linear_without_drawing(config.lam_token_dim, config.lam_token_dim)
+            self.lam_projection = _linear_without_rng(config.lam_token_dim, config.lam_token_dim)
             nn.init.eye_(self.lam_projection.weight)
             for block in list(self.unet.modules()):  # a list: the blocks change while we walk them
                 if isinstance(block, DiffusionConditionalResidualBlock1d):
@@ -571,7 +376,7 @@ class LamCondEncoder(nn.Sequential):
         super().__init__(*stock)
         linear = stock[-1]
         assert isinstance(linear, nn.Linear)
-        self.lam = _linear_without_drawing(lam_dim, linear.out_features)
+        self.lam = _linear_without_rng(lam_dim, linear.out_features)
         nn.init.zeros_(self.lam.weight)
 
     def forward(self, cond: Tensor) -> Tensor:
@@ -592,25 +397,6 @@ def drop_tokens(tokens: Tensor, probability: float) -> Tensor:
     return tokens.masked_fill(whole | each, 0.0)
 
 
-def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
-    """Which frames `(B, T)` are LeRobot's copies: those of which all its flags say so.
-
-    They are alike for all observations, but that its streaming flags a few frames of a video by a rounding
-    error, and delivers them all the same.
-    """
-    flags = [
-        value.to(frames.device)
-        for key, value in batch.items()
-        if key.startswith(OBS_PREFIX) and key.endswith("_is_pad") and value.shape == frames.shape[:2]
-    ]
-    if flags:
-        return torch.stack(flags).all(0)
-    raise TrainingError(
-        "the batch does not tell which frames are padding (no 'observation.*_is_pad'), so that tokens at "
-        "episode starts cannot be told from motion: build the dataset with delta_timestamps"
-    )
-
-
-def _linear_without_drawing(in_features: int, out_features: int) -> nn.Linear:
-    """A bias-free linear whose construction leaves the random number stream as it is."""
+def _linear_without_rng(in_features: int, out_features: int) -> nn.Linear:
+    """A bias-free linear that draws no random numbers."""
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)

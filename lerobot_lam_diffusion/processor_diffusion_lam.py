@@ -1,9 +1,8 @@
-"""Pre- and post-processors of `diffusion_lam`: LeRobot's, and a step that keeps raw frames for the LAM."""
+"""Pre- and post-processors of `diffusion_lam`: LeRobot's, with the raw frames kept for the LAM."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from lerobot.configs.types import PipelineFeatureType, PolicyFeature
 from lerobot.processor import (
     ObservationProcessorStep,
     PolicyAction,
@@ -22,13 +21,12 @@ from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES
 
 @dataclass
 class rename_observations_processor(RenameObservationsProcessorStep):  # noqa: N801
-    """LeRobot's renaming, which also tells which camera of the dataset each of the policy's cameras is.
+    """LeRobot's renaming, which also reports what it renamed.
 
-    A policy is not shown the `rename_map`, and the tokens that it is given must be of the camera that it
-    will look at. `observation.lam_cameras` becomes a dict: name after renaming → name before it.
+    A policy never sees the `rename_map`, but its tokens must be of the camera that it looks at.
+    `observation.lam_cameras` becomes a dict: name after renaming → name before it.
 
-    LeRobot passes `--rename_map` to the step of this name, which for a class that is not registered is the
-    class's own.
+    The class bears the name of LeRobot's step, to which LeRobot passes `--rename_map`.
     """
 
     _registry_name = None  # not that of the parent class, as which it would be loaded
@@ -45,8 +43,8 @@ class rename_observations_processor(RenameObservationsProcessorStep):  # noqa: N
 class LamImagesProcessorStep(ObservationProcessorStep):
     """Pass references to all RGB frames on, before they are normalised.
 
-    `observation.lam_images` becomes a dict camera → frames `(..., 3, H, W)` in 0..1. The step keeps no
-    camera: it is saved with the checkpoint, and the policy's `lam_camera_key`, which a flag can change,
+    `observation.lam_images` becomes a dict camera → frames `(..., 3, H, W)` in 0..1. The step stores no
+    camera, since it is saved with the checkpoint: the policy's `lam_camera_key`, which a flag can change,
     chooses.
     """
 
@@ -54,26 +52,22 @@ class LamImagesProcessorStep(ObservationProcessorStep):
         frames = {key: value for key, value in observation.items() if _is_rgb(key, value)}
         return {**observation, OBS_LAM_IMAGES: frames}
 
-    def transform_features(
-        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
-    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+    def transform_features(self, features: Any) -> Any:
         return features
 
 
 def _is_rgb(key: str, value: Any) -> bool:
-    return (
-        key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-3] == 3
-    )
+    is_image = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-3] == 3
+    return is_image and key.startswith(OBS_PREFIX)
 
 
 def make_diffusion_lam_pre_post_processors(
-    config: DiffusionLamConfig,
-    dataset_stats: dict[str, dict[str, Tensor]] | None = None,
+    config: DiffusionLamConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None
 ) -> tuple[
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """LeRobot's default pipelines, with the raw frames kept for the LAM. Tokens pass through untouched.
+    """LeRobot's default pipelines, with the raw frames kept for the LAM. Tokens pass through unchanged.
 
     Args:
         config: Policy configuration.
@@ -86,13 +80,8 @@ def make_diffusion_lam_pre_post_processors(
     if not config.use_lam_conditioning:
         return make_default_pre_post_processors(config, dataset_stats)
     steps = make_default_policy_processor_steps(config, dataset_stats)
+    rename = rename_observations_processor(rename_map=steps.rename_observations.rename_map)
     return make_policy_processor_pipelines(
-        input_steps=[
-            rename_observations_processor(rename_map=steps.rename_observations.rename_map),
-            steps.add_batch_dim,
-            steps.to_device,
-            LamImagesProcessorStep(),
-            steps.normalize,
-        ],
+        input_steps=[rename, steps.add_batch_dim, steps.to_device, LamImagesProcessorStep(), steps.normalize],
         output_steps=[steps.unnormalize, steps.to_cpu],
     )

@@ -1,14 +1,14 @@
-"""Where LAM tokens come from: sources, each of which is one camera seen by one LAM.
+"""Sources of LAM tokens: each is one camera seen by one LAM.
 
-A policy's config keeps them field by field: a plain value where there is one source, a list with an entry for
-each where there are several. A plain value beside lists counts for every source. An entry that is not known
-is None.
+A policy's config stores them field by field: a plain value for a single source, a list with one entry per
+source for several. A plain value beside lists counts for every source. An entry that is not known is None.
 """
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import yaml
@@ -22,7 +22,7 @@ DEFAULT_ACTION_LATENT_DIM = 32
 
 @dataclass(frozen=True)
 class LamSource:
-    """One source of tokens; what its attributes mean is told of the config's fields (`FIELDS`)."""
+    """One source of tokens; each attribute is described with its config field (`FIELDS`)."""
 
     tokens_path: str | None = None
     model_path: str | None = None
@@ -31,12 +31,12 @@ class LamSource:
     action_latent_dim: int | None = None
     fingerprint: str | None = None
     token_scale: float | None = None
-    origin: str | None = None
+    trained_on: str | None = None
     frame_size: str | None = None
 
     @property
     def token_dim(self) -> int:
-        """Numbers in one frame's token of this source, n * a."""
+        """Token dimension, n * a."""
         n = self.num_learned_tokens or DEFAULT_NUM_LEARNED_TOKENS
         a = self.action_latent_dim or DEFAULT_ACTION_LATENT_DIM
         return n * a
@@ -55,19 +55,19 @@ FIELDS = {
     "action_latent_dim": "lam_action_latent_dim",
     "fingerprint": "lam_fingerprint",
     "token_scale": "lam_token_scale",
-    "origin": "lam_source",
+    "trained_on": "lam_source",
     "frame_size": "lam_frame_size",
 }
 """Attribute of a source → field of the config."""
 
 
 def entries(value: Any) -> list:
-    """A field's value as a list: one entry unless it is one already."""
+    """A field's value as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def parse_lists(config: Any) -> None:
-    """Make lists of fields that hold a list's text.
+    """Turn fields that hold the text of a list into lists.
 
     With `--policy.path` LeRobot reads flags as JSON, where `[a,b]` without quotation marks is a plain string.
     """
@@ -79,9 +79,9 @@ def parse_lists(config: Any) -> None:
 
 
 def parse_guidance(config: Any) -> None:
-    """`lam_guidance` as None, one entry, or a list of entries, also where it is a list's text.
+    """`lam_guidance` as None, one entry, or a list of entries, also from the text of a list.
 
-    Unquoted, the comma of `demo.mp4#t=1.5,9` in a list looks as if it parted two entries.
+    Unquoted, the comma of `demo.mp4#t=1.5,9` looks like one between two entries.
     """
     value = config.lam_guidance
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
@@ -98,24 +98,24 @@ def parse_guidance(config: Any) -> None:
 
 
 def read_sources(config: Any) -> list[LamSource]:
-    """The sources that the fields of a config tell, in order.
+    """The sources that the fields of a config describe, in order.
 
     Raises:
-        UserError: the fields do not tell how many there are.
+        UserError: lists differ in length.
     """
-    problems = number_problems(config)
+    problems = length_problems(config)
     if problems:
         raise UserError("; ".join(problems))
-    told = {attribute: entries(getattr(config, field)) for attribute, field in FIELDS.items()}
-    count = max(map(len, told.values()))
+    values = {attribute: entries(getattr(config, field)) for attribute, field in FIELDS.items()}
+    count = max(map(len, values.values()))
     return [
-        LamSource(**{attribute: values[at if len(values) > 1 else 0] for attribute, values in told.items()})
+        LamSource(**{attribute: each[at if len(each) > 1 else 0] for attribute, each in values.items()})
         for at in range(count)
     ]
 
 
 def write_sources(config: Any, sources: list[LamSource]) -> None:
-    """Write what is known now into the fields; one that says the same already stays as it is written."""
+    """Write `sources` into the fields; a field whose meaning does not change keeps its spelling."""
     before = read_sources(config)
     for attribute, field in FIELDS.items():
         values = [getattr(source, attribute) for source in sources]
@@ -123,8 +123,8 @@ def write_sources(config: Any, sources: list[LamSource]) -> None:
             setattr(config, field, values if len(values) > 1 else values[0])
 
 
-def number_problems(config: Any) -> list[str]:
-    """Why the fields of a config do not tell how many sources there are."""
+def length_problems(config: Any) -> list[str]:
+    """Why the number of sources is not clear: empty lists, and lists of different lengths."""
     lengths = {field: len(entries(getattr(config, field))) for field in FIELDS.values()}
     problems = [
         f"{field} is an empty list: leave it unset, or give it an entry for each source of tokens"
@@ -133,52 +133,42 @@ def number_problems(config: Any) -> list[str]:
     ]
     several = {field: length for field, length in lengths.items() if length > 1}
     if len(set(several.values())) > 1:
-        told = ", ".join(f"{field} has {length}" for field, length in several.items())
+        listed = ", ".join(f"{field} has {length}" for field, length in several.items())
         problems.append(
-            f"lists with different numbers of entries: {told}. Give each an entry for each source of tokens, "
-            "in one order, or one plain value that counts for all of them"
+            f"lists with different numbers of entries: {listed}. Give each an entry for each source of "
+            "tokens, in one order, or one plain value that counts for all of them"
         )
     return problems
 
 
 def source_problems(sources: list[LamSource], precomputed: bool) -> list[str]:
-    """Why several sources cannot stand side by side, as far as the fields alone tell."""
+    """Why sources do not go together, as far as the fields alone show."""
     problems = []
     if precomputed and any(source.tokens_path is not None for source in sources):
-        automatic = sum(source.is_auto for source in sources)
         if any(source.tokens_path is None for source in sources):
             problems.append("lam_tokens_path has an empty entry: name a token store for each source")
-        if 0 < automatic < len(sources):
+        if len({source.is_auto for source in sources}) > 1:
             problems.append(
                 "lam_tokens_path mixes 'auto' and token stores: name a store for each source, or 'auto' for "
                 "all of them"
             )
-    for one, other, a, b in _pairs(sources):
-        where = f"sources {one} and {other}"
+    for (one, a), (other, b) in combinations(enumerate(sources, 1), 2):
+        view = (a.camera_key, a.model_path)
         if precomputed and a.tokens_path is not None and a.tokens_path == b.tokens_path and not a.is_auto:
             problems.append(
-                f"{where} have the same token store, lam_tokens_path={a.tokens_path}: name one for "
-                "each (a store holds the tokens of one camera and one LAM)"
+                f"sources {one} and {other} have the same token store, lam_tokens_path={a.tokens_path}: name "
+                "one for each (a store holds the tokens of one camera and one LAM)"
             )
-        elif None not in (a.camera_key, a.model_path) and (a.camera_key, a.model_path) == (
-            b.camera_key,
-            b.model_path,
-        ):
+        elif None not in view and view == (b.camera_key, b.model_path):
             problems.append(
-                f"{where} are the same: lam_camera_key={a.camera_key}, lam_model_path={a.model_path} (a "
-                "plain value, also one that a checkpoint brings, counts for all sources); leave one of them "
-                "out, or name another camera or LAM"
+                f"sources {one} and {other} are the same: lam_camera_key={a.camera_key}, "
+                f"lam_model_path={a.model_path} (a plain value, also one that a checkpoint brings, counts "
+                "for all sources); leave one of them out, or name another camera or LAM"
             )
     return problems
 
 
-def twins(known: Sequence[tuple[str | None, str | None]]) -> Iterator[tuple[int, int]]:
-    """Which sources (1, 2, …) are the same camera and LAM, given the camera and fingerprint of each."""
-    return ((one, other) for one, other, a, b in _pairs(known) if a == b and None not in a)
-
-
-def _pairs(items: Sequence[Any]) -> Iterator[tuple[int, int, Any, Any]]:
-    """Every two items, with their numbers from 1."""
-    for one, a in enumerate(items, 1):
-        for other, b in enumerate(items[one:], one + 1):
-            yield one, other, a, b
+def duplicate_sources(views: Sequence[tuple[str | None, str | None]]) -> list[tuple[int, int]]:
+    """Pairs of sources (1, 2, …) that are the same camera and LAM, given camera and fingerprint of each."""
+    numbered = combinations(enumerate(views, 1), 2)
+    return [(one, other) for (one, a), (other, b) in numbered if a == b and None not in a]

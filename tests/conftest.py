@@ -6,7 +6,6 @@ import mmap
 import os
 import shutil
 import stat
-import sys
 import tempfile
 
 _HOME = tempfile.TemporaryDirectory(prefix="lerobot-home-")
@@ -16,7 +15,7 @@ os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
 from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore, layout
-from tests.torchcodec_states import without_ffmpeg
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
@@ -216,27 +214,6 @@ def store(dataset, make_store) -> TokenStore:
 @pytest.fixture(scope="session")
 def continuous_store(dataset, make_store) -> TokenStore:
     return make_store(dataset, use_vq_tokens=False)
-
-
-@pytest.fixture(scope="session")
-def _torchcodec_copy(tmp_path_factory) -> Path:
-    return without_ffmpeg(tmp_path_factory.mktemp("torchcodec"))
-
-
-@pytest.fixture
-def torchcodec_without_ffmpeg(_torchcodec_copy, monkeypatch) -> Iterator[None]:
-    """Importing torchcodec fails as it does on a machine that lacks FFmpeg's shared libraries."""
-
-    def modules() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]
-
-    with monkeypatch.context() as patch:
-        for name in modules():
-            patch.delitem(sys.modules, name)
-        patch.syspath_prepend(_torchcodec_copy)
-        yield
-        for name in modules():
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

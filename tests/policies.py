@@ -1,7 +1,10 @@
 """Small policies on the datasets of `conftest.py`, built the way `lerobot-train` builds them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -9,6 +12,8 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 
 from lerobot_lam_diffusion import DiffusionLamConfig
+from lerobot_lam_diffusion.utils.errors import UserError
+from tests.conftest import TOP
 
 SMALL = {
     "device": "cpu",
@@ -25,6 +30,16 @@ SMALL = {
 
 def lam_config(**fields: Any) -> DiffusionLamConfig:
     return DiffusionLamConfig(**{"use_precomputed_lam_tokens": True, **SMALL, **fields})
+
+
+def live_config(lam_folder: Any, **fields: Any) -> DiffusionLamConfig:
+    """Of a policy that computes its tokens on the fly, of the top camera."""
+    on_the_fly = {
+        "use_precomputed_lam_tokens": False,
+        "lam_camera_key": TOP,
+        "lam_model_path": str(lam_folder),
+    }
+    return lam_config(**{**on_the_fly, "num_inference_steps": 1, **fields})
 
 
 def stock_config(**fields: Any) -> DiffusionConfig:
@@ -59,3 +74,20 @@ def teach(policy: Any, batch: dict[str, Any], steps: int = 50) -> None:
         optimizer.zero_grad()
         policy.forward(dict(batch))[0].backward()
         optimizer.step()
+
+
+@contextmanager
+def refused(*parts: str, error: type[Exception] = UserError) -> Iterator[None]:
+    """Expect a user's error whose message has all these parts."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert not [part for part in parts if part not in message], message
+
+
+def make_lam_weights_matter(policy: Any) -> None:
+    """They are zero at the start, so that tokens would not show in a loss."""
+    torch.manual_seed(3)
+    for name, parameter in policy.named_parameters():
+        if name.endswith("cond_encoder.lam.weight"):
+            torch.nn.init.normal_(parameter)

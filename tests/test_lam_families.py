@@ -18,6 +18,7 @@ from lerobot_lam_diffusion.policy.live import FrameHistory
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError
+from tests import policies
 from tests.conftest import FPS, TOP
 from tests.policies import build, lam_config, training_batch
 
@@ -91,8 +92,7 @@ def assert_same(got, want, vq: bool) -> None:
 
 
 def live_config(folder, vq, stride, **fields):
-    on_the_fly = {"use_precomputed_lam_tokens": False, "lam_model_path": str(folder), "lam_camera_key": TOP}
-    return lam_config(**on_the_fly, lam_use_vq_tokens=vq, lam_frame_stride=stride, **fields)
+    return policies.live_config(folder, lam_use_vq_tokens=vq, lam_frame_stride=stride, **fields)
 
 
 @pytest.mark.parametrize(("name", "vq"), KINDS)

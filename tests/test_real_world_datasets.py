@@ -21,7 +21,7 @@ from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore
 from tests.conftest import TOP, record_dataset
-from tests.policies import lam_config, training_batch
+from tests.policies import lam_config, live_config, training_batch
 
 WRIST = "observation.images.wrist"
 DEPTH = "observation.images.depth"
@@ -133,9 +133,7 @@ def test_from_extraction_to_the_training_batch(odd, camera, lam, lam_folder, tmp
     assert torch.equal(store.window(index, [0])[:, 0], expected)
     fields = {"input_features": only(odd, camera), "lam_temporal_aggregation": "concat"}
     by_store = lam_config(lam_tokens_path=str(store.path), lam_conditioning_steps=1, **fields)
-    live = lam_config(
-        use_precomputed_lam_tokens=False, lam_model_path=str(lam_folder), lam_camera_key=camera, **fields
-    )
+    live = live_config(lam_folder, lam_camera_key=camera, **fields)
     for config in (by_store, live):
         policy = make_policy(config, ds_meta=odd.meta)
         preprocessor, _ = make_pre_post_processors(config, dataset_stats=odd.meta.stats)

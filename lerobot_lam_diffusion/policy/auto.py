@@ -1,12 +1,10 @@
 """`--policy.lam_tokens_path=auto`: the policy's token store out of the cache, built first if it is missing.
 
-The only place where a policy calls `precompute`; it is imported for `auto` alone, so that training on a store
-that a path names imports no LAM.
+Imports `precompute`, so it is imported for `auto` alone.
 """
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, load_lam, proposed_stride, read_config
-from lerobot_lam_diffusion.policy.live import check_lams, find_lams
-from lerobot_lam_diffusion.policy.precomputed import dataset_camera
+from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, proposed_stride, read_config
+from lerobot_lam_diffusion.policy.cameras import dataset_camera
+from lerobot_lam_diffusion.policy.lams import check_lams, find_lams, open_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
 from lerobot_lam_diffusion.precompute.dataset import open_whole
 from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
@@ -43,7 +41,7 @@ def resolved_lams(config: DiffusionLamConfig) -> tuple[list[str], list[TokenShap
 def cached_stores(
     config: DiffusionLamConfig, dataset_meta: Any, names: Mapping[str, str] | None = None
 ) -> list[TokenStore]:
-    """For each source of tokens the store of all of the dataset's tokens, as `config` wants them.
+    """For each source the store of all of the dataset's tokens, as `config` wants them.
 
     Args:
         config: With `lam_model_path` and `lam_camera_key`; fields that contradict a LAM are refused before
@@ -62,48 +60,37 @@ def cached_stores(
     sources = config.token_sources
     cameras = [dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in sources]
     fingerprints, shapes = resolved_lams(config)
-    if config.lam_frame_stride is None:
-        config.lam_frame_stride = _proposed_stride(shapes, float(dataset_meta.fps))
-    video_backend = get_safe_default_video_backend()
+    fps, video_backend = float(dataset_meta.fps), get_safe_default_video_backend()
+    stride = config.lam_frame_stride or proposed_stride(shapes, fps)
+    if config.lam_frame_stride is None and stride is not None:
+        logger.info(
+            "lam_frame_stride is %d: the LAM was trained on pairs some %.2g s apart, and the dataset has %g "
+            "fps.", stride, stride / fps, fps,
+        )  # fmt: skip
+    config.lam_frame_stride = stride or 1
     stores = []
-    for source, camera_key, fingerprint in zip(sources, cameras, fingerprints, strict=True):
+    for source, camera, fingerprint in zip(sources, cameras, fingerprints, strict=True):
         key = CacheKey(
-            dataset_digest=_identity(dataset_meta, camera_key, video_backend),
+            dataset_digest=_digest(dataset_meta, camera, video_backend),
             total_frames=dataset_meta.total_frames,
-            fps=float(dataset_meta.fps),
+            fps=fps,
             lam_fingerprint=fingerprint,
-            camera_key=camera_key,
-            frame_stride=config.lam_frame_stride or 1,
+            camera_key=camera,
+            frame_stride=config.lam_frame_stride,
             token_kind=VQ if config.lam_use_vq_tokens else CONTINUOUS,
             dtype=config.lam_dtype,
-            decoder=decoder_of(dataset_meta, camera_key, video_backend),
+            decoder=decoder_of(dataset_meta, camera, video_backend),
             device=torch.device(str(config.device)).type,
         )
-        build = partial(
-            _build,
-            key=key,
-            lam_path=str(source.model_path),
-            config=config,
-            dataset_meta=dataset_meta,
-            video_backend=video_backend,
-        )
+
+        def build(folder: Path, key: CacheKey = key, lam_path: str = str(source.model_path)) -> None:
+            _build(folder, key, lam_path, config, dataset_meta, video_backend)
+
         stores.append(CacheEntry.of(key).open(dataset_meta, build))
     return stores
 
 
-def _proposed_stride(lams: list[TokenShape], fps: float) -> int:
-    """The stride where the user names none; told, since it decides what the tokens mean."""
-    stride = proposed_stride(lams, fps)
-    if stride is None:
-        return 1
-    logger.info(
-        "lam_frame_stride is %d: the LAM was trained on pairs some %.2g s apart, and the dataset has %g fps.",
-        stride, stride / fps, fps,
-    )  # fmt: skip
-    return stride
-
-
-def _identity(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
+def _digest(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
     """Digest of all of a camera's frames, which are fetched first if they are not all on this machine."""
     found = frames_digest(dataset_meta, camera_key)
     if found is None:
@@ -144,15 +131,10 @@ def _build(
 ) -> None:
     logger.info(
         "LAM tokens: building the store of all %d episodes of %s with %s of %s, once for all experiments, in "
-        "%s.",
-        dataset_meta.total_episodes,
-        dataset_meta.repo_id,
-        lam_path,
-        key.camera_key,
-        folder,
-    )
+        "%s.", dataset_meta.total_episodes, dataset_meta.repo_id, lam_path, key.camera_key, folder,
+    )  # fmt: skip
     dataset = _whole_dataset(dataset_meta, video_backend)
-    lam = load_lam(lam_path, device=str(config.device), dtype=getattr(torch, config.lam_dtype))
+    lam = open_lam(config, lam_path, str(config.device))
     named = Path(lam_path).expanduser()
     try:
         with torch.random.fork_rng(devices=[]):  # a run that builds draws the numbers of one that does not
@@ -174,9 +156,9 @@ def _build(
             "--tolerance_s), and name it instead of auto"
         ) from error
     except BaseException:
-        told = how_to_go_on(folder)
-        if told:
-            logger.warning("Stopped while building LAM tokens. %s.", told)
+        hint = how_to_go_on(folder)
+        if hint:
+            logger.warning("Stopped while building LAM tokens. %s.", hint)
         raise
     if lam.device.type == "cuda":
         del lam
@@ -188,9 +170,8 @@ def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
     try:
         return open_whole(
             dataset_meta,
-            root=getattr(
-                dataset_meta, "_requested_root", dataset_meta.root
-            ),  # None: the Hub's cache, not in it
+            # None for a dataset in the Hub's cache, which LeRobot opens without a root
+            root=getattr(dataset_meta, "_requested_root", dataset_meta.root),
             revision=dataset_meta.revision,
             video_backend=video_backend,
         )

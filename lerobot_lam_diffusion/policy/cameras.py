@@ -1,23 +1,23 @@
-"""Which camera of the dataset each of the policy's cameras is, once `--rename_map` has been at work.
+"""The policy's and the dataset's names of a camera.
 
-LeRobot does not show the map to a policy. The pre-processor tells its effect with each batch
-(`observation.lam_cameras`), so a policy that may be fine-tuned under one learns it from its first batch,
-before its first step.
+`--rename_map` gives the dataset's cameras other names, and LeRobot does not show the map to a policy. The
+pre-processor reports its effect with each batch (`observation.lam_cameras`: the policy's name → the
+dataset's). So a policy that may be fine-tuned under a map learns the names from its first batch, before its
+first step.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
-
-logger = logging.getLogger(__name__)
+from lerobot_lam_diffusion.tokens.dataset_check import not_rgb
+from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError, raise_problems
 
 
 def rgb_cameras(dataset_meta: Any) -> list[str]:
     """The dataset's cameras that a LAM can look at."""
-    return [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
+    others = not_rgb(dataset_meta)
+    return [key for key in dataset_meta.camera_keys if key not in others]
 
 
 def may_be_exchanged(config: DiffusionLamConfig, dataset_meta: Any) -> bool:
@@ -27,6 +27,86 @@ def may_be_exchanged(config: DiffusionLamConfig, dataset_meta: Any) -> bool:
     """
     trained_before = config.lam_source is not None or bool(config.pretrained_path)
     return trained_before and len(rgb_cameras(dataset_meta)) > 1
+
+
+def presumed_names(config: DiffusionLamConfig, dataset_meta: Any) -> dict[str, str]:
+    """The policy's names of cameras → the dataset's where no batch has reported them: the same names."""
+    cameras = rgb_cameras(dataset_meta)
+    only = dict.fromkeys(config.image_features, cameras[0]) if len(cameras) == 1 else {}
+    return {**only, **{camera: camera for camera in cameras}}
+
+
+def visible_cameras(config: DiffusionLamConfig, dataset_meta: Any) -> list[str]:
+    """The policy's cameras, and others of the dataset: the LAM's camera need not be an input of the policy.
+
+    Names that differ from the dataset's show a `rename_map`: then only the policy's own cameras are certain.
+    """
+    cameras = list(config.image_features)
+    if dataset_meta is None or not set(cameras) <= set(dataset_meta.camera_keys):
+        return cameras
+    hidden = {*cameras, *dataset_meta.depth_keys}
+    return cameras + [key for key in dataset_meta.camera_keys if key not in hidden]
+
+
+def policy_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str | None:
+    """The policy's name of a camera of the dataset; None where a `rename_map` hides it."""
+    if camera in visible_cameras(config, dataset_meta):
+        return camera
+    cameras = list(config.image_features)
+    only_one = len(cameras) == 1 and dataset_meta is not None and len(dataset_meta.camera_keys) == 1
+    return cameras[0] if only_one else None
+
+
+def dataset_camera(
+    config: DiffusionLamConfig, camera: str, dataset_meta: Any, names: Mapping[str, str] | None = None
+) -> str:
+    """The dataset's name of a camera that the policy calls `camera`.
+
+    Args:
+        names: The policy's names of cameras → the dataset's, from a batch. Without them, a new name is
+            understood where the dataset has only one camera.
+
+    Raises:
+        DatasetError: it is not known which camera of the dataset that is, or it is not RGB.
+    """
+    others, cameras = not_rgb(dataset_meta), rgb_cameras(dataset_meta)
+    camera = (names or {}).get(camera, camera)
+    if camera in cameras:
+        return camera
+    if len(cameras) == 1 and list(config.image_features) == [camera]:
+        return cameras[0]
+    if camera in others:
+        raise DatasetError(
+            f"--policy.lam_camera_key={camera} {others[camera]}, and a LAM looks at RGB: dataset "
+            f"{dataset_meta.repo_id!r} has the RGB cameras {cameras}; name one of them"
+        )
+    raise DatasetError(
+        f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
+        f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, it cannot be known "
+        "which one it was, as --policy.lam_tokens_path=auto and --policy.lam_live_cache have to: make the "
+        "store with lerobot-lam-precompute --camera_key=<the dataset's own name> and pass its path"
+    )
+
+
+def camera_problems(config: DiffusionLamConfig, keys: Sequence[str | None], dataset_meta: Any) -> list[str]:
+    """Why LAMs cannot look at the cameras `keys` (of `lam_camera_key`), as far as it is known.
+
+    Which cameras a robot or environment has shows when the first frames come.
+    """
+    cameras = visible_cameras(config, dataset_meta)
+    if not cameras or (dataset_meta is None and config.lam_source is not None):
+        return []
+    others = {} if dataset_meta is None else not_rgb(dataset_meta)
+    problems = []
+    for camera in dict.fromkeys(keys):
+        if camera in others:
+            why = f"{others[camera]}, and a LAM looks at RGB; pass another camera"
+        elif camera not in cameras:
+            why = f"is not among the policy's cameras {cameras}; pass one of them"
+        else:
+            continue
+        problems.append(f"--policy.lam_camera_key={camera} {why}")
+    return problems
 
 
 def check_cameras(
@@ -39,8 +119,8 @@ def check_cameras(
 
     Args:
         names: The policy's name of each camera in a batch → the dataset's.
-        of_tokens: The dataset's name of the camera that each source's tokens are of, None if it is not known.
-        are_all: Whether there are no other names than these.
+        of_tokens: The dataset's name of the camera that each source's tokens are of; None: not known.
+        are_all: Whether `names` has all of the policy's cameras.
 
     Raises:
         TrainingError: they are of another camera.
@@ -48,15 +128,9 @@ def check_cameras(
     problems = []
     for source, camera in zip(config.token_sources, of_tokens, strict=True):
         key = source.camera_key
-        if camera is None or key is None:
+        if camera is None or key is None or names.get(key) == camera:
             continue
-        if key not in names:
-            if are_all:
-                problems.append(
-                    f"--policy.lam_camera_key={key} is not among the policy's cameras {sorted(names)}; pass "
-                    "one of them"
-                )
-        elif names[key] != camera:
+        if key in names:
             right = [name for name, of_dataset in names.items() if of_dataset == camera]
             instead = f", or pass --policy.lam_camera_key={right[0]}" if right else ""
             problems.append(
@@ -64,19 +138,12 @@ def check_cameras(
                 f"{names[key]} here (see --rename_map): train on tokens of {names[key]} "
                 f"(lerobot-lam-precompute --camera_key={names[key]}){instead}"
             )
+        elif are_all:
+            problems.append(
+                f"--policy.lam_camera_key={key} is not among the policy's cameras {sorted(names)}; pass one "
+                "of them"
+            )
     raise_problems("tokens of another camera than the policy's", problems, TrainingError)
-
-
-def presumed_names(config: DiffusionLamConfig, dataset_meta: Any) -> dict[str, str]:
-    """The policy's names of cameras → the dataset's where no batch tells: the same, or the only one."""
-    cameras = rgb_cameras(dataset_meta)
-    only = dict.fromkeys(config.image_features, cameras[0]) if len(cameras) == 1 else {}
-    return {**only, **{camera: camera for camera in cameras}}
-
-
-def named_by_policy(names: Mapping[str, str], camera: str | None) -> str | None:
-    """The policy's name of a camera of the dataset."""
-    return next((name for name, of_dataset in names.items() if of_dataset == camera), None)
 
 
 def frame_size(dataset_meta: Any, camera: str | None) -> str | None:
@@ -84,7 +151,6 @@ def frame_size(dataset_meta: Any, camera: str | None) -> str | None:
     feature = dataset_meta.features.get(camera)
     if feature is None:
         return None
-    shape, names = list(feature["shape"]), list(feature.get("names") or [])
-    channels = next((at for at, name in enumerate(names) if name in ("channel", "channels")), 2)
-    sides = [side for at, side in enumerate(shape) if at != channels]
-    return f"{sides[0]}x{sides[1]}" if len(sides) == 2 else None
+    names = feature.get("names") or ["height", "width", "channels"]
+    sides = [str(side) for side, name in zip(feature["shape"], names, strict=False) if "channel" not in name]
+    return "x".join(sides) if len(sides) == 2 else None

@@ -1,6 +1,5 @@
 """Weights of checkpoints, by their plain names: our own, and a stock Diffusion Policy's as a warm start."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 
 COMPILED = "_orig_mod."
-"""`torch.compile` renames every parameter of the module that it wraps, in checkpoints too."""
+"""`torch.compile` adds it to the name of every parameter of a module, in checkpoints too."""
 
 # What shapes the weights, or what they mean. Other fields (learning rate, device, ...) may differ.
 MUST_AGREE = (
@@ -38,26 +37,25 @@ def load_weights(
     Stock LeRobot only warns of a checkpoint whose names do not fit and goes on with random weights.
 
     Args:
-        module: Whom to load into.
+        module: Module to load into.
         weights: Parameter name → tensor.
-        where: Of the weights, for the message.
+        where: The file, for the message.
         may_lack: Plain names that `weights` may lack.
 
     Raises:
-        UserError: names or shapes do not fit; all are told.
+        TrainingError: names or shapes do not fit; lists them.
     """
     own = {plain(name): (name, tensor) for name, tensor in module.state_dict().items()}
     given = {plain(name): tensor for name, tensor in weights.items()}
-    problems = [f"{name} is missing" for name in own if name not in given and name not in (may_lack or set())]
-    problems += [f"{name} is unexpected" for name in given if name not in own]
+    problems = [f"{name} is missing" for name in own.keys() - given.keys() - (may_lack or set())]
+    problems += [f"{name} is unexpected" for name in given.keys() - own.keys()]
     problems += [
         f"{name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, (_, tensor) in own.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    if len(problems) > 12:
-        problems = [*problems[:12], f"… and {len(problems) - 12} more"]
-    raise_problems(f"the weights in {where} do not fit this policy", problems, TrainingError)
+    what = f"the weights in {where} do not fit this policy"
+    raise_problems(what, sorted(problems), TrainingError, at_most=12)
     module.load_state_dict({own[name][0]: tensor for name, tensor in given.items()}, strict=False)
 
 
@@ -71,18 +69,17 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
         own_parameters: Plain names of the parameters that only `policy` has; they stay as they are.
 
     Raises:
-        UserError: not a stock diffusion checkpoint, or fields that must agree differ; all are told.
+        TrainingError: not a stock diffusion checkpoint, or fields that must agree differ; lists all of them.
     """
+    flag = f"--policy.init_from_stock={checkpoint}"
     try:
         stock = PreTrainedConfig.from_pretrained(checkpoint)
     except (FileNotFoundError, ValueError) as error:
-        raise TrainingError(
-            f"--policy.init_from_stock={checkpoint} is not a policy checkpoint: {error}"
-        ) from error
+        raise TrainingError(f"{flag} is not a policy checkpoint: {error}") from error
     if type(stock) is not DiffusionConfig:
         raise TrainingError(
-            f"--policy.init_from_stock={checkpoint} is a policy of type {stock.type!r}, expected "
-            "'diffusion'; a diffusion_lam checkpoint is fine-tuned with --policy.path"
+            f"{flag} is a policy of type {stock.type!r}, expected 'diffusion'; a diffusion_lam checkpoint is "
+            "fine-tuned with --policy.path"
         )
     mine, theirs = _comparable(config), _comparable(stock)
     problems = [
@@ -90,15 +87,14 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
         for name in mine
         if mine[name] != theirs[name]
     ]
-    raise_problems(f"--policy.init_from_stock={checkpoint} is another architecture", problems, TrainingError)
-    folder = Path(checkpoint)
-    file = folder / "model.safetensors"
-    if not folder.is_dir():
+    raise_problems(f"{flag} is another architecture", problems, TrainingError)
+    file = Path(checkpoint) / "model.safetensors"
+    if not Path(checkpoint).is_dir():
         file = Path(hf_hub_download(checkpoint, "model.safetensors"))
     elif not file.is_file():
         raise TrainingError(
-            f"--policy.init_from_stock={checkpoint} has no model.safetensors; name the folder "
-            "pretrained_model of a stock diffusion checkpoint"
+            f"{flag} has no model.safetensors; name the folder pretrained_model of a stock diffusion "
+            "checkpoint"
         )
     load_weights(policy, load_file(file), str(file), may_lack=own_parameters)
 
@@ -107,5 +103,5 @@ def _comparable(config: DiffusionConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in MUST_AGREE}
     for side in ("input_features", "output_features"):
         features = getattr(config, side) or {}
-        values[side] = {name: dataclasses.astuple(feature)[1] for name, feature in sorted(features.items())}
+        values[side] = {name: feature.shape for name, feature in sorted(features.items())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

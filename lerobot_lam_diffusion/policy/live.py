@@ -1,138 +1,30 @@
-"""Tokens from raw frames, in training and on the robot: the same numbers that a store holds.
+"""Tokens from raw frames, in training and on the robot: the same values that a store holds.
 
 Training gets a window of frames from the dataset, a robot one frame a tick; both end in `LiveLam.encode`. A
 frame before the episode's first one does not exist (LeRobot pads with copies), so a pair that needs it has no
-token: zeros, as in a store. Where the policy has several sources (cameras, LAMs), `LiveTokens` puts their
-tokens side by side.
+token: zeros, as in a store. `LiveTokens` concatenates the tokens of several sources (cameras, LAMs).
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import (
-    LamTokens,
-    LatentActionModel,
-    TokenShape,
-    load_lam,
-    resolve_lam,
-)
-from lerobot_lam_diffusion.sources import LamSource, twins
-from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise_unfit
+from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES
+from lerobot_lam_diffusion.policy.lams import open_lams
+from lerobot_lam_diffusion.sources import LamSource
+from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
+    from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
     from lerobot_lam_diffusion.policy.live_cache import LiveCache
 
 logger = logging.getLogger(__name__)
-
-
-def open_lams(config: DiffusionLamConfig) -> list[LatentActionModel]:
-    """Load the LAM of each source and check that it is the one that the policy is for.
-
-    Returns:
-        As many as there are sources; a LAM of several sources is loaded once.
-
-    Raises:
-        LamNotFoundError: a LAM or camera is not named, or no LAM is there.
-        UserError: a damaged LAM, another token shape, or another LAM than trained with.
-    """
-    loaded: dict[Path, LatentActionModel] = {}
-    lams = []
-    for source, folder in zip(config.token_sources, find_lams(config), strict=True):
-        if folder not in loaded:
-            loaded[folder] = load_lam(str(source.model_path), dtype=getattr(torch, config.lam_dtype))
-        lams.append(loaded[folder])
-    check_lams(config, [lam.fingerprint for lam in lams], lams)
-    return lams
-
-
-def find_lams(config: DiffusionLamConfig) -> list[Path]:
-    """The folder of each source's LAM, without symbolic links.
-
-    Raises:
-        LamNotFoundError: a LAM or camera is not named, or no LAM is there; all problems at once.
-    """
-    sources = config.token_sources
-    if any(source.model_path is None or source.camera_key is None for source in sources):
-        raise LamNotFoundError(
-            "this diffusion_lam policy needs LAM tokens, and there are none in the batch "
-            f"({config.lam_tokens_key!r}) and no LAM to compute them: pass --policy.lam_model_path=<LAM "
-            "folder or Hub id> and --policy.lam_camera_key=<camera that it looks at>"
-            + (f", for each of the policy's {len(sources)} sources of tokens" if len(sources) > 1 else "")
-        )
-    folders: list[Path] = []
-    errors: dict[str, None] = {}  # each once
-    for source in sources:
-        try:
-            folders.append(resolve_lam(str(source.model_path)).resolve())
-        except LamError as error:
-            errors[str(error)] = None
-    if errors:
-        raise LamNotFoundError(
-            "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
-            + " ".join(errors)
-        )
-    return folders
-
-
-def check_lams(
-    config: DiffusionLamConfig,
-    fingerprints: Sequence[str],
-    shapes: Sequence[TokenShape],
-) -> None:
-    """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
-
-    Raises:
-        UserError: another token shape, another LAM than trained with, or two sources that are the same; all
-            problems at once.
-    """
-    sources = config.token_sources
-    problems, others = [], []
-    for source, fingerprint, shape in zip(sources, fingerprints, shapes, strict=True):
-        told = {
-            "lam_num_learned_tokens": (source.num_learned_tokens, shape.num_learned_tokens),
-            "lam_action_latent_dim": (source.action_latent_dim, shape.action_latent_dim),
-        }
-        own = [
-            f"--policy.{k} is {want}, the LAM has {have}"
-            for k, (want, have) in told.items()
-            if want not in (None, have)
-        ]
-        if config.lam_use_vq_tokens and not shape.num_codes:
-            own.append(
-                "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
-            )
-        if source.fingerprint not in (None, fingerprint):
-            other = (
-                f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
-                f"{str(source.fingerprint)[:16]}…"
-            )
-            if own:
-                own.append(f"{other}; pass that LAM by its path")
-            elif config.lam_allow_mismatch:
-                others.append(other)
-            else:
-                own.append(
-                    f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway"
-                )
-        name = str(source.model_path)
-        problems.append((name if len(sources) == 1 else f"{name} for {source.camera_key}", own))
-    views = [(source.camera_key, print_) for source, print_ in zip(sources, fingerprints, strict=True)]
-    same = [
-        f"sources {one} and {other} are the same: --policy.lam_camera_key={views[one - 1][0]}, and "
-        f"--policy.lam_model_path names the same LAM (fingerprint {views[one - 1][1][:16]}…) for both; leave "
-        "one of them out"
-        for one, other in twins(views)
-    ]
-    raise_unfit("LAM", problems, common=same)
-    for other in others:
-        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean other things.", other)
 
 
 class LiveTokens:
@@ -147,57 +39,47 @@ class LiveTokens:
         self._lams: list[LiveLam] | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether the LAMs have been loaded."""
-        return self._lams is not None
-
-    @property
     def lams(self) -> "list[LiveLam]":
-        """One for each source."""
+        """One for each source; loaded and checked on first use."""
         if self._lams is None:
+            sources = self._config.token_sources
             models = open_lams(self._config)
-            self._lams = [
-                LiveLam(self._config, source, model)
-                for source, model in zip(self._config.token_sources, models, strict=True)
-            ]
-            for source in self._config.token_sources:
+            self._lams = [LiveLam(self._config, *each) for each in zip(sources, models, strict=True)]
+            for source in sources:
                 logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
         return self._lams
 
-    def keep(self, dataset_meta: Any, names: Mapping[str, str] | None = None) -> None:
-        """Keep the tokens of this dataset's frames where `lam_live_cache` says, and take kept ones there.
+    @property
+    def loaded(self) -> "LatentActionModel | tuple[LatentActionModel, ...] | None":
+        """The LAM, those of several sources, or None while they are not loaded."""
+        models = tuple(live.model for live in self._lams or ())
+        return models[0] if len(models) == 1 else models or None
 
-        Args:
-            names: The policy's names of cameras → the dataset's, as far as they are known.
-
-        Raises:
-            UserError: the cache is damaged, or a camera is not one of the dataset's.
-            OSError: the cache cannot be made.
-        """
-        from lerobot_lam_diffusion.policy.live_cache import (
-            open_live_caches,  # nothing else here needs datasets
-        )
-
-        models = [live.lam for live in self.lams]
-        caches = open_live_caches(self._config, dataset_meta, models, names)
+    def use_caches(self, caches: "Sequence[LiveCache]") -> None:
+        """Cache the tokens of a training dataset's frames, each source's in its own cache."""
         for live, cache in zip(self.lams, caches, strict=True):
             live.cache = cache
 
-    @property
-    def models(self) -> LatentActionModel | tuple[LatentActionModel, ...]:
-        """The LAM, or those of several sources."""
-        models = tuple(live.lam for live in self.lams)
-        return models[0] if len(models) == 1 else models
-
-    def window(
-        self, frames: dict[str, Tensor], deltas: list[int], is_pad: Tensor, index: Tensor | None
-    ) -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` of a training batch.
+    def window(self, batch: dict[str, Any]) -> Tensor:
+        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` of a dataset batch.
 
         Args:
-            frames: Camera → frames; these and the rest as in `LiveLam.window`.
+            batch: Raw frames for each of the policy's `observation_delta_indices`, padding flags and, to
+            encode a
+                pair that occurs twice only once, `index`.
         """
-        return self._joined(lambda live: live.window(frames[live.camera_key], deltas, is_pad, index))
+        deltas = self._config.observation_delta_indices
+        frames = raw_frames(self._config, batch)
+        for camera, seen in frames.items():
+            if seen.ndim != 5 or seen.shape[1] != len(deltas):
+                raise TrainingError(
+                    f"frames of {camera!r} have shape {tuple(seen.shape)}, expected (B, {len(deltas)}, 3, H, "
+                    f"W): one frame for each of the policy's observation_delta_indices {deltas}"
+                )
+        is_pad = _padding(batch, next(iter(frames.values())))
+        index = batch.get("index")
+        tokens = [live.window(frames[live.camera_key], deltas, is_pad, index) for live in self.lams]
+        return torch.cat(tokens, dim=-1)
 
     def newest(self, history: "dict[str, FrameHistory]") -> Tensor:
         """Tokens of offsets up to 0, `(B, steps, lam_token_dim)`, at this tick.
@@ -205,10 +87,7 @@ class LiveTokens:
         Args:
             history: Camera → its frames.
         """
-        return self._joined(lambda live: history[live.camera_key].tokens(live))
-
-    def _joined(self, tokens: "Callable[[LiveLam], Tensor]") -> Tensor:
-        return torch.cat([tokens(live) for live in self.lams], dim=-1)
+        return torch.cat([history[live.camera_key].tokens(live) for live in self.lams], dim=-1)
 
 
 class LiveLam:
@@ -216,94 +95,71 @@ class LiveLam:
 
     Attributes:
         camera_key: The camera, as the policy names it.
-        lam: The LAM; other sources may share it.
-        cache: Keeps the tokens of a training dataset's frames, if asked for.
+        model: The LAM; other sources may share it.
+        cache: Cached tokens of a training dataset's frames, if asked for.
     """
 
-    def __init__(self, config: DiffusionLamConfig, source: LamSource, lam: LatentActionModel) -> None:
+    def __init__(self, config: DiffusionLamConfig, source: LamSource, model: "LatentActionModel") -> None:
         self.camera_key = str(source.camera_key)
-        self.lam = lam
+        self.model = model
         self.cache: LiveCache | None = None
         self._config = config
 
-    @property
-    def token_dim(self) -> int:
-        """Numbers in one frame's token of this source, n * a."""
-        return self.lam.num_learned_tokens * self.lam.action_latent_dim
-
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Tokens float32 `(P, n·a)` of uint8 frame pairs `(P, 3, H, W)`, without gradients."""
-        tokens = self._ask(prev, cur)
-        return tokens.of_kind(self._config.lam_use_vq_tokens)
+        return self._encode_pairs(prev, cur).of_kind(self._config.lam_use_vq_tokens)
 
-    def _ask(self, prev: Tensor, cur: Tensor) -> LamTokens:
-        if self.lam.device != prev.device:
-            self.lam.to(prev.device)
-        return self.lam.encode_pairs(prev, cur)
+    def _encode_pairs(self, prev: Tensor, cur: Tensor) -> "LamTokens":
+        if self.model.device != prev.device:
+            self.model.to(prev.device)
+        return self.model.encode_pairs(prev, cur)
 
     def window(self, frames: Tensor, deltas: list[int], is_pad: Tensor, index: Tensor | None) -> Tensor:
-        """Conditioning tokens of a training batch.
+        """Conditioning tokens of a training batch, float32 `(B, lam_conditioning_steps, n·a)`.
 
         Args:
             frames: uint8 `(B, T, 3, H, W)`, one for each of `deltas`.
             deltas: Frame offsets of the window, ascending.
             is_pad: bool `(B, T)`: the frame is a copy that LeRobot put where the episode has none.
-            index: int64 `(B,)` absolute frame indices, to encode a pair that occurs twice only once.
-
-        Returns:
-            float32 `(B, lam_conditioning_steps, n·a)`.
+            index: int64 `(B,)` absolute frame indices.
         """
-        at = {delta: position for position, delta in enumerate(deltas)}
         stride = self._config.lam_frame_stride or 1
         steps = self._config.lam_token_deltas
-        cur = frames[:, [at[delta] for delta in steps]].flatten(0, 1)  # (B * steps, 3, H, W)
-        prev = frames[:, [at[delta - stride] for delta in steps]].flatten(0, 1)
-        padded = (
-            is_pad[:, [at[delta - stride] for delta in steps]] | is_pad[:, [at[delta] for delta in steps]]
-        )
-        exists = ~padded.flatten()
-        tokens = torch.zeros(len(cur), self.token_dim, device=frames.device)
+        cur_at = [deltas.index(delta) for delta in steps]
+        prev_at = [deltas.index(delta - stride) for delta in steps]
+        cur, prev = (frames[:, at].flatten(0, 1) for at in (cur_at, prev_at))  # (B * steps, 3, H, W)
+        exists = ~(is_pad[:, cur_at] | is_pad[:, prev_at]).flatten()
+        tokens = torch.zeros(len(cur), self.model.token_dim, device=frames.device)
         if exists.any():
-            pair_index = None
+            frame = None
             if index is not None:
-                pair_index = (index.unsqueeze(1) + torch.tensor(steps, device=index.device)).flatten()[exists]
-            tokens[exists] = self._encode_distinct(prev[exists], cur[exists], pair_index)
+                frame = (index.unsqueeze(1) + torch.tensor(steps, device=index.device)).flatten()[exists]
+            tokens[exists] = self._encode_distinct(prev[exists], cur[exists], frame)
         return tokens.unflatten(0, (len(frames), len(steps)))
 
-    def _encode_distinct(self, prev: Tensor, cur: Tensor, pair_index: Tensor | None) -> Tensor:
-        """Encode each pair once. Pairs of one index may still differ: augmentation changes pixels."""
-        if pair_index is None:
+    def _encode_distinct(self, prev: Tensor, cur: Tensor, frame: Tensor | None) -> Tensor:
+        """Encode each pair once. Pairs of one frame may still differ: augmentation changes pixels."""
+        if frame is None:
             if self.cache is not None:
-                self.cache.miss("the batch has no 'index', which tells the frames")
+                self.cache.disable("the batch has no 'index', which identifies the frames")
             return self.encode(prev, cur)
-        order = torch.arange(len(pair_index), device=pair_index.device)
-        _, group = torch.unique(pair_index, return_inverse=True)
+        order = torch.arange(len(frame), device=frame.device)
+        _, group = torch.unique(frame, return_inverse=True)
         first = torch.full_like(order, len(order)).scatter_reduce(0, group, order, "amin")[group]
-        repeats = (
-            (first != order) & (prev == prev[first]).flatten(1).all(1) & (cur == cur[first]).flatten(1).all(1)
-        )
-        source = torch.where(repeats, first, order)
-        distinct = (~repeats).nonzero().flatten()
-        position = torch.empty_like(order).index_copy_(
-            0, distinct, torch.arange(len(distinct), device=order.device)
-        )
-        return self._kept_or_encoded(prev[distinct], cur[distinct], pair_index[distinct])[position[source]]
-
-    def _kept_or_encoded(self, prev: Tensor, cur: Tensor, pair_index: Tensor) -> Tensor:
+        same = (prev == prev[first]).flatten(1).all(1) & (cur == cur[first]).flatten(1).all(1)
+        distinct, position = torch.unique(torch.where(same, first, order), return_inverse=True)
+        prev, cur, frame = prev[distinct], cur[distinct], frame[distinct]
         if self.cache is None:
-            return self.encode(prev, cur)
-        return self.cache.tokens(prev, cur, pair_index, self._ask)
+            return self.encode(prev, cur)[position]
+        return self.cache.tokens(prev, cur, frame, self._encode_pairs)[position]
 
 
 class FrameHistory:
-    """A camera's real frames since the last reset, just long enough for the tokens of one window.
-
-    Those of offsets up to 0, that is: what comes next no camera has seen.
-    """
+    """A camera's frames since the last reset, just enough for the tokens of offsets up to 0."""
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._stride = config.lam_frame_stride or 1
-        self._deltas = [delta for delta in config.lam_token_deltas if delta <= 0]
+        self._deltas = config.past_token_deltas
         self._frames: deque[Tensor] = deque(maxlen=1 - self._deltas[0] + self._stride)
 
     def append(self, frames: Tensor) -> None:
@@ -314,7 +170,7 @@ class FrameHistory:
         """Tokens `(B, number of offsets up to 0, n·a)` at this tick; zero before the first pair."""
         frames = list(self._frames)
         newest = frames[-1]
-        tokens = torch.zeros(len(newest), len(self._deltas), live.token_dim, device=newest.device)
+        tokens = torch.zeros(len(newest), len(self._deltas), live.model.token_dim, device=newest.device)
         known = [delta for delta in self._deltas if len(frames) > self._stride - delta]
         if known:
             cur = torch.cat([frames[delta - 1] for delta in known])
@@ -322,3 +178,57 @@ class FrameHistory:
             encoded = live.encode(prev, cur).unflatten(0, (len(known), -1))  # (known, B, n·a)
             tokens[:, -len(known) :] = encoded.transpose(0, 1)
         return tokens
+
+
+def raw_frames(
+    config: DiffusionLamConfig, batch: dict[str, Any], deployed: bool = False
+) -> dict[str, Tensor]:
+    """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on.
+
+    Raises:
+        UserError: there are none, or none of a LAM's camera.
+    """
+    from lerobot_lam_diffusion.lam.preprocess import as_uint8
+
+    cameras = list(dict.fromkeys(str(source.camera_key) for source in config.token_sources))
+    frames = batch.get(OBS_LAM_IMAGES)
+    if frames is None:
+        raise TrainingError(
+            f"the batch has no raw frames under {OBS_LAM_IMAGES!r} for the LAM, only {sorted(batch)}: use "
+            "the pre-processor of this policy (make_pre_post_processors, or the one saved with its "
+            "checkpoint)"
+        )
+    if isinstance(frames, Tensor):
+        frames = {cameras[0]: frames}
+    unknown = ", ".join(repr(camera) for camera in cameras if camera not in frames)
+    if unknown and deployed:
+        raise DatasetError(
+            f"the LAM's camera {unknown} is not among the cameras {sorted(frames)} that the robot or "
+            "environment has: it needs the one that the policy was trained with, under that name "
+            "(--rename_map renames it; PushT gives images with --env.obs_type=pixels_agent_pos)"
+        )
+    if unknown:
+        raise DatasetError(
+            f"the LAM's camera {unknown} is not among the cameras {sorted(frames)}; name one of them by "
+            "--policy.lam_camera_key"
+        )
+    return {camera: as_uint8(frames[camera]) for camera in cameras}
+
+
+def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
+    """Which frames `(B, T)` are LeRobot's copies: those that all padding flags mark.
+
+    The flags of all observations agree, but for a few video frames that LeRobot's streaming marks by a
+    rounding error and delivers all the same.
+    """
+    flags = [
+        value.to(frames.device)
+        for key, value in batch.items()
+        if key.startswith(OBS_PREFIX) and key.endswith("_is_pad") and value.shape == frames.shape[:2]
+    ]
+    if flags:
+        return torch.stack(flags).all(0)
+    raise TrainingError(
+        "the batch does not tell which frames are padding (no 'observation.*_is_pad'), so that tokens at "
+        "episode starts cannot be told from motion: build the dataset with delta_timestamps"
+    )

@@ -1,10 +1,10 @@
-"""`--policy.lam_live_cache`: tokens computed on the fly are kept, so that each pair is encoded once.
+"""`--policy.lam_live_cache`: tokens computed on the fly are cached, so that each pair is encoded once.
 
-    frames of a batch ─► digest of each pair's pixels ─► PairCache ─┬─ known: the kept token
-                                                                    └─ else: the LAM, and keep what it says
+    frames of a batch ─► digest of each pair's pixels ─► PairCache ─┬─ known: the cached token
+                                                                    └─ else: the LAM, whose token is cached
 
-A kept token counts only for the very pixels that it was made of. So it is what the LAM would say, whatever
-stands between the dataset and the policy (augmentation, another decoder, an edited video).
+A cached token counts only for the very pixels that it was computed from. So it is what the LAM would return,
+whatever lies between the dataset and the policy (augmentation, another decoder, an edited video).
 """
 
 import logging
@@ -20,7 +20,7 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
-from lerobot_lam_diffusion.policy.precomputed import dataset_camera
+from lerobot_lam_diffusion.policy.cameras import dataset_camera
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
 from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.tokens.pairs import PairCache
@@ -38,9 +38,9 @@ def open_live_caches(
     lams: Sequence[LatentActionModel],
     names: Mapping[str, str] | None = None,
 ) -> "list[LiveCache]":
-    """Open or make the cache of each source's tokens of a training dataset.
+    """Open or create the cache of each source's tokens of a training dataset.
 
-    What decides a token's value names a cache's folder, so that runs that differ in it never meet.
+    Whatever decides a token's value names a cache's folder, so that runs that differ in it never meet.
 
     Args:
         config: With `lam_live_cache`, "auto" or a folder.
@@ -49,14 +49,13 @@ def open_live_caches(
         names: The policy's names of cameras → the dataset's, as far as they are known.
 
     Raises:
-        UserError: a camera is not known in the dataset, or a cache is damaged or cannot be made.
+        UserError: a camera is not known in the dataset, or a cache is damaged or cannot be created.
     """
-    cameras = [
-        dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in config.token_sources
-    ]
+    sources = config.token_sources
+    cameras = [dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in sources]
     root = live_cache_folder() if config.lam_live_cache == AUTO else Path(str(config.lam_live_cache))
     caches = []
-    for source, camera, lam in zip(config.token_sources, cameras, lams, strict=True):
+    for source, camera, lam in zip(sources, cameras, lams, strict=True):
         provenance = provenance_of(
             dataset_meta,
             lam,
@@ -75,80 +74,77 @@ def open_live_caches(
                 f"opened ({error}). Name another folder, or leave the flag out"
             ) from error
         caches.append(LiveCache(pairs))
-        told = "encoded once and kept" if pairs.is_writable else "taken, where it is known,"
         logger.info(
-            "LAM tokens: each frame pair of %s is %s in %s (%d of %d are there).",
-            camera, told, folder, pairs.num_kept(), pairs.num_pairs,
+            "LAM tokens: each frame pair of %s is %s %s (%d of %d are there).",
+            camera, "encoded once and cached in" if pairs.is_writable else "taken, where known, from",
+            folder, pairs.num_kept(), pairs.num_pairs,
         )  # fmt: skip
     return caches
 
 
 class LiveCache:
-    """Tokens of one camera by one LAM, kept between steps, epochs and runs."""
+    """Tokens of one camera by one LAM, cached between steps, epochs and runs."""
 
     def __init__(self, pairs: PairCache) -> None:
         self._pairs = pairs
-        self._is_used = True
-        self._keeps = pairs.is_writable
-        self._told_of_other_pixels = False
+        self._use_vq_tokens = pairs.provenance.token_kind == VQ
+        self._reads = True
+        self._writes = pairs.is_writable
+        self._warned_of_pixels = False
 
-    def miss(self, why: str) -> None:
-        """Tell, once, that tokens are neither taken from here nor kept."""
-        if self._is_used:
-            self._is_used = False
+    def disable(self, why: str) -> None:
+        """Neither read nor write from now on; warns once."""
+        if self._reads:
+            self._reads = False
             logger.warning("Tokens are computed each time, without %s: %s.", self._pairs.path, why)
 
     @torch.compiler.disable  # files are no part of a graph
     def tokens(
         self, prev: Tensor, cur: Tensor, frames: Tensor, encode: Callable[[Tensor, Tensor], LamTokens]
     ) -> Tensor:
-        """Tokens float32 `(P, n·a)` of frame pairs, kept or else computed.
+        """Tokens float32 `(P, n·a)` of frame pairs, cached or else computed.
 
         Args:
             prev, cur: uint8 `(P, 3, H, W)`.
             frames: Absolute indices of the later frames, int64 `(P,)`.
-            encode: Asks the LAM.
+            encode: Calls the LAM.
         """
-        pairs = self._pairs
-        device = pairs.provenance.device
-        if prev.device.type != device:
-            self.miss(f"the LAM runs on {prev.device.type}, and --policy.device says {device}")
-        if self._is_used:
+        cache, kind = self._pairs, self._use_vq_tokens
+        if prev.device.type != cache.provenance.device:
+            self.disable(
+                f"the LAM runs on {prev.device.type}, and --policy.device says {cache.provenance.device}"
+            )
+        if self._reads:
             pixels, frames = pixel_digests(prev, cur).cpu(), frames.cpu()
             try:
-                found = pairs.read(frames, pixels)
+                found = cache.read(frames, pixels)
             except OSError as error:  # training needs no cache
-                self.miss(str(error))
-        if not self._is_used:
-            return self._of_kind(encode(prev, cur), decoded=True)
+                self.disable(str(error))
+        if not self._reads:
+            return encode(prev, cur).of_kind(kind)
         values = found.values
         missing = (~found.known).nonzero().flatten()
         if len(missing):
             rows = missing.to(prev.device)
-            computed = self._of_kind(encode(prev[rows], cur[rows]))
+            computed = encode(prev[rows], cur[rows]).stored(kind)
             values[missing] = computed.cpu().to(values.dtype)
-            self._keep(frames[missing], pixels[missing], values[missing])
-        if found.other_pixels.any() and not self._told_of_other_pixels:
-            self._told_of_other_pixels = True
+            self._write(frames[missing], pixels[missing], values[missing])
+        if found.other_pixels.any() and not self._warned_of_pixels:
+            self._warned_of_pixels = True
             logger.warning(
-                "The pixels of frame %d and its predecessor are not those that their kept token was made of: "
-                "such pairs are encoded again. Each pair differs each time where --dataset.image_transforms "
-                "changes pictures, and lam_live_cache saves nothing then; once only after a change of video "
-                "decoder.",
+                "The pixels of frame %d and its predecessor are not those that their cached token was "
+                "computed from: such pairs are encoded again. Each pair differs each time where "
+                "--dataset.image_transforms changes images, and lam_live_cache saves nothing then; once only "
+                "after a change of video decoder.",
                 int(frames[found.other_pixels][0]),
             )
-        return pairs.decode(values).to(prev.device)
+        return cache.decode(values).to(prev.device)
 
-    def _of_kind(self, tokens: LamTokens, decoded: bool = False) -> Tensor:
-        """What is kept of tokens; `decoded`: the tokens themselves."""
-        use_vq_tokens = self._pairs.provenance.token_kind == VQ
-        return tokens.of_kind(use_vq_tokens) if decoded else tokens.stored(use_vq_tokens)
-
-    def _keep(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
-        if not self._keeps:
+    def _write(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
+        if not self._writes:
             return
         try:
             self._pairs.write(frames, pixels, values)
         except OSError as error:
-            self._keeps = False  # training needs no cache
-            logger.warning("Tokens are no longer kept in %s: %s.", self._pairs.path, error)
+            self._writes = False  # training needs no cache
+            logger.warning("Tokens are no longer cached in %s: %s.", self._pairs.path, error)

@@ -208,8 +208,11 @@ def check_content(folder: Path, *, again: bool = False) -> None:
         with safe_open(path, framework="pt", backend="pread") as file:
             for name in file.keys():  # noqa: SIM118
                 rows = file.get_slice(name)
-                for start in range(0, rows.get_shape()[0], SCAN_ROWS):
-                    problem = _content_problem(name, rows[start : start + SCAN_ROWS], start, provenance)
+                total = rows.get_shape()[0]
+                for start in range(0, total, SCAN_ROWS):
+                    problem = _content_problem(
+                        name, rows[start : min(start + SCAN_ROWS, total)], start, provenance
+                    )
                     if problem:
                         raise _damaged(path, problem)
     except (SafetensorError, OSError) as error:

@@ -403,7 +403,7 @@ def main_conditions(
             "control: random frames' tokens": of_random_frames(tracks, trial),
             "control: that video's tokens, shuffled": shuffled(tracks, trial),
         }.items():
-            pilot.policy.guide = guide
+            pilot.policy.rollout.guide = guide
             yield name, told, seed, trial.score(pilot.act(trial.starts))
     for seed in range(args.seeds):
         pilot = Pilot(train(work_dir, args, PAST, seed))
@@ -442,7 +442,9 @@ def robustness(
         changed[told] = tracks_of(store_of_videos(folder, work_dir / f"store_{folder.name}"))
     pilot = Pilot(policy)
     for told, altered in changed.items():
-        pilot.policy.guide = Guide([Track(f"{told} {k}", altered[v]) for k, v in enumerate(trial.videos)])
+        pilot.policy.rollout.guide = Guide(
+            [Track(f"{told} {k}", altered[v]) for k, v in enumerate(trial.videos)]
+        )
         same = np.mean(
             [
                 (a[1 : len(b)] == b[1 : len(a)]).all(-1).float().mean().item() if len(a) == len(b) else np.nan
@@ -495,7 +497,7 @@ def draw(path: Path, folder: Path, trial: Trial, store: Path, files: list[Path])
     for number in range(0, len(trial.starts), 2):  # the first start from which it follows both
         follows = []
         for side, video in list(zip(trial.sides, trial.videos, strict=True))[number : number + 2]:
-            pilot.policy.guide = Guide([Track(side, tracks[video])])
+            pilot.policy.rollout.guide = Guide([Track(side, tracks[video])])
             acted, moved = film(pilot, trial.starts[number], len(tracks[video]))
             films[side] = pictures_of(files[video]), acted
             follows.append(moved * SIDES[side] > MOVED)

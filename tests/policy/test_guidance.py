@@ -16,7 +16,7 @@ from lerobot_lam_diffusion.policy.guidance import Guide, Track, open_guide
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.utils.errors import TrainingError, UserError
 from tests.conftest import EPISODE_LENGTHS, FPS, TOP, write_lam
-from tests.policies import build, lam_config
+from tests.policies import build, lam_config, live_config, refused
 from tests.videos import write_video
 
 NEXT = [1, 2, 3, 4]
@@ -76,6 +76,9 @@ def act(policy, dataset, ticks: int, batch_size: int, first: int = 0) -> list[to
         if fresh:
             chunks.append(torch.stack(list(policy._queues[OBS_LAM_TOKENS]), dim=1))
     return chunks
+
+
+# Tick t of a rollout sees frames t + offsets of the demonstration.
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -163,7 +166,7 @@ def test_without_a_guide_it_says_what_to_pass_or_acts_unguided(checkpoints, data
 
 
 def test_a_policy_of_the_past_is_not_guided(dataset, store, checkpoints):
-    with pytest.raises(UserError, match=r"\(\[0\]\), and a video tells what comes next: train with"):
+    with pytest.raises(UserError, match=r"\(\[0\]\), and a video shows what comes next: train with"):
         deployed(checkpoints(0), lam_guidance="demo.mp4")
 
 
@@ -180,26 +183,21 @@ policy = DiffusionLamPolicy.from_pretrained({str(folder)!r}, config=config).eval
 state, images = torch.zeros(1, 2), torch.zeros(1, 1, 3, 48, 48)
 policy.select_action({{"observation.state": state, "observation.images": images, {TOP!r}: images[:, 0]}})
 assert policy.diffusion.lam_model is None
-assert "lerobot_lam_diffusion.lam.loading" not in sys.modules
-assert "lerobot_lam_diffusion.policy.live" not in sys.modules
+assert not [name for name in sys.modules if name.startswith("lerobot_lam_diffusion.lam")]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_an_intent_policy_trained_on_the_fly_needs_no_lam_to_act(dataset, lam_folder, store, tmp_path):
-    config = lam_config(
-        use_precomputed_lam_tokens=False,
-        lam_model_path=str(lam_folder),
-        lam_camera_key=TOP,
-        lam_token_offsets=NEXT,
-        num_inference_steps=1,
-    )
-    build(config, dataset)[0].save_pretrained(tmp_path)
+    build(live_config(lam_folder, lam_token_offsets=NEXT), dataset)[0].save_pretrained(tmp_path)
     policy = deployed(tmp_path, lam_model_path="/nowhere", lam_guidance=f"{store.path}#0")
     assert act(policy, dataset, 1, 1)[0].any()
     assert policy.diffusion.lam_model is None
-    assert policy._history is None
+    assert policy.rollout._history is None
+
+
+# A lossless video gives the tokens of its episode; what does not fit is refused or warned of.
 
 
 @pytest.fixture(scope="module")
@@ -266,36 +264,24 @@ def errors(make_store, dataset, tmp_path_factory, frames, lam_folder):
     ],
 )
 def test_what_cannot_guide_is_refused(entry, words, errors, checkpoints):
-    with pytest.raises(TrainingError) as refused:
+    with refused("--policy.lam_guidance cannot be followed", words, error=TrainingError):
         deployed(checkpoints(*NEXT), lam_guidance=entry.format(**errors))
-    assert "--policy.lam_guidance cannot be followed" in str(refused.value)
-    assert words in str(refused.value)
 
 
-def test_problems_of_all_entries_come_at_once(errors, checkpoints, store):
-    with pytest.raises(TrainingError, match="2 problems"):
-        deployed(
-            checkpoints(*NEXT),
-            lam_guidance=[str(errors["nothing"]), f"{store.path}#0", f"{errors['stride']}#0"],
-        )
-
-
-def test_a_rate_that_is_not_known_or_another_is_refused(checkpoints, store, videos):
-    with pytest.raises(TrainingError, match=r"pass --policy\.lam_fps="):
-        deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_fps=None)
-    with pytest.raises(TrainingError, match="it is of 10 fps, the policy of 30"):
-        deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#0", lam_fps=30.0)
-
-
-def test_a_video_without_a_lam_is_refused(checkpoints, videos):
-    with pytest.raises(TrainingError, match=r"pass --policy\.lam_model_path="):
-        deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_model_path=None)
-
-
-def test_several_sources_are_not_guided(checkpoints):
-    config = deployed(checkpoints(*NEXT)).config
+def test_what_a_policy_lacks_is_named(errors, checkpoints, store, videos):
+    video, checkpoint = str(videos / "same.mkv"), checkpoints(*NEXT)
+    cases = {
+        "2 problems": [str(errors["nothing"]), f"{store.path}#0", f"{errors['stride']}#0"],
+        "pass --policy.lam_fps=": {"lam_guidance": video, "lam_fps": None},
+        "it is of 10 fps, the policy of 30": {"lam_guidance": f"{store.path}#0", "lam_fps": 30.0},
+        "pass --policy.lam_model_path=": {"lam_guidance": video, "lam_model_path": None},
+    }
+    for message, fields in cases.items():
+        with refused(message, error=TrainingError):
+            deployed(checkpoint, **(fields if isinstance(fields, dict) else {"lam_guidance": fields}))
+    config = deployed(checkpoint).config
     config.lam_camera_key, config.lam_guidance = [TOP, "observation.images.side"], "demo.mp4"
-    with pytest.raises(TrainingError, match="2 sources of tokens"):
+    with refused("2 sources of tokens", error=TrainingError):
         open_guide(config)
 
 

@@ -1,5 +1,6 @@
 """`lam_live_cache`: tokens on the fly are computed once, kept, and never taken for those of other pixels."""
 
+import errno
 import gc
 import logging
 import os
@@ -17,10 +18,11 @@ from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.pairs import PAIRS_FILE, PairCache
 from tests.conftest import TOP, write_lam
-from tests.policies import build, lam_config, training_batch
+from tests.policies import build, lam_config, live_config, refused, training_batch
 from tests.scripts.test_next_step import next_of
 from tests.test_lerobot_train import SMALL_FLAGS, on_the_fly, same, train, weights
 
@@ -32,20 +34,12 @@ def live(dataset, lam_folder, tmp_path):
     """Builds a policy that keeps its tokens; and the LAM's calls, as numbers of pairs."""
 
     def live(**fields):
-        config = lam_config(
-            **{
-                "use_precomputed_lam_tokens": False,
-                "lam_model_path": str(lam_folder),
-                "lam_camera_key": TOP,
-                "lam_live_cache": str(tmp_path / "kept"),
-                **fields,
-            }
-        )
+        config = live_config(lam_folder, **{"lam_live_cache": str(tmp_path / "kept"), **fields})
         policy, preprocess = build(config, dataset)
         asked = []
         (one,) = policy.live_tokens.lams
-        encode_pairs = one.lam.encode_pairs
-        one.lam.encode_pairs = lambda prev, cur: asked.append(len(prev)) or encode_pairs(prev, cur)
+        encode_pairs = one.model.encode_pairs
+        one.model.encode_pairs = lambda prev, cur: asked.append(len(prev)) or encode_pairs(prev, cur)
         return policy, lambda rows: preprocess(training_batch(config, dataset, rows)), asked
 
     return live
@@ -56,6 +50,20 @@ def loss(policy, batch):
     return policy.forward(dict(batch))[0].item()
 
 
+def failing(code):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.fixture
+def data(dataset):
+    """Flags that name the dataset, decoded as in these tests."""
+    where = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
+    return [*where, "--dataset.video_backend=pyav"]
+
+
 @pytest.fixture
 def filled(live, tmp_path):
     """A cache of all pairs."""
@@ -63,6 +71,9 @@ def filled(live, tmp_path):
     policy.forward(batch(ALL))
     (folder,) = (tmp_path / "kept").iterdir()
     return folder
+
+
+# Each pair is encoded once, and never is a token taken that the LAM would not give.
 
 
 @pytest.mark.parametrize("use_vq", [True, False], ids=["vq", "continuous"])
@@ -84,6 +95,8 @@ def test_each_pair_is_encoded_once_and_the_losses_are_the_same(live, use_vq):
 
 def test_other_pixels_are_never_given_a_kept_token(live, caplog):
     policy, batch, asked = live()
+    policy.forward(batch([0, 14, 23]))  # first frames of episodes: they have no token
+    assert asked == []
     plain, _, _ = live(lam_live_cache=None)
     plain_batch = batch([20, 30])
     augmented = dict(plain_batch)
@@ -111,23 +124,32 @@ def test_what_decides_a_token_names_its_own_cache(live, frames, tmp_path):
     assert len(os.listdir(tmp_path / "kept")) == 4
 
 
-def test_missing_tokens_are_not_asked_for(live):
-    policy, batch, asked = live()
-    policy.forward(batch([0, 14, 23]))  # first frames of episodes
-    assert asked == []
+# A cache is a convenience: what it cannot do costs no training.
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_training(live, monkeypatch, caplog):
-    policy, batch, asked = live()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PairCache, "write", full)
-    expected = loss(live(lam_live_cache=None)[0], batch([20]))
-    assert [loss(policy, batch([20])) for _ in range(2)] == [expected, expected]
+def test_what_the_cache_cannot_do_costs_no_training(live, monkeypatch, caplog):
+    """A full disk, a disk that fails, frames that nothing tells."""
+    plain, batch, _ = live(lam_live_cache=None)
+    expected = [loss(plain, batch([20]))] * 2
+    policy, _, asked = live()
+    with monkeypatch.context() as patch:
+        patch.setattr(PairCache, "write", failing(errno.ENOSPC))
+        assert [loss(policy, batch([20])) for _ in range(2)] == expected
     assert asked == [1, 1]
-    assert sum("no longer kept" in record.message for record in caplog.records) == 1
+    assert sum("no longer cached" in record.message for record in caplog.records) == 1
+    policy, _, _ = live()
+    with monkeypatch.context() as patch:
+        patch.setattr(PairCache, "read", failing(errno.EIO))
+        assert [loss(policy, batch([20])) for _ in range(2)] == expected
+    nameless = {name: value for name, value in batch([20]).items() if name != "index"}
+    policy, _, _ = live()
+    assert [loss(policy, nameless) for _ in range(2)] == expected
+    warned = [
+        record.message for record in caplog.records if "Tokens are computed each time" in record.message
+    ]
+    assert len(warned) == 2
+    assert "Input/output error" in warned[0]
+    assert "no 'index'" in warned[1]
 
 
 def test_with_precomputed_tokens_it_means_nothing(dataset, store, tmp_path):
@@ -138,8 +160,10 @@ def test_with_precomputed_tokens_it_means_nothing(dataset, store, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
-def test_verify_accepts_what_it_wrote(filled, dataset, lam_folder, capsys):
-    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
+# Commands: verify, merge into a store, list and remove.
+
+
+def test_verify_accepts_what_it_wrote(filled, data, lam_folder, capsys):
     tokens_command(["verify", str(filled), *data, f"--lam.path={lam_folder}", "--device=cpu"])
     told = capsys.readouterr().out
     assert "ok  55 of 55 pairs are kept" in told
@@ -152,13 +176,12 @@ def test_verify_accepts_what_it_wrote(filled, dataset, lam_folder, capsys):
 
 
 def test_verify_refuses_other_tokens_and_tells_half_records(
-    filled, dataset, lam_folder, lam, tmp_path, capsys
+    filled, dataset, data, lam_folder, tmp_path, capsys
 ):
     cache = PairCache.open(filled)
     frames, values, _ = next(cache.scan())
     prev, cur = (torch.stack([dataset[int(i)][TOP] for i in index]) for index in (frames - 1, frames))
     cache.write(frames[:1], pixel_digests(prev, cur)[:1], (values[:1] + 1) % 16)  # a plausible forgery
-    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
     with pytest.raises(SystemExit, match="54 of 55 sampled tokens agree"):
         tokens_command(["verify", str(filled), *data, f"--lam.path={lam_folder}", "--device=cpu"])
     content = bytearray((filled / PAIRS_FILE).read_bytes())
@@ -177,12 +200,7 @@ def test_verify_refuses_other_tokens_and_tells_half_records(
     assert "1 pair was encoded now" in told
 
 
-def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, dataset, tmp_path, capsys):
-    data = [
-        "--dataset.repo_id=local/squares",
-        f"--dataset.root={dataset.root}",
-        "--dataset.video_backend=pyav",
-    ]
+def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, data, tmp_path, capsys):
     tokens_command(["merge", str(filled), *data, f"--output_dir={tmp_path / 'store'}"])
     assert "it covers all 5 episodes" in capsys.readouterr().out
     for name in (TENSORS_FILE, PROVENANCE_FILE):
@@ -234,38 +252,13 @@ def test_a_policy_may_be_copied_while_it_trains(live):
     assert asked == [2, 1]
 
 
-def test_what_the_cache_cannot_do_costs_no_training(live, monkeypatch, caplog):
-    """A disk that fails; frames that nothing tells."""
-    plain, batch, _ = live(lam_live_cache=None)
-    policy, _, _ = live()
-
-    def failing(*args):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(PairCache, "read", failing)
-    assert [loss(policy, batch([20])) for _ in range(2)] == [loss(plain, batch([20]))] * 2
-    monkeypatch.undo()
-    nameless = {name: value for name, value in batch([20]).items() if name != "index"}
-    policy, _, _ = live()
-    assert [loss(policy, nameless) for _ in range(2)] == [loss(plain, batch([20]))] * 2
-    told = [record.message for record in caplog.records if "Tokens are computed each time" in record.message]
-    assert len(told) == 2
-    assert "Input/output error" in told[0]
-    assert "no 'index'" in told[1]
-
-
 def test_a_folder_that_cannot_be_made_names_the_flag(live, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ValueError, match=r"--policy.lam_live_cache=\S*/file/x cannot be used: .*Name another folder"
-    ):
+    with refused("--policy.lam_live_cache=", "/file/x cannot be used: ", "Name another folder"):
         live(lam_live_cache=str(tmp_path / "file" / "x"))
-
-
-@pytest.mark.parametrize("value", ["false", "True", ""])
-def test_it_is_no_switch(live, value):
-    with pytest.raises(ValueError, match="must be 'auto' or a folder"):
-        live(lam_live_cache=value)
+    for value in ("false", "True", ""):  # it is no switch
+        with refused("must be 'auto' or a folder"):
+            live(lam_live_cache=value)
 
 
 def test_digests_tell_pixels():
@@ -305,7 +298,7 @@ def test_the_cache_command_lists_and_removes_it(live, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_lerobot_train_is_killed_and_goes_on(dataset, lam_folder, tmp_path):
+def test_lerobot_train_is_killed_and_goes_on(dataset, data, lam_folder, tmp_path):
     """The stock command, killed while it writes; what it kept until then is right."""
     kept = tmp_path / "kept"
     command = [
@@ -328,7 +321,6 @@ def test_lerobot_train_is_killed_and_goes_on(dataset, lam_folder, tmp_path):
         process.wait()
     (folder,) = (path for path in kept.iterdir() if not path.name.startswith("."))
     assert 0 < _num_kept(kept) <= 55
-    data = ["--dataset.repo_id=local/squares", f"--dataset.root={dataset.root}"]
     tokens_command(["verify", str(folder), *data, f"--lam.path={lam_folder}", "--device=cpu"])
 
 
@@ -341,8 +333,6 @@ def _num_kept(kept) -> int:
 def test_every_route_of_a_map_style_dataset_trains_bit_for_bit_alike(
     monkeypatch, dataset, store, lam_folder, tmp_path
 ):
-    from lerobot_lam_diffusion.tokens.add_column import add_column
-
     monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
     column = add_column(store, dataset.meta, tmp_path / "data_with_column")
     root, kept = f"--dataset.root={dataset.root}", f"--policy.lam_live_cache={tmp_path / 'kept'}"

@@ -6,7 +6,7 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from safetensors.torch import load_file, save_file
 
 from lerobot_lam_diffusion import DiffusionLamPolicy
-from tests.policies import build, lam_config, stock_config, training_batch
+from tests.policies import build, lam_config, refused, stock_config, training_batch
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,13 @@ def test_warm_start_has_the_stock_loss_bit_for_bit(dataset, store, stock_checkpo
 
 def test_warm_start_tells_all_differences(dataset, store, stock_checkpoint):
     fields = {"lam_tokens_path": str(store.path), "init_from_stock": str(stock_checkpoint)}
-    with pytest.raises(ValueError, match="another architecture") as error:
+    with refused(
+        "another architecture",
+        "horizon is 16, the stock policy has 8",
+        "kernel_size is 3",
+        "prediction_type is sample",
+    ):
         build(lam_config(**fields, horizon=16, kernel_size=3, prediction_type="sample"), dataset)
-    for name in ("horizon is 16, the stock policy has 8", "kernel_size is 3", "prediction_type is sample"):
-        assert name in str(error.value)
 
 
 def test_warm_start_wants_a_stock_checkpoint(dataset, store, tmp_path):
@@ -76,10 +79,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(dataset, store, tmp_path):
     del weights["diffusion.lam_projection.weight"]
     weights["diffusion.other"] = torch.zeros(1)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="2 problems") as error:
+    missing = "diffusion.lam_projection.weight is missing"
+    with refused("2 problems", missing, "diffusion.other is unexpected"):
         DiffusionLamPolicy.from_pretrained(tmp_path)
-    assert "diffusion.lam_projection.weight is missing" in str(error.value)
-    assert "diffusion.other is unexpected" in str(error.value)
 
 
 def test_lam_weights_without_lam_conditioning_name_the_flag(dataset, store, tmp_path):

@@ -31,7 +31,7 @@ def test_a_policy_trained_on_a_store_of_the_hub(dataset, store, lam_folder, tmp_
             store.provenance.lam.fingerprint,
             f"| camera | `{TOP}` |",
             "1 frame = 0.1 s at 10 fps",
-            "VQ (codebook rows), 2 × 32 numbers, encoded in float32",
+            "VQ (codebook rows), 2 × 32 elements, encoded in float32",
             "latest: 1 token |",
             f"[{REPO}](https://huggingface.co/datasets/{REPO}), commit `{first}`",
         ):

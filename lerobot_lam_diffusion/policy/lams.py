@@ -1,0 +1,214 @@
+"""The LAM of each source of tokens: found, checked to be the one that the policy was trained with, opened.
+
+Imports the LAM code only when a LAM is opened: training on precomputed tokens needs none.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+from lerobot_lam_diffusion.policy.cameras import camera_problems
+from lerobot_lam_diffusion.sources import FIELDS, LamSource, duplicate_sources
+from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
+from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise_problems, raise_unfit
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.lam import LatentActionModel, TokenShape
+
+logger = logging.getLogger(__name__)
+
+
+def open_lam(config: DiffusionLamConfig, path: str, device: str = "cpu") -> "LatentActionModel":
+    """Load one LAM in the policy's compute dtype."""
+    from lerobot_lam_diffusion.lam import load_lam
+
+    return load_lam(path, device=device, dtype=getattr(torch, config.lam_dtype))
+
+
+def open_lams(config: DiffusionLamConfig) -> "list[LatentActionModel]":
+    """Load the LAM of each source and check that it is the one that the policy is for.
+
+    Returns:
+        As many as there are sources; a LAM of several sources is loaded once.
+
+    Raises:
+        LamNotFoundError: a LAM or camera is not named, or no LAM is there.
+        UserError: a damaged LAM, another token shape, or another LAM than trained with.
+    """
+    folders = find_lams(config)
+    loaded: dict[Path, LatentActionModel] = {}
+    for source, folder in zip(config.token_sources, folders, strict=True):
+        if folder not in loaded:
+            loaded[folder] = open_lam(config, str(source.model_path))
+    lams = [loaded[folder] for folder in folders]
+    check_lams(config, [lam.fingerprint for lam in lams], lams)
+    return lams
+
+
+def find_lams(config: DiffusionLamConfig) -> list[Path]:
+    """The folder of each source's LAM, without symbolic links.
+
+    Raises:
+        LamNotFoundError: a LAM or camera is not named, or no LAM is there; all problems at once.
+    """
+    from lerobot_lam_diffusion.lam import resolve_lam
+
+    sources = config.token_sources
+    if any(source.model_path is None or source.camera_key is None for source in sources):
+        raise LamNotFoundError(
+            "this diffusion_lam policy needs LAM tokens, and there are none in the batch "
+            f"({config.lam_tokens_key!r}) and no LAM to compute them: pass --policy.lam_model_path=<LAM "
+            "folder or Hub id> and --policy.lam_camera_key=<camera that it looks at>"
+            + (f", for each of the policy's {len(sources)} sources of tokens" if len(sources) > 1 else "")
+        )
+    folders: list[Path] = []
+    errors = []
+    for source in sources:
+        try:
+            folders.append(resolve_lam(str(source.model_path)).resolve())
+        except LamError as error:
+            errors.append(str(error))
+    if errors:
+        raise LamNotFoundError(
+            "the policy's LAM is not where --policy.lam_model_path says; name another place by that flag. "
+            + " ".join(dict.fromkeys(errors))
+        )
+    return folders
+
+
+def check_lams(
+    config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: "Sequence[TokenShape]"
+) -> None:
+    """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
+
+    Raises:
+        UserError: another token shape, another LAM than trained with, or two sources that are the same; all
+            problems at once.
+    """
+    sources = config.token_sources
+    problems, allowed = [], []
+    for source, fingerprint, shape in zip(sources, fingerprints, shapes, strict=True):
+        own = shape_problems(source, shape, "LAM")
+        if config.lam_use_vq_tokens and not shape.num_codes:
+            own.append(
+                "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
+            )
+        other = another_lam(source, fingerprint, "its fingerprint is")
+        if other and own:
+            own.append(f"{other}; pass that LAM by its path")
+        elif other and not config.lam_allow_mismatch:
+            own.append(f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway")
+        elif other:
+            allowed.append(other)
+        name = str(source.model_path)
+        problems.append((name if len(sources) == 1 else f"{name} for {source.camera_key}", own))
+    views = [(source.camera_key, found) for source, found in zip(sources, fingerprints, strict=True)]
+    same = [
+        f"sources {one} and {other} are the same: --policy.lam_camera_key={views[one - 1][0]}, and "
+        f"--policy.lam_model_path names the same LAM (fingerprint {views[one - 1][1][:16]}…) for both; leave "
+        "one of them out"
+        for one, other in duplicate_sources(views)
+    ]
+    raise_unfit("LAM", problems, common=same)
+    for other in allowed:
+        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean other things.", other)
+
+
+def another_lam(source: LamSource, fingerprint: str, it_is: str) -> str | None:
+    """How a LAM is another one than the policy was trained with; None: it is the same, or none is recorded.
+
+    Args:
+        it_is: Begins the sentence, to be continued by the fingerprint.
+    """
+    if source.fingerprint in (None, fingerprint):
+        return None
+    trained_with = str(source.fingerprint)
+    return f"{it_is} {fingerprint[:16]}…, the policy was trained with {trained_with[:16]}…"
+
+
+def shape_problems(source: LamSource, shape: Any, noun: str, remedy: str = "") -> list[str]:
+    """Where the token shape of a LAM (or its provenance) contradicts the fields that are set."""
+    return [
+        f"--policy.{FIELDS[name]} is {getattr(source, name)}, the {noun} has {getattr(shape, name)}{remedy}"
+        for name in ("num_learned_tokens", "action_latent_dim")
+        if getattr(source, name) not in (None, getattr(shape, name))
+    ]
+
+
+def resolve_live_sources(
+    config: DiffusionLamConfig, dataset_meta: Any, lams: "Sequence[LatentActionModel]"
+) -> None:
+    """Copy what the LAMs say about themselves into the config of a policy that computes tokens on the fly.
+
+    Args:
+        dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+        lams: The LAM of each source, checked by `open_lams`.
+
+    Raises:
+        UserError: the dataset brings tokens of its own as well, or there is no such camera.
+    """
+    if dataset_meta is not None:
+        check_metadata(dataset_meta)
+    sources = config.token_sources
+    problems = camera_problems(config, [source.camera_key for source in sources], dataset_meta)
+    if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
+        problems.append(
+            f"dataset {dataset_meta.repo_id!r} has tokens of its own, column {config.lam_tokens_key!r}: "
+            "train on them with --policy.use_precomputed_lam_tokens=true, or name another "
+            "--policy.lam_tokens_key"
+        )
+    raise_problems("tokens cannot be computed on the fly", problems)
+    if config.lam_frame_stride is None and dataset_meta is not None:
+        _propose_stride(lams, dataset_meta.fps)
+    config.lam_frame_stride = config.lam_frame_stride or 1
+    resolved = []
+    for source, lam in zip(sources, lams, strict=True):
+        trained: dict[str, str] = {}
+        if dataset_meta is not None:
+            trained = {"fingerprint": lam.fingerprint, "trained_on": f"live:{source.model_path}"}
+        resolved.append(with_shape(source, lam, **trained))
+    record_sources(config, resolved)
+
+
+def _propose_stride(lams: "Sequence[LatentActionModel]", fps: float) -> None:
+    """On the fly the LAM's own stride can only be suggested: frames are requested before the LAM is known."""
+    from lerobot_lam_diffusion.lam import proposed_stride
+
+    stride = proposed_stride(lams, fps)
+    if stride is not None and stride > 1:
+        logger.warning(
+            "lam_frame_stride is unset, so the frames of a pair are 1 frame = %.2g s apart; the LAM was "
+            "trained on pairs %.2g s apart. Pass --policy.lam_frame_stride=%d for that.",
+            1 / fps, stride / fps, stride,
+        )  # fmt: skip
+
+
+def with_shape(source: LamSource, lam: Any, **changes: Any) -> LamSource:
+    """The source with the token shape and scale of a LAM (or its provenance), and other `changes`."""
+    return replace(
+        source,
+        num_learned_tokens=lam.num_learned_tokens,
+        action_latent_dim=lam.action_latent_dim,
+        token_scale=fixed_scale(source, lam.token_scale),
+        **changes,
+    )
+
+
+def fixed_scale(source: LamSource, scale: float) -> float:
+    """What tokens are divided by, fixed once: a checkpoint that was trained without a scale keeps to 1."""
+    if source.token_scale is not None:
+        return source.token_scale
+    return scale if source.trained_on is None else 1.0
+
+
+def record_sources(config: DiffusionLamConfig, resolved: list[LamSource]) -> None:
+    """Write the sources that training uses into the config; a mismatch that was allowed ends here."""
+    before = [source.fingerprint for source in config.token_sources]
+    if any(old not in (None, new.fingerprint) for old, new in zip(before, resolved, strict=True)):
+        config.lam_allow_mismatch = False
+    config.set_token_sources(resolved)
