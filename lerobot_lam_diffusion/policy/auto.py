@@ -5,6 +5,7 @@ Imports `precompute`, so it is imported for `auto` alone.
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, proposed_stride, read_config
 from lerobot_lam_diffusion.policy.cameras import dataset_camera
 from lerobot_lam_diffusion.policy.lams import check_lams, find_lams, open_lam
-from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
-from lerobot_lam_diffusion.precompute.dataset import open_whole
-from lerobot_lam_diffusion.precompute.engine import how_to_go_on, precompute_tokens
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, cached_entries
+from lerobot_lam_diffusion.precompute.dataset import dataset_info, open_whole
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens, resume_hint
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
-from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, OF_THE_DATASET, VQ, LamInfo, Provenance
+from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
 from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError, UserError
 
 logger = logging.getLogger(__name__)
@@ -69,49 +71,55 @@ def cached_stores(
         )  # fmt: skip
     config.lam_frame_stride = stride or 1
     stores = []
-    for source, camera, fingerprint in zip(sources, cameras, fingerprints, strict=True):
-        key = CacheKey(
-            dataset_digest=_digest(dataset_meta, camera, video_backend),
-            total_frames=dataset_meta.total_frames,
-            fps=fps,
-            lam_fingerprint=fingerprint,
-            camera_key=camera,
+    kind = VQ if config.lam_use_vq_tokens else CONTINUOUS
+    for source, camera_key, fingerprint, shape in zip(sources, cameras, fingerprints, shapes, strict=True):
+        _fetch_frames(dataset_meta, camera_key, video_backend)
+        wanted = Provenance(
+            dataset=dataset_info(dataset_meta, camera_key),
+            lam=LamInfo(
+                path=str(source.model_path),
+                revision=None,
+                fingerprint=fingerprint,
+                num_learned_tokens=shape.num_learned_tokens,
+                action_latent_dim=shape.action_latent_dim,
+                num_codes=shape.num_codes,
+                token_scale=1.0,  # follows from the weights, which are not loaded here
+            ),
+            camera_key=camera_key,
             frame_stride=config.lam_frame_stride,
-            token_kind=VQ if config.lam_use_vq_tokens else CONTINUOUS,
+            stride_seconds=config.lam_frame_stride / fps,
+            token_kind=kind,
             dtype=config.lam_dtype,
-            decoder=decoder_of(dataset_meta, camera, video_backend),
+            versions={},
+            storage_dtype=storage_dtype_of(kind, "", shape.num_codes),
             device=torch.device(str(config.device)).type,
+            decoder=decoder_of(dataset_meta, camera_key, video_backend),
         )
-
-        def build(folder: Path, key: CacheKey = key, lam_path: str = str(source.model_path)) -> None:
-            _build(folder, key, lam_path, config, dataset_meta, video_backend)
-
-        stores.append(CacheEntry.of(key).open(dataset_meta, build))
+        build = partial(
+            _build, wanted=wanted, config=config, dataset_meta=dataset_meta, video_backend=video_backend
+        )
+        stores.append(CacheEntry.of(wanted).open(dataset_meta, build))
     return stores
 
 
-def _digest(dataset_meta: Any, camera_key: str, video_backend: str) -> str:
-    """Digest of all of a camera's frames, which are fetched first if they are not all on this machine."""
-    found = frames_digest(dataset_meta, camera_key)
-    if found is None:
+def _fetch_frames(dataset_meta: Any, camera_key: str, video_backend: str) -> None:
+    """Have all of a camera's frames on this machine, so that their digest names the store."""
+    if frames_digest(dataset_meta, camera_key) is None:
         _whole_dataset(dataset_meta, video_backend)
-        found = frames_digest(dataset_meta, camera_key)
-    if found is None:
+    if frames_digest(dataset_meta, camera_key) is None:
         raise ExtractionError(
             f"--policy.lam_tokens_path=auto needs all episodes of {dataset_meta.repo_id!r}, and data or "
             f"video files of {camera_key} are missing in {dataset_meta.root}, or hold other than its "
             f"{dataset_meta.total_frames} frames; restore the dataset, or name a token store instead of auto"
         )
-    return found
 
 
-def _earlier_versions(key: CacheKey) -> list[TokenStore]:
+def _earlier_versions(wanted: Provenance) -> list[TokenStore]:
     """Finished stores in the cache whose tokens were made in the same way, of other frames."""
     stores = []
     for entry in cached_entries():
         try:
-            provenance = entry.provenance() if entry.is_finished else None
-            if provenance is None or key.of_other_frames(provenance) != key:
+            if not entry.is_finished or entry.provenance().differences(wanted, ignore=OF_THE_DATASET):
                 continue
             store = TokenStore.load(entry.folder)
         except (UserError, OSError):
@@ -123,31 +131,30 @@ def _earlier_versions(key: CacheKey) -> list[TokenStore]:
 
 def _build(
     folder: Path,
-    key: CacheKey,
-    lam_path: str,
+    wanted: Provenance,
     config: DiffusionLamConfig,
     dataset_meta: Any,
     video_backend: str,
 ) -> None:
     logger.info(
         "LAM tokens: building the store of all %d episodes of %s with %s of %s, once for all experiments, in "
-        "%s.", dataset_meta.total_episodes, dataset_meta.repo_id, lam_path, key.camera_key, folder,
+        "%s.", dataset_meta.total_episodes, dataset_meta.repo_id, wanted.lam.path, wanted.camera_key, folder,
     )  # fmt: skip
     dataset = _whole_dataset(dataset_meta, video_backend)
-    lam = open_lam(config, lam_path, str(config.device))
-    named = Path(lam_path).expanduser()
+    lam = open_lam(config, wanted.lam.path, str(config.device))
+    named = Path(wanted.lam.path).expanduser()
     try:
         with torch.random.fork_rng(devices=[]):  # a run that builds draws the numbers of one that does not
             precompute_tokens(
                 dataset,
                 lam,
                 folder,
-                camera_key=key.camera_key,
-                lam_path=str(named.resolve()) if named.is_dir() else lam_path,
-                frame_stride=key.frame_stride,
+                camera_key=wanted.camera_key,
+                lam_path=str(named.resolve()) if named.is_dir() else wanted.lam.path,
+                frame_stride=wanted.frame_stride,
                 use_vq_tokens=config.lam_use_vq_tokens,
                 video_backend=video_backend,
-                extend=_earlier_versions(key),
+                extend=_earlier_versions(wanted),
             )
     except DecodeError as error:
         raise ExtractionError(
@@ -156,7 +163,7 @@ def _build(
             "--tolerance_s), and name it instead of auto"
         ) from error
     except BaseException:
-        hint = how_to_go_on(folder)
+        hint = resume_hint(folder)
         if hint:
             logger.warning("Stopped while building LAM tokens. %s.", hint)
         raise

@@ -21,8 +21,13 @@ from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.policy.cameras import dataset_camera
-from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
-from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.cache import cache_name, live_cache_folder
+from lerobot_lam_diffusion.precompute.dataset import (
+    codebook_of,
+    dataset_info,
+    describe_tokens,
+    episode_bounds,
+)
 from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
@@ -56,8 +61,8 @@ def open_live_caches(
     root = live_cache_folder() if config.lam_live_cache == AUTO else Path(str(config.lam_live_cache))
     caches = []
     for source, camera, lam in zip(sources, cameras, lams, strict=True):
-        provenance = provenance_of(
-            dataset_meta,
+        provenance = describe_tokens(
+            dataset_info(dataset_meta, camera),
             lam,
             camera_key=camera,
             lam_path=str(source.model_path),
@@ -65,7 +70,7 @@ def open_live_caches(
             use_vq_tokens=config.lam_use_vq_tokens,
         )
         provenance = replace(provenance, device=torch.device(str(config.device)).type)
-        folder = root.expanduser() / CacheKey.of(provenance, decoder=ANY_DECODER).name
+        folder = root.expanduser() / cache_name(replace(provenance, decoder=ANY_DECODER))
         try:
             pairs = PairCache.make(folder, provenance, codebook_of(lam), *episode_bounds(dataset_meta))
         except OSError as error:

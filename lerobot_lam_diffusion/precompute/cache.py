@@ -1,17 +1,16 @@
 """Token stores under LeRobot's home, named by what decides their tokens, and built when first asked for.
 
     stores/<name>/             a finished store
-    stores/<name>.shards/      its extraction, under way or interrupted
+    stores/<name>.shards/      its extraction, running or interrupted
     stores/.locks/<name>.*     lock: held while the store is built, opened or removed; builder: who builds;
-                               used: its time tells when the store was last opened
+                               used: its modification time is when the store was last opened
 
-Experiments share a store because its name follows from its content, not from what a user calls things. Who
-needs a store that another process builds waits for that process's lock. The kernel frees the lock of a
-process that dies, and the next one goes on with the shards that are there.
+Experiments share a store because its name follows from its content. A process that needs a store being built
+elsewhere waits on its lock. The kernel releases the lock of a process that dies, and the next one continues
+with the finished shards.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.precompute.merge import Extraction
+from lerobot_lam_diffusion.precompute.shards import Extraction
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.pairs import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
@@ -38,67 +37,22 @@ from lerobot_lam_diffusion.utils.files import NOT_SUPPORTED, remove_partial, rem
 logger = logging.getLogger(__name__)
 
 LOCKS = ".locks"
-KEY_FORMAT = 1  # to be raised where the same key would stand for other tokens
-QUIET_SECONDS = 2.0  # who only opens a store holds its lock no longer
-TOLD_AGAIN_SECONDS = 300.0
+NAME_FORMAT = 2  # to be raised where the same identity would stand for other tokens
+QUIET_SECONDS = 2.0  # opening a store holds its lock no longer
+REMIND_SECONDS = 300.0
 
 
-@dataclass(frozen=True)
-class CacheKey:
-    """What decides the tokens of a store that covers all of a dataset.
+def cache_name(provenance: Provenance) -> str:
+    """Name of a cached store of all these tokens: readable prefix, unique suffix.
 
-    Attributes:
-        dataset_digest: See `frames_digest.frames_digest`; it and the next two tell the frames. Where not all
-            files are there, `binding.dataset_digest`.
-        total_frames, fps: Of the dataset.
-        lam_fingerprint: Which LAM.
-        camera_key: The dataset's name of the camera.
-        frame_stride: Gap of a pair, in frames.
-        token_kind: "vq" or "continuous".
-        dtype: Arithmetic of the encoder.
-        decoder: The way from files to pixels: "pyav", "torchcodec", "images".
-        device: Kind of device: "cpu", "cuda", "mps".
+    Frames count by their digest where it is known, not by their statistics.
     """
-
-    dataset_digest: str
-    total_frames: int
-    fps: float
-    lam_fingerprint: str
-    camera_key: str
-    frame_stride: int
-    token_kind: str
-    dtype: str
-    decoder: str
-    device: str
-
-    @classmethod
-    def of(cls, provenance: Provenance, decoder: str) -> "CacheKey":
-        """Of the tokens that `provenance` describes, whose pixels come by `decoder`."""
-        return cls(
-            dataset_digest=provenance.dataset.frames or provenance.dataset.digest,
-            total_frames=provenance.dataset.total_frames,
-            fps=float(provenance.dataset.fps),
-            lam_fingerprint=provenance.lam.fingerprint,
-            camera_key=provenance.camera_key,
-            frame_stride=provenance.frame_stride,
-            token_kind=provenance.token_kind,
-            dtype=provenance.dtype,
-            decoder=decoder,
-            device=provenance.device,
-        )
-
-    def of_other_frames(self, provenance: Provenance) -> "CacheKey":
-        """The key of `provenance`, but of this key's frames: equal to this one if all else is equal."""
-        other = CacheKey.of(provenance, provenance.decoder)
-        return dataclasses.replace(other, dataset_digest=self.dataset_digest, total_frames=self.total_frames)
-
-    @property
-    def name(self) -> str:
-        """For people at its start, unique at its end: `top-vq-stride1-0123456789abcdef`."""
-        told = json.dumps({"format": KEY_FORMAT, **dataclasses.asdict(self)}, sort_keys=True)
-        camera = re.sub(r"[^A-Za-z0-9_]", "_", self.camera_key.rpartition(".")[2])[:32]
-        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
-        return f"{camera}-{self.token_kind}-stride{self.frame_stride}-{digest}"
+    dataset = provenance.dataset
+    frames = {"dataset.digest": dataset.frames or dataset.digest, "dataset.fps": float(dataset.fps)}
+    identity = json.dumps({"format": NAME_FORMAT, **provenance.identity(), **frames}, sort_keys=True)
+    camera = re.sub(r"[^A-Za-z0-9_]", "_", provenance.camera_key.rpartition(".")[2])[:32]
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return f"{camera}-{provenance.token_kind}-stride{provenance.frame_stride}-{digest}"
 
 
 def cache_folder() -> Path:
@@ -112,7 +66,7 @@ def live_cache_folder() -> Path:
 
 
 def live_caches(root: Path | None = None) -> list[Path]:
-    """Folders of all `tokens.pair_cache.PairCache`s there, by name."""
+    """Folders of all `tokens.pairs.PairCache`s there, by name."""
     return sorted(path for path in (root or live_cache_folder()).glob("[!.]*") if is_pair_cache(path))
 
 
@@ -133,8 +87,8 @@ class CacheEntry:
     name: str
 
     @classmethod
-    def of(cls, key: CacheKey, cache: Path | None = None) -> "CacheEntry":
-        return cls(cache or cache_folder(), key.name)
+    def of(cls, provenance: Provenance, cache: Path | None = None) -> "CacheEntry":
+        return cls(cache or cache_folder(), cache_name(provenance))
 
     @property
     def folder(self) -> Path:
@@ -146,43 +100,43 @@ class CacheEntry:
         return (self.folder / PROVENANCE_FILE).is_file()
 
     def open(self, dataset_meta: Any, build: Callable[[Path], object]) -> TokenStore:
-        """The store, built first if it is not there; while another process builds it, wait.
+        """Open the store, built first if it is missing; wait while another process builds it.
 
         Args:
             dataset_meta: `LeRobotDatasetMetadata` of the dataset that it is for.
-            build: Makes the store in the folder that it is given, or goes on with what an interrupted one
-                left there.
+            build: Makes the store in the folder that it is given, or resumes an interrupted build there.
 
         Raises:
             ExtractionError: the cache is not writable, or the store in it is damaged.
         """
-        try:
-            with self._waited_for():
-                if not self.is_finished:
-                    with self._known_as_builder():
-                        build(self.folder)
-                store = self._opened(dataset_meta)
-                with contextlib.suppress(OSError):  # a full disk is no reason not to train
-                    self._mark("used").touch()
-                return store
-        except _NoLockError as error:
-            if self.is_finished:  # a cache that others filled, and that may only be read here
-                return self._opened(dataset_meta)
-            raise ExtractionError(
-                f"the cache of token stores {self.cache} is not writable ({error}): set HF_LEROBOT_HOME to a "
-                "folder of yours, or make a store with lerobot-lam-precompute and pass its path"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._locked(wait=True))
+            except OSError as error:
+                if self.is_finished:  # a shared cache that may only be read
+                    return self._opened(dataset_meta)
+                raise ExtractionError(
+                    f"the cache of token stores {self.cache} is not writable ({error}): set HF_LEROBOT_HOME "
+                    "to a folder of yours, or make a store with lerobot-lam-precompute and pass its path"
+                ) from error
+            if not self.is_finished:
+                with self._named_as_builder():
+                    build(self.folder)
+            store = self._opened(dataset_meta)
+            with contextlib.suppress(OSError):  # a full disk is no reason not to train
+                self._mark("used").touch()
+            return store
 
     def builder(self) -> str | None:
-        """Who is building (or opening, or removing) the store at this moment, for people; None: nobody."""
+        """Which process is building, opening or removing the store now, human-readable; None: none."""
         if not self._mark("lock").exists():
             return None
         try:
-            with FileLock(self._mark("lock")).acquire(blocking=False):
+            with self._locked(wait=False):
                 return None
         except Timeout:
             return self._holder()
-        except (OSError, NotImplementedError):  # no locks here, or not ours to take
+        except OSError:  # not ours to lock
             return self._holder() if self._mark("builder").exists() else None
 
     def provenance(self) -> Provenance:
@@ -196,23 +150,17 @@ class CacheEntry:
         return Extraction.read(unfinished_folder(self.folder)).provenance
 
     def shards(self) -> tuple[int, int]:
-        """Of an unfinished extraction: shards that are safe, and all.
+        """Of an unfinished extraction: finished shards, and all.
 
         Raises:
             UserError: it is damaged.
         """
-        unfinished = unfinished_folder(self.folder)
-        extraction = Extraction.read(unfinished)
-        return len(extraction.shards(unfinished).present()), len(extraction.plan.shards)
+        return Extraction.read(unfinished_folder(self.folder)).progress()
 
     def last_used(self) -> float:
-        """When the store was last opened, or its extraction last went on; seconds since the epoch."""
-        places = (
-            self._mark("used"),
-            self.folder / PROVENANCE_FILE,
-            unfinished_folder(self.folder),
-            self.folder,
-        )
+        """When the store was last opened, or its extraction last made progress; seconds since the epoch."""
+        unfinished = unfinished_folder(self.folder)
+        places = (self._mark("used"), self.folder / PROVENANCE_FILE, unfinished, self.folder)
         times = []
         for place in places:
             with contextlib.suppress(OSError):
@@ -224,7 +172,7 @@ class CacheEntry:
         total = 0
         for folder in (self.folder, unfinished_folder(self.folder)):
             for file in folder.glob("*"):
-                with contextlib.suppress(OSError):  # an extraction goes on
+                with contextlib.suppress(OSError):  # an extraction is running
                     total += file.stat().st_size
         return total
 
@@ -239,9 +187,8 @@ class CacheEntry:
         Returns:
             Bytes that were freed; None: a process holds it, or it was used since.
         """
-        self._mark("lock").parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._held():
+            with self._locked(wait=False):
                 if older_than is not None and self.last_used() >= older_than:
                     return None
                 freed = self.num_bytes()
@@ -250,7 +197,7 @@ class CacheEntry:
                 shutil.rmtree(unfinished_folder(self.folder), ignore_errors=True)
                 for mark in ("builder", "used"):
                     self._mark(mark).unlink(missing_ok=True)
-                return freed  # the lock's file stays: others may wait for that very file
+                return freed  # the lock's file stays: others may wait on that very file
         except Timeout:
             return None
 
@@ -262,40 +209,34 @@ class CacheEntry:
                 f"{error}. It lies in the cache: remove {self.folder}, and it is built again"
             ) from error
 
-    def _held(self) -> contextlib.AbstractContextManager:
-        """The lock, taken at once; nothing where the file system has no locks.
+    @contextlib.contextmanager
+    def _locked(self, wait: bool) -> Iterator[None]:
+        """Hold the lock.
+
+        On a file system without locks nobody waits: processes that build the same store share its shards.
 
         Raises:
-            Timeout: a process holds it.
+            Timeout: without `wait`, another process holds it.
+            OSError: its file cannot be made or opened.
         """
-        try:
-            return FileLock(self._mark("lock")).acquire(blocking=False)
-        except (OSError, NotImplementedError) as error:
-            if not _means_no_locks(error):
-                raise
-            if self._mark("builder").exists():
-                raise Timeout(str(self._mark("lock"))) from error
-            return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _waited_for(self) -> Iterator[None]:
-        """Hold the lock; whoever has to wait for it says for whom.
-
-        Without locks nobody waits: processes that build the same store share its shards.
-        """
-        lock = FileLock(self._mark("lock"))
-        patience = QUIET_SECONDS
+        path = self._mark("lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock, patience = FileLock(path), QUIET_SECONDS if wait else 0.0
         while not lock.is_locked:
             try:
-                self._mark("lock").parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=patience, poll_interval=0.2)
             except Timeout:
+                if not wait:
+                    raise
                 logger.info("Waiting for %s to be done with the token store %s.", self._holder(), self.folder)
-                patience = TOLD_AGAIN_SECONDS
+                patience = REMIND_SECONDS
             except (OSError, NotImplementedError) as error:
-                if not _means_no_locks(error):
-                    raise _NoLockError(str(error)) from error
-                logger.warning("%s cannot be locked (%s); going on without.", self.cache, error)
+                if not isinstance(error, NotImplementedError) and error.errno not in NOT_SUPPORTED:
+                    raise
+                if wait:
+                    logger.warning("%s cannot be locked (%s); going on without.", self.cache, error)
+                elif self._mark("builder").exists():
+                    raise Timeout(str(path)) from error
                 break
         try:
             yield
@@ -303,9 +244,8 @@ class CacheEntry:
             lock.release()
 
     @contextlib.contextmanager
-    def _known_as_builder(self) -> Iterator[None]:
-        mark = self._mark("builder")
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
+    def _named_as_builder(self) -> Iterator[None]:
+        mark, since = self._mark("builder"), time.strftime("%Y-%m-%d %H:%M:%S")
         mark.write_text(
             f"process {os.getpid()} on {os.uname().nodename} (building since {since})", encoding="utf-8"
         )
@@ -321,12 +261,3 @@ class CacheEntry:
 
     def _mark(self, what: str) -> Path:
         return self.cache / LOCKS / f"{self.name}.{what}"
-
-
-def _means_no_locks(error: Exception) -> bool:
-    """Whether the file system has no locks (some network disks), rather than no access."""
-    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in NOT_SUPPORTED
-
-
-class _NoLockError(Exception):
-    """The lock's file cannot be made or opened."""

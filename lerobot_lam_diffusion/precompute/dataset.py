@@ -1,21 +1,43 @@
-"""Open a dataset that is to be read from end to end; first say what of it is missing or contradicts itself.
+"""A dataset that is to be read from end to end: opened, checked to be whole, and what a LAM's tokens of it are.
 
 LeRobot asks the Hub for whatever a dataset lacks. That is right for a dataset of the Hub; one that was
-recorded or copied to a folder is refused by the name of the file.
+recorded or copied to a folder is refused by the name of the missing file.
 """
 
+import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import has_legacy_hub_download_metadata
+from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.merge import nothing_readable
-from lerobot_lam_diffusion.tokens.dataset_check import absent_files, check_metadata, refuse_absent
-from lerobot_lam_diffusion.utils.errors import DatasetError
+from lerobot_lam_diffusion.precompute.frames import rows_of
+from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.dataset_check import (
+    absent_files,
+    check_metadata,
+    refuse_absent,
+    refuse_other_frames,
+)
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
+from lerobot_lam_diffusion.tokens.provenance import (
+    CONTINUOUS,
+    PACKAGE,
+    UNKNOWN_DECODER,
+    VQ,
+    DatasetInfo,
+    LamInfo,
+    Provenance,
+)
+from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
+from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError, first_line
 
 BLOCK_ROWS = 1 << 20
+_PACKAGE_OF = {"pyav": "av", "torchcodec": "torchcodec", "images": "pillow"}
 
 
 def is_local(root: str | Path | None) -> bool:
@@ -32,7 +54,7 @@ def open_whole(
     video_backend: str | None = None,
     tolerance_s: float = 1e-4,
 ) -> LeRobotDataset:
-    """A dataset, or some episodes of it, frames as uint8.
+    """Open a dataset, or some episodes of it, with frames as uint8.
 
     Args:
         meta: Its `LeRobotDatasetMetadata`.
@@ -40,7 +62,8 @@ def open_whole(
         revision, episodes, video_backend, tolerance_s: As `LeRobotDataset` takes them.
 
     Raises:
-        DatasetError: the metadata or the rows contradict themselves, or a file is missing and not to be had.
+        DatasetError: the metadata or the rows contradict themselves, or a file is missing and cannot be
+            fetched.
     """
     check_metadata(meta)
     absent = absent_files(meta, episodes)
@@ -57,10 +80,9 @@ def open_whole(
             return_uint8=True,
         )
     except Exception as error:  # `datasets` and the Hub's client have errors of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        refuse_absent(meta, absent, f", nor can it be fetched from the Hub ({reason})")
+        refuse_absent(meta, absent, f", nor can it be fetched from the Hub ({first_line(error)})")
         raise DatasetError(
-            f"dataset {meta.repo_id!r} at {meta.root} cannot be opened ({reason}); restore it"
+            f"dataset {meta.repo_id!r} at {meta.root} cannot be opened ({first_line(error)}); restore it"
         ) from error
     check_dataset(dataset)
     return dataset
@@ -69,10 +91,10 @@ def open_whole(
 def open_readable(
     meta: Any, *, episodes: list[int] | None = None, **options: Any
 ) -> tuple[LeRobotDataset, dict[int, str]]:
-    """As `open_whole`, without the episodes whose files are not there.
+    """As `open_whole`, without the episodes whose files are missing.
 
     Returns:
-        The dataset of the other episodes; and those episodes → why.
+        The dataset of the other episodes; and the missing ones → why.
 
     Raises:
         UserError: as `open_whole`; or no episode is left.
@@ -82,7 +104,7 @@ def open_readable(
     if absent and not is_local(options.get("root")):
         try:
             return open_whole(meta, episodes=episodes, **options), {}
-        except DatasetError:  # the Hub has not got them either
+        except DatasetError:  # the Hub does not have them either
             absent = absent_files(meta, episodes)
     unreadable = {episode: what for what, needed_by in absent.items() for episode in needed_by}
     if unreadable:
@@ -91,6 +113,15 @@ def open_readable(
         if not episodes:
             raise nothing_readable(unreadable)
     return open_whole(meta, episodes=episodes, **options), unreadable
+
+
+def nothing_readable(skipped: Mapping[int, str]) -> ExtractionError:
+    """Of an extraction that skipped every episode that has tokens."""
+    first = min(skipped)
+    return ExtractionError(
+        f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "
+        f"{skipped[first]}). There is no store; repair the files and run the same command again"
+    )
 
 
 def check_dataset(dataset: Any) -> None:
@@ -105,33 +136,110 @@ def check_dataset(dataset: Any) -> None:
     Raises:
         DatasetError: names the first row that is another frame.
     """
-    meta, data = dataset.meta, dataset.hf_dataset.data
+    meta, rows = dataset.meta, rows_of(dataset)
     check_metadata(meta)
-    start, stop = (
-        np.asarray(meta.episodes[f"dataset_{name}_index"], dtype=np.int64) for name in ("from", "to")
-    )
+    start, stop = (bounds.numpy() for bounds in episode_bounds(meta))
     opened = np.arange(len(start)) if dataset.episodes is None else np.unique(dataset.episodes)
     ends = np.cumsum((stop - start)[opened])
     total = int(ends[-1])
     where = f"the data files of dataset {meta.repo_id!r} at {meta.root}"
-    if len(data) < total or (dataset.episodes is not None and len(data) != total):
+    if len(rows) < total or (dataset.episodes is not None and len(rows) != total):
         raise DatasetError(
-            f"{where} have {len(data)} rows, the episodes in meta/episodes {total}. Restore the dataset, or "
+            f"{where} have {len(rows)} rows, the episodes in meta/episodes {total}. Restore the dataset, or "
             "convert or record it again"
         )
     for first in range(0, total, BLOCK_ROWS):
-        rows = np.arange(first, min(first + BLOCK_ROWS, total))
-        place = np.searchsorted(ends, rows, side="right")
-        episode = opened[place]
-        index = rows - ends[place] + stop[episode]
-        found_index, found_episode = (
-            data.column(name).slice(first, len(rows)).to_numpy() for name in ("index", "episode_index")
+        row = np.arange(first, min(first + BLOCK_ROWS, total))
+        position = np.searchsorted(ends, row, side="right")
+        episode = opened[position]
+        frame = row - ends[position] + stop[episode]
+        refuse_other_frames(where, rows.slice(first, len(row)), frame, episode, first)
+
+
+def episode_bounds(meta: Any) -> tuple[Tensor, Tensor]:
+    """First frame and end of every episode of a dataset, int64 `(E,)` each."""
+    start = torch.tensor(meta.episodes["dataset_from_index"], dtype=torch.int64)
+    stop = torch.tensor(meta.episodes["dataset_to_index"], dtype=torch.int64)
+    return start, stop
+
+
+def dataset_info(meta: Any, camera_key: str) -> DatasetInfo:
+    """What a store records of the dataset that it is made of."""
+    return DatasetInfo(
+        repo_id=meta.repo_id,
+        revision=meta.revision,
+        total_frames=meta.total_frames,
+        total_episodes=meta.total_episodes,
+        fps=meta.fps,
+        digest=dataset_digest(meta, camera_key),
+        frames=frames_digest(meta, camera_key) or "",
+    )
+
+
+def describe_tokens(
+    dataset: DatasetInfo,
+    lam: Any,
+    *,
+    camera_key: str,
+    lam_path: str,
+    frame_stride: int,
+    use_vq_tokens: bool,
+    storage_dtype: str = "",
+    decoder: str = UNKNOWN_DECODER,
+) -> Provenance:
+    """The provenance of the tokens that `lam` makes of a dataset, before there are any.
+
+    Args:
+        dataset: See `dataset_info`.
+        lam: What `load_lam` returns, on the device where it will run.
+        camera_key: The dataset's name of the camera that the LAM looks at.
+        lam_path: How the user named the LAM.
+        frame_stride: Offset of a pair's frames.
+        use_vq_tokens: VQ or continuous tokens; a LAM without a codebook has only the latter.
+        storage_dtype: How continuous tokens are stored; empty: float32.
+        decoder: The way from files to pixels, see `Provenance`.
+
+    Raises:
+        ExtractionError: VQ tokens of a LAM without a codebook.
+    """
+    if use_vq_tokens and lam.codebook is None:
+        raise ExtractionError(
+            f"the LAM {lam_path} has no codebook, so it makes no VQ tokens: extract continuous ones by "
+            "--use_vq_tokens=false"
         )
-        wrong = (found_index != index) | (found_episode != episode)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise DatasetError(
-                f"row {rows[at]} of {where} is called frame {found_index[at]} (index) of episode "
-                f"{found_episode[at]} (episode_index), by meta/episodes it is frame {index[at]} of episode "
-                f"{episode[at]}. Restore the dataset, or convert or record it again"
-            )
+    kind = VQ if use_vq_tokens else CONTINUOUS
+    versions = {
+        name: importlib.metadata.version(name) for name in (PACKAGE, "lerobot", "torch", "safetensors")
+    }
+    return Provenance(
+        dataset=dataset,
+        lam=LamInfo(
+            path=lam_path,
+            revision=lam.revision,
+            fingerprint=lam.fingerprint,
+            num_learned_tokens=lam.num_learned_tokens,
+            action_latent_dim=lam.action_latent_dim,
+            num_codes=lam.num_codes,
+            token_scale=lam.token_scale,
+        ),
+        camera_key=camera_key,
+        frame_stride=frame_stride,
+        stride_seconds=frame_stride / dataset.fps,
+        token_kind=kind,
+        dtype=str(lam.dtype).removeprefix("torch."),
+        versions=versions | decoder_version(decoder),
+        storage_dtype=storage_dtype_of(kind, storage_dtype, lam.num_codes),
+        device=lam.device.type,
+        decoder=decoder,
+    )
+
+
+def decoder_version(decoder: str) -> dict[str, str]:
+    """The package behind a decoder and its version; empty for an unknown one."""
+    package = _PACKAGE_OF.get(decoder)
+    return {} if package is None else {package: importlib.metadata.version(package)}
+
+
+def codebook_of(lam: Any) -> Tensor:
+    """float32 `(K, a)` on the CPU; empty for a LAM without a codebook."""
+    return torch.empty(0) if lam.codebook is None else lam.codebook.cpu()

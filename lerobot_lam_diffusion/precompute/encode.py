@@ -44,12 +44,12 @@ class PairEncoder:
 
 
 def find_batch_size(lam: Any, num_pairs: int) -> int:
-    """The batch size at which the LAM encodes fastest here: doubled while that pays and fits.
+    """The batch size at which the LAM encodes fastest here: doubled while that pays and fits in memory.
 
-    It does not change VQ tokens. Takes seconds.
+    It does not change VQ tokens. The trial takes seconds.
 
     Args:
-        num_pairs: There are so many; a larger batch would be padding.
+        num_pairs: Pairs available; a larger batch only adds padding.
     """
     size, best_rate = 8, 0.0
     while True:
@@ -57,7 +57,7 @@ def find_batch_size(lam: Any, num_pairs: int) -> int:
             seconds = _seconds_of(lam, size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return max(1, size // 4)  # what fits alone, less one step for the frames that wait
+            return max(1, size // 4)  # half of what fits alone: decoded frames wait in memory too
         rate = size / seconds
         if rate < best_rate * WORTH_DOUBLING:
             return size // 2
@@ -67,7 +67,7 @@ def find_batch_size(lam: Any, num_pairs: int) -> int:
 
 
 def _seconds_of(lam: Any, batch_size: int) -> float:
-    """Of encoding one batch: the fastest of a few times, after one that warms up."""
+    """Time to encode one batch: the fastest of a few, after a warm-up."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (2 * batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     prev, cur = lam.resize(noise).chunk(2)

@@ -1,9 +1,9 @@
-"""Dataset → store: plan, extract this process's shards, merge; and what it tells at its end.
+"""Dataset → store: plan, extract this process's shards, merge; and the summary of a run.
 
-    output_dir.shards/   plan.json, then a finished shard after the other     (plan, shards)
-    output_dir/          the store, once all shards are there                  (merge)
+    output_dir.shards/   the plan, then one finished shard after another     (shards)
+    output_dir/          the store, once all shards are there                (merge)
 
-Finished shards outlive any crash: the same command goes on with what is missing.
+Finished shards outlive any crash: the same command continues with what is missing.
 """
 
 import logging
@@ -14,20 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
-from lerobot_lam_diffusion.precompute.dataset import check_dataset
+from lerobot_lam_diffusion.precompute.dataset import (
+    check_dataset,
+    codebook_of,
+    dataset_info,
+    describe_tokens,
+    episode_bounds,
+)
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
-from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
-from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
+from lerobot_lam_diffusion.precompute.merge import merge_shards
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
-from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.precompute.shards import ShardFolder
+from lerobot_lam_diffusion.precompute.shards import (
+    Plan,
+    ShardCollector,
+    ShardFolder,
+    SkippedEpisode,
+    cut_into_shards,
+    different_episodes,
+    share_of,
+)
 from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -95,8 +105,8 @@ def precompute_tokens(
 ) -> Summary:
     """Encode every frame pair of a dataset (or of the episodes it was opened with) into a token store.
 
-    What an earlier run of the same extraction finished is not done again. Neither batch size, nor workers,
-    shards or processes change a float32 VQ token; others they change by rounding.
+    Shards that an earlier run of the same extraction finished are kept. Batch size, workers, shards and
+    processes never change a float32 VQ token; continuous and bfloat16 tokens they change by rounding.
 
     Args:
         dataset: `LeRobotDataset`.
@@ -104,10 +114,10 @@ def precompute_tokens(
         output_dir: Where the store will stand; it appears whole or not at all.
         camera_key: The dataset's camera that the LAM looks at.
         lam_path: How the user named the LAM; recorded.
-        frame_stride: Gap of a pair, in frames.
+        frame_stride: Offset of a pair's frames.
         use_vq_tokens: VQ or continuous tokens.
-        storage_dtype: How continuous tokens are kept: float32 (if empty), float16, bfloat16 or int8.
-        batch_size: Pairs at a time; None: found out.
+        storage_dtype: How continuous tokens are stored: float32 (if empty), float16, bfloat16 or int8.
+        batch_size: Pairs at a time; None: found by trial.
         num_workers: Threads that decode; None: the machine's cores, 16 at most. 0: decode and encode in turn.
         compile: Compile the LAM's encoder for that batch size.
         shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
@@ -127,54 +137,63 @@ def precompute_tokens(
     """
     started = time.perf_counter()
     unreadable = unreadable or {}
+    process = process or Process()
     check_dataset(dataset)
-    extraction = _extraction(
-        dataset,
+    start, stop = episode_bounds(dataset.meta)
+    episodes = range(len(start)) if dataset.episodes is None else {*dataset.episodes, *unreadable}
+    provenance = describe_tokens(
+        dataset_info(dataset.meta, camera_key),
         lam,
-        camera_key,
-        lam_path,
-        frame_stride,
-        use_vq_tokens,
-        storage_dtype,
-        video_backend,
-        shard_frames,
-        unreadable,
+        camera_key=camera_key,
+        lam_path=lam_path,
+        frame_stride=frame_stride,
+        use_vq_tokens=use_vq_tokens,
+        storage_dtype=storage_dtype,
+        decoder=decoder_of(dataset.meta, camera_key, video_backend or backend_of(dataset)),
+    )
+    plan = Plan(
+        provenance,
+        codebook_of(lam),
+        start,
+        stop,
+        episode_hashes(dataset.meta, camera_key),
+        sorted(episodes),
+        cut_into_shards([int(stop[episode] - start[episode]) for episode in sorted(episodes)], shard_frames),
     )
     if (output_dir / PROVENANCE_FILE).is_file():
-        return _summary(_same_store(output_dir, extraction))
-    known = KnownEpisodes(extend, extraction.provenance)
+        return _summary(_same_store(output_dir, plan))
+    known = KnownEpisodes(extend, provenance)
     refuse_existing(output_dir)
-    process = process or Process()
-    folder = unfinished_folder(output_dir)
-    clock, encoded, store = Clock(), 0, None
+    clock, encoded, copied, store = Clock(), 0, {}, None
     try:
-        extraction, present = process.agreed(lambda: _begin(extraction, output_dir))
+        shards, present = process.agreed(lambda: _begin(plan, output_dir))
         if present is None:
             raise FileExistsError(output_dir)
-        plan, shards = extraction.plan, extraction.shards(folder)
+        plan = shards.plan
         mine = _shards_to_make(shards, present, process)
         if mine:
             positions = [position for shard in mine for position in range(*plan.shards[shard])]
             readable = [position for position in positions if plan.episodes[position] not in unreadable]
-            copied = known.positions(readable, plan, extraction.episode_hash)
-            readable = [position for position in readable if position not in copied]
+            copied = known.values(readable, plan)
             if copied:
                 logger.info("%d of %d episodes are copied from older stores.", len(copied), len(positions))
-            frames = EpisodeFrames(dataset, camera_key, video_backend)
-            frames.check((plan.episodes[position] for position in readable), skip_unreadable)
+            readable = [position for position in readable if position not in copied]
+            # Problems that show without decoding come before the work.
+            EpisodeFrames(dataset, camera_key, video_backend).check(
+                (plan.episodes[position] for position in readable), skip_unreadable
+            )
             num_frames = sum(plan.lengths[position] for position in readable)
             batch_size = batch_size or find_batch_size(lam, num_frames)
             if compile:
                 lam.compile()
             workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
-            collector = ShardCollector(shards, mine, frame_stride)
+            collector = ShardCollector(shards, mine)
             for position in positions:
                 if plan.episodes[position] in unreadable:
                     collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             for position, values in copied.items():
-                collector.add(
-                    plan.first_rows[position] + torch.arange(frame_stride, len(values)), values[frame_stride:]
-                )
+                rows = plan.first_rows[position] + torch.arange(frame_stride, len(values))
+                collector.add(rows, values[frame_stride:])
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(
@@ -184,7 +203,6 @@ def precompute_tokens(
                     lam,
                     PairEncoder(lam, batch_size, use_vq_tokens),
                     collector,
-                    frame_stride=frame_stride,
                     batch_size=batch_size,
                     num_workers=workers,
                     num_encoders=process.cores if lam.device.type == "cpu" and workers else 0,
@@ -192,22 +210,23 @@ def precompute_tokens(
                     clock=clock,
                     advance=bar.update,
                 )
-        if merge and len(shards.present()) == len(plan.shards):
+        finished, total = shards.progress()
+        if merge and finished == total:
             with clock("merge"):
-                store = merge_shards(extraction, folder, output_dir)
+                store = merge_shards(shards, output_dir)
     except (FileNotFoundError, FileExistsError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
-        return _summary(_same_store(output_dir, extraction))  # another launch of the same work was faster
+        return _summary(_same_store(output_dir, plan))  # another launch of the same work was faster
     return _summary(
         store,
         encoded=encoded,
+        copied=len(copied),
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
         batch_size=batch_size if mine and batch_size else 0,
-        copied=len(copied) if mine else 0,
-        shards_finished=len(shards.present()) if store is None else len(plan.shards),
-        shards_total=len(plan.shards),
+        shards_finished=finished,
+        shards_total=total,
     )
 
 
@@ -216,94 +235,48 @@ def summary_of(output_dir: Path) -> Summary:
     return _summary(TokenStore.open(output_dir))
 
 
-def how_to_go_on(output_dir: Path) -> str | None:
-    """What to tell whoever's extraction into `output_dir` stopped; None if nothing of it is left."""
+def resume_hint(output_dir: Path) -> str | None:
+    """What is left of a stopped extraction into `output_dir`, and how to resume it; None if nothing is."""
     folder = unfinished_folder(output_dir)
     try:
-        extraction = Extraction.read(folder)
+        finished, total = ShardFolder.open(folder).progress()
     except UserError:
         return None
-    shards = extraction.shards(folder)
-    return (
-        f"{len(shards.present())} of {len(extraction.plan.shards)} shards are safe in {folder}; "
-        "run the same command again to go on"
-    )
+    return f"{finished} of {total} shards are safe in {folder}; run the same command again to go on"
 
 
-def _extraction(
-    dataset: Any,
-    lam: Any,
-    camera_key: str,
-    lam_path: str,
-    frame_stride: int,
-    use_vq_tokens: bool,
-    storage_dtype: str,
-    video_backend: str | None,
-    shard_frames: int | None,
-    unreadable: Mapping[int, str],
-) -> Extraction:
-    provenance = provenance_of(
-        dataset.meta,
-        lam,
-        camera_key=camera_key,
-        lam_path=lam_path,
-        frame_stride=frame_stride,
-        use_vq_tokens=use_vq_tokens,
-        storage_dtype=storage_dtype,
-        decoder=decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend),
-    )
-    start, stop, covered = _episode_table(dataset)
-    covered[list(unreadable)] = True
-    episodes = covered.nonzero().flatten().tolist()
-    lengths = (stop - start)[covered].tolist()
-    plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
-    hashes = episode_hashes(dataset.meta, camera_key)
-    return Extraction(provenance, codebook_of(lam), start, stop, hashes, plan)
+def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]:
+    """Agree on the plan, and see which shards are there (None: another launch finished the store meanwhile).
 
-
-def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """First frame, end and "is to be covered" of every episode of the dataset."""
-    start, stop = episode_bounds(dataset.meta)
-    covered = torch.ones(len(start), dtype=torch.bool)
-    if dataset.episodes is not None:
-        covered = torch.zeros(len(start), dtype=torch.bool)
-        covered[dataset.episodes] = True
-    return start, stop, covered
-
-
-def _begin(extraction: Extraction, output_dir: Path) -> tuple[Extraction, list[int] | None]:
-    """Settle the plan, and see which shards are there (None: another launch finished the store meanwhile).
-
-    Nothing is read, since other processes wait.
+    No shard is read, since other processes wait.
     """
-    folder = unfinished_folder(output_dir)
-    extraction = extraction.settle(folder)
+    shards = ShardFolder.begin(unfinished_folder(output_dir), plan)
     if (output_dir / PROVENANCE_FILE).is_file():
-        return extraction, None
-    present = extraction.shards(folder).present()
+        return shards, None
+    present = shards.present()
     if present:
-        total = len(extraction.plan.shards)
-        logger.warning("Going on with %s: %d of %d shards are finished.", folder, len(present), total)
-    return extraction, present
+        total = len(shards.plan.shards)
+        logger.warning("Resuming %s: %d of %d shards are finished.", shards.path, len(present), total)
+    return shards, present
 
 
 def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -> list[int]:
-    """This process's part of those that are missing, and of those that are there but damaged."""
-    sizes = shards.plan.shard_sizes()
+    """This process's part of the missing shards, and of those that are there but damaged."""
+    sizes = shards.plan.shard_sizes
     ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
     missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
     to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
-    return sorted({*missing, *to_check} - set(shards.finished(to_check)))
+    return sorted([*missing, *shards.damaged(to_check)])
 
 
-def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
-    """The finished store, if it is what this extraction would make."""
+def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
+    """The finished store, if it is what this plan would make."""
     store = TokenStore.open(output_dir)
     assert store.provenance is not None
-    problems = differences(identity_of(extraction.provenance), identity_of(store.provenance))
+    problems = store.provenance.differences(plan.provenance)
     covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
-    problems += episodes_differ(extraction.plan.episodes, [*covered, *store.skipped])
-    changed = [] if problems else differing_episodes(extraction.episode_hash, store.episode_hash)
+    problems += different_episodes([*covered, *store.skipped], plan.episodes)
+    changed = [] if problems else differing_episodes(plan.episode_hash, store.episode_hash)
     if changed:
         problems.append(
             f"the frames of {len(changed)} episodes have changed since, the first is {changed[0]}"

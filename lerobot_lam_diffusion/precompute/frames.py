@@ -1,4 +1,7 @@
-"""Decode: the frames of an episode, the very ones that `LeRobotDataset` returns, each once and in order."""
+"""Decode: the frames of an episode, the very ones that `LeRobotDataset` returns, each once and in order.
+
+What this package needs to know of LeRobot's own classes (rows, video backend, files) is read here alone.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from lerobot.datasets.video_utils import (
     FrameTimestampError,
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.video import SequentialVideo, end_of
 from lerobot_lam_diffusion.tokens.dataset_check import not_rgb, why_absent
-from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_line
 
 CHUNK_FRAMES = 64
 CHUNK_BYTES = 32 << 20
@@ -31,7 +35,7 @@ class DecodeError(UserError):
 
     Attributes:
         what: Which frames, of which file, and why.
-        remedy: What to do; commands that can do more about it say so.
+        remedy: What to do; commands add what their flags can do about it.
     """
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -50,22 +54,39 @@ def decode_error(dataset: Any, frames: str, camera_key: str, episode: int, error
     """
     path = file_of(dataset, camera_key, episode)
     reason = why_absent(path)
-    told = f"it {reason}" if reason else _reason(error)
+    cause = f"it {reason}" if reason else first_line(error)
     remedy = "Fetch or repair the file"
     if isinstance(error, FrameTimestampError):
         remedy += f", or allow for more by --tolerance_s (now {dataset.tolerance_s:g} s)"
     return DecodeError(
-        f"{frames} of episode {episode} of dataset {dataset.repo_id!r} cannot be read from {path} ({told})",
+        f"{frames} of episode {episode} of dataset {dataset.repo_id!r} cannot be read from {path} ({cause})",
         remedy,
     )
 
 
 def file_of(dataset: Any, camera_key: str, episode: int) -> Path:
-    """Where a camera's frames of an episode lie."""
+    """The file with a camera's frames of an episode."""
     meta = dataset.meta
     if camera_key in meta.video_keys:
         return dataset.root / meta.get_video_file_path(episode, camera_key)
     return dataset.root / meta.get_data_file_path(episode)
+
+
+def rows_of(dataset: Any) -> pa.Table:
+    """The rows of the opened episodes, as they are stored."""
+    return dataset.hf_dataset.data
+
+
+def backend_of(dataset: Any) -> str:
+    """The video backend that the dataset was opened with."""
+    return dataset._video_backend
+
+
+def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
+    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
+    if camera_key not in meta.video_keys:
+        return "images"
+    return "torchcodec" if video_backend == "torchcodec" else "pyav"
 
 
 def choose_camera(meta: Any, camera_key: str | None) -> str:
@@ -87,8 +108,8 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
         )
     if camera_key is None and len(cameras) == 1:
         return cameras[0]
-    if camera_key is not None and camera_key in cameras:
-        return camera_key
+    if camera_key in cameras:
+        return str(camera_key)
     found = others.get(str(camera_key), "is unknown")
     what = f"--camera_key={camera_key} {found}" if camera_key else "--camera_key is unset"
     raise DatasetError(
@@ -96,32 +117,29 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
     )
 
 
-def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
-    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
-    if camera_key not in meta.video_keys:
-        return "images"
-    return "torchcodec" if video_backend == "torchcodec" else "pyav"
-
-
 class EpisodeFrames:
     """Frames of one camera of a LeRobot dataset. One for each thread: it keeps the last video file open.
 
     Args:
         dataset: `LeRobotDataset`, of all or some episodes.
-        camera_key: An RGB camera of it, kept as video or as images.
+        camera_key: An RGB camera of it, stored as video or as images.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
     """
 
     def __init__(self, dataset: Any, camera_key: str, video_backend: str | None = None) -> None:
+        meta = dataset.meta
         self._dataset = dataset
         self._camera_key = camera_key
-        self._is_video = camera_key in dataset.meta.video_keys
-        self._decoder = decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend)
-        self._first_rows = _first_rows(dataset)
+        self._decoder = decoder_of(meta, camera_key, video_backend or backend_of(dataset))
+        self._first_rows: dict[int, int] | None = None  # all episodes are open: rows are absolute indices
+        if dataset.episodes is not None:
+            opened = sorted(set(dataset.episodes))
+            rows = accumulate((meta.episodes["length"][episode] for episode in opened), initial=0)
+            self._first_rows = dict(zip(opened, rows, strict=False))
         self._decoders = VideoDecoderCache(max_size=1)  # LeRobot's own is shared by threads: not safe
-        self._open: SequentialVideo | None = None
-        self._pictures: Any = None
-        frame_bytes = math.prod(dataset.meta.features[camera_key]["shape"])
+        self._video: SequentialVideo | None = None
+        self._images: Any = None
+        frame_bytes = math.prod(meta.features[camera_key]["shape"])
         self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // frame_bytes))
 
     def check(self, episodes: Iterable[int], skip_unreadable: bool = False) -> None:
@@ -140,29 +158,15 @@ class EpisodeFrames:
         for episode in episodes:
             rows = self._rows(episode)
             try:
-                if self._is_video:
-                    self._refuse_early_end(episode, rows, ends)
+                if self._decoder == "images":
+                    self._refuse_unfit_images(rows[:1], [self._unread_image(rows[0])])
                 else:
-                    self._refuse_other_images(rows[:1], [self._unread_image(rows[0])])
+                    self._refuse_early_end(episode, rows, ends)
             except DatasetError:
                 raise
             except Exception as error:  # decoders raise almost anything on damaged files
                 if not skip_unreadable:
                     raise self._error(episode, 0, len(rows), error) from error
-
-    def _refuse_early_end(self, episode: int, rows: range, ends: dict[Path, float | None]) -> None:
-        path = file_of(self._dataset, self._camera_key, episode)
-        last = self._timestamps(self._dataset.meta.episodes[episode], rows[-1:])[0]
-        end = ends[path] if path in ends else ends.setdefault(path, end_of(path))
-        if end is not None and last > end + self._dataset.tolerance_s:
-            raise ValueError(
-                f"it ends at {end:.3f} s, and by meta/episodes the episode's last frame is at {last:.3f} s"
-            )
-
-    def _unread_image(self, row: int) -> Image.Image:
-        """Of which only the header is read."""
-        stored = self._dataset.hf_dataset.data.column(self._camera_key).slice(row, 1)[0].as_py()
-        return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
 
     def chunks(self, episode: int) -> Iterator[Tensor]:
         """Consecutive frames, uint8 `(T, 3, H, W)` with T at most `CHUNK_FRAMES`.
@@ -171,23 +175,20 @@ class EpisodeFrames:
             DecodeError: a frame cannot be read.
         """
         rows = self._rows(episode)
+        decode = self._decode_images if self._decoder == "images" else self._decode_video
         for start in range(0, len(rows), self._chunk_frames):
-            stop = min(start + self._chunk_frames, len(rows))
+            chunk = rows[start : start + self._chunk_frames]
             try:
-                yield (
-                    self._video(episode, rows[start:stop])
-                    if self._is_video
-                    else self._images(rows[start:stop])
-                )
+                yield decode(episode, chunk)
             except DatasetError:
                 raise
             except Exception as error:  # decoders raise almost anything on damaged files
-                raise self._error(episode, start, stop, error) from error
+                raise self._error(episode, start, start + len(chunk), error) from error
 
     def _rows(self, episode: int) -> range:
-        """Of `hf_dataset`."""
+        """Rows of the dataset's table."""
         bounds = self._dataset.meta.episodes[episode]
-        first, end = (int(bounds[f"dataset_{name}_index"]) for name in ("from", "to"))
+        first, end = int(bounds["dataset_from_index"]), int(bounds["dataset_to_index"])
         first_row = self._first_rows[episode] if self._first_rows else first
         return range(first_row, first_row + end - first)
 
@@ -195,64 +196,65 @@ class EpisodeFrames:
         frames = f"frames {start} to {stop - 1}"
         return decode_error(self._dataset, frames, self._camera_key, episode, error)
 
-    def _timestamps(self, bounds: dict, rows: range) -> list[float]:
+    def _timestamps(self, episode: int, rows: range) -> list[float]:
         # As `DatasetReader._query_videos` shifts them: a float32 column plus the episode's offset in its
         # video file.
-        offset = bounds[f"videos/{self._camera_key}/from_timestamp"]
-        seconds = self._dataset.hf_dataset.data.column("timestamp").slice(rows.start, len(rows)).to_numpy()
+        offset = self._dataset.meta.episodes[episode][f"videos/{self._camera_key}/from_timestamp"]
+        seconds = rows_of(self._dataset).column("timestamp").slice(rows.start, len(rows)).to_numpy()
         return [offset + float(t) for t in seconds]
 
-    def _video(self, episode: int, rows: range) -> Tensor:
-        timestamps = self._timestamps(self._dataset.meta.episodes[episode], rows)
+    def _decode_video(self, episode: int, rows: range) -> Tensor:
+        timestamps = self._timestamps(episode, rows)
         path = file_of(self._dataset, self._camera_key, episode)
         if self._decoder == "torchcodec":
             return decode_video_frames_torchcodec(
                 path, timestamps, self._dataset.tolerance_s, decoder_cache=self._decoders, return_uint8=True
             )
-        if self._open is None or self._open.path != path:
+        if self._video is None or self._video.path != path:
             self._close()
-            self._open = SequentialVideo(path)
+            self._video = SequentialVideo(path)
         try:
-            return self._open.frames(timestamps, self._dataset.tolerance_s)
+            return self._video.frames(timestamps, self._dataset.tolerance_s)
         except BaseException:
             self._close()  # its position is not known any more
             raise
 
-    def _images(self, rows: range) -> Tensor:
-        if self._pictures is None:  # a view costs more than the frames of a short episode
-            self._pictures = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
-        pictures = self._pictures[rows.start : rows.stop][self._camera_key]
-        self._refuse_other_images(rows, pictures)
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    def _close(self) -> None:
+        if self._video is not None:
+            self._video.close()
+            self._video = None
 
-    def _refuse_other_images(self, rows: range, pictures: Sequence[Image.Image]) -> None:
+    def _refuse_early_end(self, episode: int, rows: range, ends: dict[Path, float | None]) -> None:
+        path = file_of(self._dataset, self._camera_key, episode)
+        (last,) = self._timestamps(episode, rows[-1:])
+        end = ends[path] if path in ends else ends.setdefault(path, end_of(path))
+        if end is not None and last > end + self._dataset.tolerance_s:
+            raise ValueError(
+                f"it ends at {end:.3f} s, and by meta/episodes the episode's last frame is at {last:.3f} s"
+            )
+
+    def _decode_images(self, episode: int, rows: range) -> Tensor:
+        if self._images is None:  # a view costs more than the frames of a short episode
+            self._images = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
+        images = self._images[rows.start : rows.stop][self._camera_key]
+        self._refuse_unfit_images(rows, images)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+    def _unread_image(self, row: int) -> Image.Image:
+        """Of which only the header is read."""
+        stored = rows_of(self._dataset).column(self._camera_key).slice(row, 1)[0].as_py()
+        return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
+
+    def _refuse_unfit_images(self, rows: range, images: Sequence[Image.Image]) -> None:
         """Whatever `info.json` says of the camera, the files decide."""
-        sizes = {picture.size for picture in pictures}
+        sizes = sorted({image.size for image in images})
         if len(sizes) > 1:
-            (a, b), (c, d) = sorted(sizes)[:2]
+            (a, b), (c, d) = sizes[:2]
             raise ValueError(f"its images have different sizes, {a} x {b} and {c} x {d} pixels")
-        for row, picture in zip(rows, pictures, strict=True):
-            if picture.mode != "RGB":
+        for row, image in zip(rows, images, strict=True):
+            if image.mode != "RGB":
                 raise DatasetError(
                     f"frame {row} of camera {self._camera_key} of dataset {self._dataset.repo_id!r} is an "
-                    f"image of mode {picture.mode} ({len(picture.getbands())} channels), and a LAM looks at "
+                    f"image of mode {image.mode} ({len(image.getbands())} channels), and a LAM looks at "
                     "RGB. Convert the dataset's images to RGB, or name another camera"
                 )
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
-
-def _first_rows(dataset: Any) -> dict[int, int] | None:
-    """First row of each opened episode in `hf_dataset`; None: all are open, rows are absolute indices."""
-    if dataset.episodes is None:
-        return None
-    opened = sorted(set(dataset.episodes))
-    lengths = dataset.meta.episodes["length"]
-    return dict(zip(opened, accumulate((lengths[e] for e in opened), initial=0), strict=False))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

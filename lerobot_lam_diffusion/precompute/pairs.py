@@ -27,7 +27,7 @@ def episode_pairs(chunks: Iterable[Tensor], first_row: int, frame_stride: int) -
     Args:
         chunks: The episode's frames in order, uint8 `(T, 3, H, W)` each.
         first_row: Row of the episode's first frame.
-        frame_stride: Gap of a pair.
+        frame_stride: Offset of a pair's frames.
     """
     recent: Tensor | None = None
     row = first_row + frame_stride

@@ -1,4 +1,4 @@
-"""Threads that work ahead of one consumer: decoders release the GIL, and nothing needs pickling."""
+"""Threads that work ahead of one consumer. Decoders release the GIL, and nothing needs pickling."""
 
 import queue
 import threading
@@ -13,12 +13,12 @@ def work_ahead[T, R](
     num_workers: int,
     capacity: int,
 ) -> Generator[R]:
-    """Results of all tasks, as they come: a task's own stay in order, those of different tasks mix.
+    """Results of all tasks as they arrive: in order within a task, interleaved between tasks.
 
     Args:
-        tasks: Taken up in order, one thread at a time.
+        tasks: Started in order.
         make_worker: Called once in each thread; what it returns gives the results of one task.
-        num_workers: Threads; 0: none, everything runs when asked for, in order.
+        num_workers: Threads; 0: none, everything runs lazily and in order.
         capacity: Results that may wait for the consumer; workers pause beyond that.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decode, move, encode: all at once. Threads decode ahead, threads put full batches through the LAM."""
+"""Decode, move and encode at the same time: threads decode ahead, threads run full batches through the LAM."""
 
 import threading
 import time
@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.precision import full_precision
-from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
 from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames
 from lerobot_lam_diffusion.precompute.pairs import PairBatch, episode_pairs, rebatch
 from lerobot_lam_diffusion.precompute.parallel import work_ahead
-from lerobot_lam_diffusion.precompute.plan import Plan
+from lerobot_lam_diffusion.precompute.shards import Plan, ShardCollector, SkippedEpisode
 
 CHUNKS_AHEAD = 2
-"""Chunks that wait for the LAM, for each worker."""
+"""Decoded chunks that may wait for the LAM, per worker."""
 
 
 class Clock:
-    """Seconds by what they were spent on; those of threads add up."""
+    """Seconds by activity, summed over threads."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -43,17 +42,15 @@ class Clock:
         iterator = iter(items)
         while True:
             with self(name):
-                item = next(iterator, _END)
-            if item is _END:
-                return
-            yield item  # type: ignore[misc]
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
-_END = object()
-
-
-class Stage:
-    """Brings chunks to the LAM's device and size, each frame once; on CUDA beside the encoding."""
+class ResizeOnDevice:
+    """Brings chunks to the LAM's device and size, each frame once; on CUDA in parallel with the encoding."""
 
     def __init__(self, lam: Any) -> None:
         self._lam = lam
@@ -78,7 +75,6 @@ def extract(
     encoder: PairEncoder,
     collector: ShardCollector,
     *,
-    frame_stride: int,
     batch_size: int,
     num_workers: int,
     num_encoders: int,
@@ -91,10 +87,10 @@ def extract(
     Args:
         positions: Of the episodes in the plan.
         make_frames: The reader of one worker thread.
-        num_workers: Threads that decode; 0: none, in turn with the encoding.
-        num_encoders: Threads that encode; 0: the calling one, which is what a GPU needs. A CPU's cores do
-            more as single threads than as those of one operation, which wait for each other by spinning.
-        skip_unreadable: Pass over an episode that cannot be read instead of raising.
+        num_workers: Threads that decode; 0: none, decoding alternates with encoding.
+        num_encoders: Threads that encode; 0: the calling one, which is what a GPU needs. CPU cores do more as
+            independent threads than within one operation, whose threads spin while they wait for each other.
+        skip_unreadable: Skip an episode that cannot be read instead of raising.
         advance: Called with the number of frames that were decoded.
 
     Returns:
@@ -106,19 +102,21 @@ def extract(
     first_rows = plan.first_rows
 
     def make_worker() -> Callable[[int], Iterator[PairBatch | SkippedEpisode]]:
-        frames, stage = make_frames(), Stage(lam)
+        frames, resize = make_frames(), ResizeOnDevice(lam)
 
         def small_chunks(position: int) -> Iterator[Tensor]:
             for chunk in clock.timed("decode", frames.chunks(plan.episodes[position])):
                 with clock("resize"):
-                    small = stage(chunk)
+                    small = resize(chunk)
                 advance(len(small))
                 yield small
 
         def pairs_of(position: int) -> Iterator[PairBatch | SkippedEpisode]:
             done = 0
             try:
-                for batch in episode_pairs(small_chunks(position), first_rows[position], frame_stride):
+                for batch in episode_pairs(
+                    small_chunks(position), first_rows[position], plan.provenance.frame_stride
+                ):
                     done += len(batch.rows)
                     yield batch
             except DecodeError as error:

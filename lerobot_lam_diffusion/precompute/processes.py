@@ -1,4 +1,4 @@
-"""Which part of an extraction is this process's: by `torchrun`, `accelerate launch`, a job array, or all."""
+"""Which part of an extraction this process does: under `torchrun`, `accelerate launch`, a job array, or all."""
 
 import os
 from collections.abc import Callable
@@ -42,11 +42,11 @@ class Process:
 
     @property
     def is_first(self) -> bool:
-        """Of its launch."""
+        """Whether this is the first process of its launch."""
         return self.rank == 0
 
     def agreed[T](self, decide: Callable[[], T]) -> T:
-        """What the first process decides, in all processes of the launch; the one time that they wait."""
+        """The first process's decision, broadcast to its launch; the only time that processes wait."""
         if self.world_size == 1:
             return decide()
         shared = [decide() if self.is_first else None]

@@ -1,53 +1,204 @@
-"""Shards: finished pieces of an extraction, each two files in `STORE.shards/`.
+"""Shards: an extraction cut into pieces of whole episodes, and those of them that are finished.
 
-    00007.safetensors   `values`: VQ code indices uint8/uint16 (rows, n), or float32 (rows, n·a)
-    00007.json          the manifest: which plan, how many rows, the SHA-256 of the tensors, skipped episodes
+    STORE.shards/plan.safetensors     what is extracted and how it is cut: codebook, episodes, shards
+    STORE.shards/00007.safetensors    a finished shard: `values`, VQ indices uint8/uint16 (rows, n) or
+                                      continuous tokens float32 (rows, n·a)
 
-The manifest is written last and atomically: a shard with a manifest is finished, anything else is not there.
-File names follow from the shard's number and from nothing that is read.
+Each file carries a manifest in its metadata, and the SHA-256 of manifest and tensors. It appears whole or not
+at all, so a shard is finished as soon as its file is there. The plan follows from dataset and flags alone:
+processes on any machine make the same one, and the first to write it decides how the episodes are cut.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.plan import Plan
-from lerobot_lam_diffusion.tokens.layout import sha256_of
-from lerobot_lam_diffusion.utils.errors import UserError
-from lerobot_lam_diffusion.utils.files import write_whole
+from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes
+from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.storage import index_dtype
+from lerobot_lam_diffusion.utils.errors import ExtractionError, first_line, raise_problems
+from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "lerobot_lam_diffusion.token_shard"
-LARGEST_MANIFEST = 64 << 20  # bytes
+FORMAT = "lerobot_lam_diffusion.extraction 2"
+PLAN_FILE = "plan.safetensors"
+TABLES = ("codebook", "episode_from", "episode_to", "episode_hash", "episodes", "shard_ends")
 
 
-class ShardError(UserError):
-    """A shard that is not what its manifest says."""
+class ShardError(ExtractionError):
+    """A plan or a shard that is damaged, or of another extraction."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens are extracted, and in which pieces.
+
+    Attributes:
+        provenance: Of the store to be; hash, error and skipped episodes are still open.
+        codebook: float32 `(K, a)`; empty for a LAM without one.
+        episode_from, episode_to: int64 `(E,)`, of all the dataset's episodes.
+        episode_hash: uint8 `(E, 16)`, of their frames.
+        episodes: Those to extract, ascending.
+        shards: For each shard, positions `(first, end)` in `episodes`.
+    """
+
+    provenance: Provenance
+    codebook: Tensor
+    episode_from: Tensor
+    episode_to: Tensor
+    episode_hash: Tensor
+    episodes: list[int]
+    shards: list[tuple[int, int]]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Frames of each episode to extract."""
+        return (self.episode_to - self.episode_from)[self.episodes].tolist()
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """Row of each episode's first frame among all frames to be extracted, and at the end their number."""
+        return [0, *accumulate(self.lengths)]
+
+    @cached_property
+    def shard_sizes(self) -> list[int]:
+        """Frames of each shard."""
+        return [self.first_rows[end] - self.first_rows[first] for first, end in self.shards]
+
+    @property
+    def row(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one row of a shard."""
+        lam = self.provenance.lam
+        if self.provenance.token_kind == VQ:
+            return (lam.num_learned_tokens,), index_dtype(lam.num_codes)
+        return (lam.num_learned_tokens * lam.action_latent_dim,), torch.float32
+
+
+def cut_into_shards(lengths: Sequence[int], shard_frames: int | None = None) -> list[tuple[int, int]]:
+    """Positions `(first, end)` of consecutive episodes that make a shard.
+
+    Args:
+        lengths: Frames of each episode.
+        shard_frames: Frames of a shard at least (but the last one); None: 1/256 of all, 512 to 65,536.
+    """
+    at_least = shard_frames or min(max(sum(lengths) // 256, 512), 65536)
+    ends, frames = [0], 0
+    for position, length in enumerate(lengths, 1):
+        frames += length
+        if frames >= at_least or position == len(lengths):
+            ends.append(position)
+            frames = 0
+    return list(pairwise(ends))
+
+
+def share_of(sizes: Sequence[int], which: Sequence[int], index: int, count: int) -> list[int]:
+    """Shards of process `index` of `count`: largest first, each to the process with the least frames so far.
+
+    Args:
+        sizes: Frames of every shard.
+        which: Shards to hand out.
+
+    Returns:
+        This process's, ascending.
+    """
+    loads = [0] * count
+    mine = []
+    for shard in sorted(which, key=lambda shard: (-sizes[shard], shard)):
+        process = loads.index(min(loads))
+        loads[process] += sizes[shard]
+        if process == index:
+            mine.append(shard)
+    return sorted(mine)
+
+
+def different_episodes(found: Sequence[int], expected: Sequence[int]) -> list[str]:
+    """How the episodes of an extraction differ from the expected ones: one sentence, or none."""
+    differing = sorted(set(found) ^ set(expected))
+    if not differing:
+        return []
+    return [
+        f"it has {len(found)} episodes, expected {len(expected)} (--dataset.episodes differs in "
+        f"{_some(differing)})"
+    ]
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The finished shards of one plan.
+    """The plan and the finished shards of one extraction.
 
     Attributes:
-        path: The folder; `plan`: what its shards are pieces of.
-        values_shape: Shape of one row, `(n,)` or `(n·a,)`; `values_dtype`: of the rows.
+        path: The folder.
+        plan: What its shards are pieces of; `digest`: SHA-256 of the plan, which each shard repeats.
     """
 
     path: Path
     plan: Plan
-    values_shape: tuple[int, ...]
-    values_dtype: torch.dtype
+    digest: str
+
+    @classmethod
+    def begin(cls, path: Path, plan: Plan) -> "ShardFolder":
+        """Start an extraction in the folder `path`, or resume the one that lies there.
+
+        Returns:
+            The folder with the plan in force: what is there may be cut into other shards.
+
+        Raises:
+            ExtractionError: what is there is damaged, or of other inputs; every difference is listed.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / PLAN_FILE).exists():
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                _write_plan(path / PLAN_FILE, plan)
+        folder = cls.open(path)
+        there = folder.plan
+        problems = there.provenance.differences(plan.provenance)
+        problems += different_episodes(there.episodes, plan.episodes)
+        changed = [] if problems else differing_episodes(plan.episode_hash, there.episode_hash)
+        if changed:
+            problems = [f"the frames of the episodes {_some(changed)} have changed since"]
+        raise_problems(
+            f"{path} holds the unfinished work of another extraction; finish that one, choose another "
+            "--output_dir, or remove the folder",
+            problems,
+            ExtractionError,
+        )
+        # Files that were missing or damaged when the work began may be whole now.
+        dataset = replace(there.provenance.dataset, frames=plan.provenance.dataset.frames)
+        provenance = replace(there.provenance, dataset=dataset)
+        return replace(folder, plan=replace(there, provenance=provenance, episode_hash=plan.episode_hash))
+
+    @classmethod
+    def open(cls, path: Path) -> "ShardFolder":
+        """The extraction that was begun in the folder `path`.
+
+        Raises:
+            UserError: there is none, or its plan is damaged.
+        """
+        file = path / PLAN_FILE
+        try:
+            manifest, tensors, digest = _read(file)
+        except ShardError as error:
+            raise ShardError(
+                f"{error}. Remove the folder {path} and start again, or choose another --output_dir"
+            ) from error
+        provenance = Provenance.from_document(manifest["provenance"], str(file))
+        codebook, start, stop, hashes, episodes, ends = (tensors[name] for name in TABLES)
+        shards = list(pairwise([0, *ends.tolist()]))
+        return cls(path, Plan(provenance, codebook, start, stop, hashes, episodes.tolist(), shards), digest)
 
     def write(self, shard: int, values: Tensor, skipped: dict[int, str]) -> None:
         """Finish a shard.
@@ -59,105 +210,173 @@ class ShardFolder:
         Raises:
             OSError: the disk is full or not writable; the shard stays unfinished.
         """
-        tensors = save({"values": values.contiguous()})
-        write_whole(self._tensors(shard), tensors)
-        manifest = {
-            "format": FORMAT,
-            "plan": self.plan.digest,
-            "shard": shard,
-            "rows": len(values),
-            "sha256": hashlib.sha256(tensors).hexdigest(),
-            "skipped": {str(episode): reason for episode, reason in skipped.items()},
-        }
-        write_whole(self._manifest(shard), json.dumps(manifest, indent=1).encode())
+        reasons = {str(episode): reason for episode, reason in skipped.items()}
+        manifest = {"plan": self.digest, "shard": shard, "skipped": reasons}
+        _write(self._file(shard), manifest, {"values": values}, replace=True)
 
-    def finished(self, shards: Sequence[int] | None = None) -> list[int]:
-        """Which of `shards` (all of the plan's) are finished, every byte read; damaged ones are told."""
-        found = []
-        for shard in range(len(self.plan.shards)) if shards is None else shards:
-            if not self._manifest(shard).is_file():
-                continue
-            try:
-                self.check(shard)
-                found.append(shard)
-            except ShardError as error:
-                logger.warning("%s; it is extracted again.", error)
-        return found
+    def read(self, shard: int) -> tuple[Tensor, dict[int, str]]:
+        """Rows of a finished shard, and its skipped episodes.
+
+        Raises:
+            ShardError: it is damaged, or a piece of another extraction.
+        """
+        path = self._file(shard)
+        manifest, tensors, _ = _read(path)
+        if (manifest.get("plan"), manifest.get("shard")) != (self.digest, shard):
+            raise ShardError(f"{path} is of another extraction")
+        values = tensors["values"]
+        shape, dtype = self.plan.row
+        expected = (self.plan.shard_sizes[shard], *shape)
+        if tuple(values.shape) != expected or values.dtype != dtype:
+            raise ShardError(
+                f"{path} holds {tuple(values.shape)} {values.dtype}, expected {expected} {dtype}"
+            )
+        return values, {int(episode): reason for episode, reason in manifest["skipped"].items()}
 
     def present(self) -> list[int]:
-        """Shards that have a manifest; nothing is read."""
-        return [shard for shard in range(len(self.plan.shards)) if self._manifest(shard).is_file()]
+        """Finished shards; nothing is read."""
+        return [shard for shard in range(len(self.plan.shards)) if self._file(shard).is_file()]
+
+    def progress(self) -> tuple[int, int]:
+        """How many shards are finished, and how many there are."""
+        return len(self.present()), len(self.plan.shards)
+
+    def damaged(self, shards: Sequence[int]) -> list[int]:
+        """Which of these finished shards are damaged; every byte of them is read."""
+        found = []
+        for shard in shards:
+            try:
+                self.read(shard)
+            except ShardError as error:
+                logger.warning("%s; it is extracted again.", error)
+                found.append(shard)
+        return found
 
     def discard(self, shard: int) -> None:
         """Make a finished shard an unfinished one."""
-        self._manifest(shard).unlink(missing_ok=True)
+        self._file(shard).unlink(missing_ok=True)
 
-    def check(self, shard: int) -> dict[int, str]:
-        """Read a finished shard from end to end; its skipped episodes.
-
-        Raises:
-            ShardError: it is damaged, or a piece of another plan.
-        """
-        manifest = self._read_manifest(shard)
-        try:
-            digest = sha256_of(self._tensors(shard))
-        except OSError as error:
-            raise ShardError(f"{self._tensors(shard)} cannot be read ({error.strerror})") from error
-        if digest != manifest["sha256"]:
-            raise ShardError(
-                f"{self._tensors(shard)} is damaged: its SHA-256 is {digest[:16]}…, its manifest says "
-                f"{manifest['sha256'][:16]}…"
-            )
-        self.values(shard)
-        return {int(episode): reason for episode, reason in manifest["skipped"].items()}
-
-    def values(self, shard: int) -> Tensor:
-        """Rows of a finished shard.
-
-        Raises:
-            ShardError: it is damaged.
-        """
-        path = self._tensors(shard)
-        try:
-            values = load(path.read_bytes())["values"]  # read: not every file system maps files
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ShardError(f"{path} is damaged: {error}") from error
-        expected = (self.plan.shard_sizes()[shard], *self.values_shape)
-        if tuple(values.shape) != expected or values.dtype != self.values_dtype:
-            raise ShardError(
-                f"{path} holds {tuple(values.shape)} {values.dtype}, expected {expected} {self.values_dtype}"
-            )
-        return values
-
-    def _read_manifest(self, shard: int) -> dict[str, Any]:
-        path = self._manifest(shard)
-        try:
-            if path.stat().st_size > LARGEST_MANIFEST:
-                raise ValueError("it is too large for a manifest")
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ShardError(f"{path} is damaged ({error})") from error
-        first, end = self.plan.shards[shard]
-        episodes = {str(episode) for episode in self.plan.episodes[first:end]}
-        expected = {
-            "format": FORMAT,
-            "plan": self.plan.digest,
-            "shard": shard,
-            "rows": self.plan.shard_sizes()[shard],
-        }
-        if not isinstance(manifest, dict) or any(manifest.get(key) != want for key, want in expected.items()):
-            raise ShardError(f"{path} is damaged, or of another extraction")
-        skipped = manifest.get("skipped")
-        if (
-            not isinstance(manifest.get("sha256"), str)
-            or not isinstance(skipped, dict)
-            or not all(key in episodes and isinstance(reason, str) for key, reason in skipped.items())
-        ):
-            raise ShardError(f"{path} is damaged: its sha256 or skipped is not as written")
-        return manifest
-
-    def _tensors(self, shard: int) -> Path:
+    def _file(self, shard: int) -> Path:
         return self.path / f"{shard:05d}.safetensors"
 
-    def _manifest(self, shard: int) -> Path:
-        return self.path / f"{shard:05d}.json"
+
+@dataclass(frozen=True)
+class SkippedEpisode:
+    """An episode that could not be read to its end.
+
+    Attributes:
+        position: In the plan's `episodes`.
+        pairs: That were read before it failed.
+        reason: Human-readable.
+    """
+
+    position: int
+    pairs: int
+    reason: str
+
+
+@dataclass
+class _Buffer:
+    values: Tensor
+    pending: int  # pairs that are still to come
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class ShardCollector:
+    """Encoded rows, in whatever order they come; a full shard is written at once.
+
+    Args:
+        folder: Where finished shards are written.
+        shards: Those that this process makes.
+    """
+
+    def __init__(self, folder: ShardFolder, shards: Sequence[int]) -> None:
+        self._folder = folder
+        self._plan = folder.plan
+        self._starts = [self._plan.first_rows[first] for first, _ in self._plan.shards]
+        self._buffers: dict[int, _Buffer] = {}
+        for shard in shards:
+            self._count_down(shard, 0)  # without a single pair nothing will ever come for it
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """Values `(B, …)` of `rows` int64 `(B,)`."""
+        shard_of = torch.bucketize(rows, torch.tensor(self._starts), right=True) - 1
+        for shard in shard_of.unique().tolist():
+            here = shard_of == shard
+            buffer = self._buffer(shard)
+            buffer.values[rows[here] - self._starts[shard]] = values[here].to(buffer.values.dtype)
+            self._count_down(shard, int(here.sum()))
+
+    def skip(self, episode: SkippedEpisode) -> None:
+        """Expect no more rows of an episode, and note why."""
+        pairs = self._num_pairs(episode.position)
+        if pairs:  # else it has no tokens, readable or not
+            shard = bisect_right(self._starts, self._plan.first_rows[episode.position]) - 1
+            self._buffer(shard).skipped[self._plan.episodes[episode.position]] = episode.reason
+            self._count_down(shard, pairs - episode.pairs)
+
+    def _buffer(self, shard: int) -> _Buffer:
+        """Rows of frames without a token stay zero."""
+        if shard not in self._buffers:
+            shape, dtype = self._plan.row
+            dtype = dtype if dtype.is_floating_point else torch.int32  # torch does little with uint16
+            values = torch.zeros((self._plan.shard_sizes[shard], *shape), dtype=dtype)
+            pairs = sum(self._num_pairs(position) for position in range(*self._plan.shards[shard]))
+            self._buffers[shard] = _Buffer(values, pairs)
+        return self._buffers[shard]
+
+    def _count_down(self, shard: int, pairs: int) -> None:
+        buffer = self._buffer(shard)
+        buffer.pending -= pairs
+        if buffer.pending == 0:
+            self._folder.write(shard, buffer.values.to(self._plan.row[1]), buffer.skipped)
+            del self._buffers[shard]
+
+    def _num_pairs(self, position: int) -> int:
+        return max(0, self._plan.lengths[position] - self._plan.provenance.frame_stride)
+
+
+def _write_plan(path: Path, plan: Plan) -> None:
+    ends = torch.tensor([end for _, end in plan.shards])
+    tables = (plan.codebook, plan.episode_from, plan.episode_to, plan.episode_hash)
+    tensors = dict(zip(TABLES, (*tables, torch.tensor(plan.episodes), ends), strict=True))
+    _write(path, {"provenance": json.loads(plan.provenance.to_json())}, tensors, replace=False)
+
+
+def _write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], replace: bool) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT, **manifest})
+    content = save(tensors, {"manifest": text, "sha256": _digest(text, tensors)})
+    with whole_or_nothing(path, replace=replace) as partial:
+        partial.write_bytes(content)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Manifest and tensors of a file that is as it was written, and their SHA-256."""
+    try:
+        # Read, not mapped: not every file system maps files.
+        with safe_open(path, framework="pt", backend="pread") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        digest = _digest(metadata["manifest"], tensors)
+        if digest != metadata["sha256"]:
+            raise ValueError(f"its SHA-256 is {digest[:16]}…, it says {metadata['sha256'][:16]}…")
+        manifest = json.loads(metadata["manifest"])
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ShardError(f"{path} is damaged: {first_line(error)}") from error
+    return manifest, tensors, digest
+
+
+def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(manifest.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _some(episodes: Sequence[int]) -> str:
+    return ", ".join(map(str, episodes[:5])) + (", …" if len(episodes) > 5 else "")

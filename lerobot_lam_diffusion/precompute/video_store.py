@@ -16,7 +16,7 @@ from lerobot_lam_diffusion.precompute.demonstrations import (
     encode_video,
 )
 from lerobot_lam_diffusion.precompute.origin import provenance_of_frames
-from lerobot_lam_diffusion.tokens.provenance import DatasetOrigin
+from lerobot_lam_diffusion.tokens.provenance import DatasetInfo
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 
@@ -70,7 +70,7 @@ def precompute_videos(
     for video in videos:
         digest.update(video.digest().encode())
     named = videos[0].path.stem if len(videos) == 1 else videos[0].path.resolve().parent.name
-    dataset = DatasetOrigin(
+    dataset = DatasetInfo(
         repo_id=f"{VIDEOS}{named}",
         revision=None,
         total_frames=sum(lengths),

@@ -19,7 +19,7 @@ from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 NEARER = 0.75
@@ -139,19 +139,13 @@ def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) ->
             f"column {column.key!r} was made of {camera}, which is not among the dataset's cameras "
             f"{meta.camera_keys}: nothing to compare a LAM's tokens with; leave out --lam.path"
         )
-    made_by = column.provenance.lam
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
         device=usable_device(config.device),
         dtype=getattr(torch, column.provenance.dtype),
     )
-    if lam.fingerprint != made_by.fingerprint:
-        raise DatasetError(
-            f"column {column.key!r} was made by the LAM {made_by.path!r} with fingerprint "
-            f"{made_by.fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it "
-            "as --lam.path"
-        )
+    refuse_other_lam(f"column {column.key!r}", column.provenance.lam, lam)
     return lam
 
 

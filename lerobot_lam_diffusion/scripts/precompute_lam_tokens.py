@@ -38,7 +38,7 @@ import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
-from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens, summary_of
+from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
@@ -265,7 +265,7 @@ def _extract(
             f"the GPU's memory is not enough ({str(error).splitlines()[0]}); pass a smaller --batch_size"
         ) from error
     except (KeyboardInterrupt, DecodeError, OSError) as error:
-        told = None if isinstance(error, FileExistsError) else how_to_go_on(output_dir)
+        told = None if isinstance(error, FileExistsError) else resume_hint(output_dir)
         if told:
             print(f"Stopped. {told}.", file=sys.stderr)
         if isinstance(error, DecodeError):

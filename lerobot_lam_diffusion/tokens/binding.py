@@ -21,7 +21,7 @@ from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.utils.errors import DatasetError, TokenStoreError, raise_problems
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.tokens.provenance import DatasetOrigin
+    from lerobot_lam_diffusion.tokens.provenance import DatasetInfo
     from lerobot_lam_diffusion.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _flat(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def same_frames(meta: Any, camera_key: str, origin: "DatasetOrigin") -> bool | None:
+def same_frames(meta: Any, camera_key: str, origin: "DatasetInfo") -> bool | None:
     """Whether a camera's frames are those of `origin`; None where the files that would tell are not here."""
     here = frames_digest(meta, camera_key) if origin.frames and camera_key in meta.camera_keys else None
     return None if here is None else here == origin.frames

@@ -21,7 +21,7 @@ from typing import Any
 from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, same_frames, video_info
 from lerobot_lam_diffusion.tokens.provenance import (
     FORMAT,
-    DatasetOrigin,
+    DatasetInfo,
     Provenance,
 )
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
@@ -98,7 +98,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
     where = f"what {Path(meta.root) / 'meta' / 'info.json'} says about the column {key!r}"
     camera = info.get("camera_key")
     digest = dataset_digest(meta, camera if isinstance(camera, str) else "")
-    here = DatasetOrigin(meta.repo_id, None, meta.total_frames, meta.total_episodes, meta.fps, digest)
+    here = DatasetInfo(meta.repo_id, None, meta.total_frames, meta.total_episodes, meta.fps, digest)
     unsaid = {"versions": {}, "tensors_sha256": "", "max_error": 0.0, "device": "unknown", "skipped": {}}
     unsaid["decoder"] = "unknown"
     document = {**unsaid, **info, "format": FORMAT, "dataset": dataclasses.asdict(here)}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,24 @@ DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
 
+NAMES_ONLY = {
+    "dataset.repo_id", "dataset.revision", "dataset.frames", "lam.path", "lam.revision", "versions",
+    "tensors_sha256", "max_error", "skipped",
+}  # fmt: skip
+"""Fields that may differ between two extractions of the same tokens. Frames are compared by episode, since a
+file that could not be read may have been repaired meanwhile."""
+
+DERIVED = {
+    "stride_seconds", "lam.num_learned_tokens", "lam.action_latent_dim", "lam.num_codes", "lam.token_scale",
+}  # fmt: skip
+"""Fields that follow from others: from stride and fps, or from the LAM's fingerprint."""
+
+OF_THE_DATASET = {"dataset.total_frames", "dataset.total_episodes", "dataset.digest"}
+"""Fields of the identity in which a dataset may differ from an earlier version of itself."""
+
 
 @dataclass(frozen=True)
-class DatasetOrigin:
+class DatasetInfo:
     """The dataset whose frames the LAM looked at.
 
     `digest`: of its statistics, see `binding.dataset_digest`. `frames`: of the frames themselves, see
@@ -45,7 +61,7 @@ class DatasetOrigin:
 
 
 @dataclass(frozen=True)
-class LamOrigin:
+class LamInfo:
     """The LAM that made the tokens, and their shape.
 
     `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows; of a LAM without a codebook,
@@ -83,8 +99,8 @@ class Provenance:
         skipped: Episodes that extraction could not read: number → reason. The store does not cover them.
     """
 
-    dataset: DatasetOrigin
-    lam: LamOrigin
+    dataset: DatasetInfo
+    lam: LamInfo
     camera_key: str
     frame_stride: int
     stride_seconds: float
@@ -98,6 +114,27 @@ class Provenance:
     device: str = UNKNOWN_DEVICE
     decoder: str = UNKNOWN_DECODER
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a token, flat: `{"dataset.digest": …, "lam.fingerprint": …, "camera_key": …, …}`.
+
+        Equal identities mean equal tokens. A field that is added to the provenance counts unless it is
+        listed in `NAMES_ONLY` or `DERIVED`.
+        """
+        flat: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(self).items():
+            nested = isinstance(value, dict) and name in ("dataset", "lam")
+            flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
+        return {name: value for name, value in flat.items() if name not in NAMES_ONLY | DERIVED}
+
+    def differences(self, expected: "Provenance", ignore: Collection[str] = ()) -> list[str]:
+        """How the identity differs from the expected one: `frame_stride is 1, expected 2`; empty if equal."""
+        other = expected.identity()
+        return [
+            f"{name} is {shown(value)}, expected {shown(other[name])}"
+            for name, value in self.identity().items()
+            if value != other[name] and name not in ignore
+        ]
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -146,6 +183,19 @@ class Provenance:
                 "lerobot-lam-precompute"
             )
         return provenance
+
+
+def refuse_other_lam(name: str, expected: LamInfo, lam: Any) -> None:
+    """Refuse a LAM that did not make the tokens `name`.
+
+    Raises:
+        TokenStoreError: its fingerprint is another.
+    """
+    if lam.fingerprint != expected.fingerprint:
+        raise TokenStoreError(
+            f"{name} was made by the LAM {expected.path!r} with fingerprint {expected.fingerprint[:16]}…, this "
+            f"LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as --lam.path"
+        )
 
 
 def _refuse_newer(document: dict, name: str) -> None:

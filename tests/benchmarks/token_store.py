@@ -27,7 +27,7 @@ import torch
 
 from lerobot_lam_diffusion.tokens import Provenance, TokenStore, checked
 from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
-from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetInfo, LamInfo
 from lerobot_lam_diffusion.tokens.writer import write_store
 
 KINDS = ("vq", "float32", "float16", "bfloat16", "int8")
@@ -116,8 +116,8 @@ def blocks(kind: str, frames: int, spent: list[float]) -> Iterator[torch.Tensor]
 
 def provenance_of(kind: str, frames: int, episodes: int) -> Provenance:
     return Provenance(
-        dataset=DatasetOrigin("local/synthetic", None, frames, episodes, 30, "digest"),
-        lam=LamOrigin("synthetic", None, "fingerprint", SLOTS, WIDTH, NUM_CODES, 1.0),
+        dataset=DatasetInfo("local/synthetic", None, frames, episodes, 30, "digest"),
+        lam=LamInfo("synthetic", None, "fingerprint", SLOTS, WIDTH, NUM_CODES, 1.0),
         camera_key="observation.image",
         frame_stride=1,
         stride_seconds=1 / 30,

@@ -19,8 +19,8 @@ from lerobot_lam_diffusion.tokens.provenance import (
     CONTINUOUS,
     CONTINUOUS_STORAGE,
     VQ,
-    DatasetOrigin,
-    LamOrigin,
+    DatasetInfo,
+    LamInfo,
 )
 from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.fuzz import mutations
@@ -36,8 +36,8 @@ def write(folder: Path, kind: str, storage_dtype: str) -> TokenStore:
     codebook = torch.rand(5, 4) + 1
     values = torch.randint(5, (7, 2)) if kind == VQ else torch.rand(7, 8) + 1
     provenance = Provenance(
-        dataset=DatasetOrigin("local/x", None, 9, 3, 10, "digest"),
-        lam=LamOrigin("some/lam", None, "fingerprint", 2, 4, 5, 1.0),
+        dataset=DatasetInfo("local/x", None, 9, 3, 10, "digest"),
+        lam=LamInfo("some/lam", None, "fingerprint", 2, 4, 5, 1.0),
         camera_key="observation.images.top",
         frame_stride=1,
         stride_seconds=0.1,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens import Provenance, TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, sha256_of
-from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetOrigin, LamOrigin
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ, DatasetInfo, LamInfo
 from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.hub_server import HubServer, connect, serve
 
@@ -70,8 +70,8 @@ def make_provenance():
 
     def make(lengths: Sequence[int], num_codes: int = 16, **changes) -> Provenance:
         provenance = Provenance(
-            dataset=DatasetOrigin("local/x", None, sum(lengths), len(lengths), 10, "digest"),
-            lam=LamOrigin("some/lam", None, "fingerprint", SLOTS, WIDTH, num_codes, 1.0),
+            dataset=DatasetInfo("local/x", None, sum(lengths), len(lengths), 10, "digest"),
+            lam=LamInfo("some/lam", None, "fingerprint", SLOTS, WIDTH, num_codes, 1.0),
             camera_key="observation.images.top",
             frame_stride=1,
             stride_seconds=0.1,

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from lerobot_lam_diffusion.tokens.card import PICTURE_FILE, make_card
-from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, LamOrigin
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, LamInfo
 from lerobot_lam_diffusion.tokens.push import _picture
 from lerobot_lam_diffusion.tokens.usage_picture import draw_usage
 
@@ -51,7 +51,7 @@ def test_continuous_tokens_name_the_flag_that_training_needs(write_random, tmp_p
 
 
 def test_names_cannot_break_out_of_the_card(write_random, tmp_path):
-    lam = LamOrigin("x` | y\n\n# z; rm -rf $HOME", None, "f", 2, 4, 16, 1.0)
+    lam = LamInfo("x` | y\n\n# z; rm -rf $HOME", None, "f", 2, 4, 16, 1.0)
     text = make_card(write_random(tmp_path / "store", (5,), lam=lam), REPO, None, has_picture=False)
     assert "| LAM | `x' \\| y # z; rm -rf $HOME` |" in text
     assert "--lam.path='x` | y" in text  # quoted for the shell
