@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -109,6 +110,30 @@ def record_dataset(
             position = target
         dataset.save_episode()
     dataset.finalize()
+    return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
+
+
+def record_more(root: Path, of: LeRobotDataset, lengths: Sequence[int] = (6, 5)) -> LeRobotDataset:
+    """Go on recording into a copy of a dataset, as `lerobot-record --resume=true` does."""
+    shutil.copytree(of.root, root)
+    writer = LeRobotDataset.resume("local/squares", root=root)
+    frames = record_dataset(
+        root.with_name("more"), lengths=lengths, use_videos=bool(of.meta.video_keys), seed=5
+    )
+    for episode, length in enumerate(lengths):
+        for step in range(length):
+            item = frames[sum(lengths[:episode]) + step]
+            picture = item[TOP].permute(1, 2, 0).numpy()
+            writer.add_frame(
+                {
+                    TOP: picture,
+                    "observation.state": item["observation.state"],
+                    "action": item["action"],
+                    "task": "x",
+                }
+            )
+        writer.save_episode()
+    writer.finalize()
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_adapters_train_on_a_checkpoint(monkeypatch, flags, lam_folder, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_policy_trains_on_the_fly_and_loads_uncompiled(monkeypatch, flags, lam_folder, tmp_path):
     compiled = ["--policy.compile_model=true", "--policy.compile_mode=default", "--steps=1"]
     train(monkeypatch, *flags, *on_the_fly(lam_folder), *compiled)

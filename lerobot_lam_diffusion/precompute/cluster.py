@@ -7,6 +7,7 @@ Task `rank` of `tasks` makes the shards that a job array's task makes by `--shar
 Shards say what is finished; datatrove's records only spare the start of tasks that have nothing left to do.
 """
 
+import logging
 import os
 import pkgutil
 import sys
@@ -30,6 +31,8 @@ from lerobot_lam_diffusion.precompute.processes import usable_cores
 from lerobot_lam_diffusion.precompute.shards import ShardError
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
+
+logger = logging.getLogger(__name__)
 
 
 class ExtractShards(PipelineStep):
@@ -132,6 +135,7 @@ def _executor(
     resources = _resources(cluster, flags)
     step = ExtractShards(extract, flags, resources["cpus_per_task"])
     if cluster.engine == "ray":
+        _refuse_what_no_node_has(resources)
         return RayPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=folder, **resources)
     return _Slurm(
         [step],
@@ -166,6 +170,41 @@ def _resources(cluster: ClusterConfig, flags: dict[str, Any]) -> dict[str, int]:
         "mem_per_cpu_gb": cluster.mem_per_cpu_gb or DEFAULT_MEM_PER_CPU_GB,
         "gpus_per_task": 0 if flags["device"] == "cpu" else 1,
     }
+
+
+def _refuse_what_no_node_has(resources: dict[str, int]) -> None:
+    """Ray waits without end for resources that no node has, since an autoscaler may add such a node.
+
+    Raises:
+        ExtractionError: no node can run a task; only warned of where RAY_ADDRESS names the cluster.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init()
+    cpus = resources["cpus_per_task"]
+    needed = {
+        "CPU": cpus,
+        "memory": (cpus * resources["mem_per_cpu_gb"]) << 30,
+        "GPU": resources["gpus_per_task"],
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+        return
+    found = "; ".join(
+        f"{node.get('CPU', 0):g} cores, {node.get('memory', 0) / 2**30:.0f} GB, {node.get('GPU', 0):g} GPUs"
+        for node in nodes[:5]
+    )
+    memory = cpus * resources["mem_per_cpu_gb"]
+    if "RAY_ADDRESS" in os.environ:
+        logger.warning("No node of this Ray cluster can run a task (nodes: %s): waiting for one.", found)
+        return
+    raise ExtractionError(
+        f"no node of this Ray cluster can run a task of {cpus} cores, {memory} GB and "
+        f"{resources['gpus_per_task']} GPUs (nodes: {found}). Set --cluster.cpus_per_task, "
+        "--cluster.mem_per_cpu_gb and --device=cpu to what a node has; where an autoscaler adds such nodes, "
+        "set RAY_ADDRESS=auto"
+    )
 
 
 def _slurm_options(cluster: ClusterConfig) -> dict[str, Any]:

@@ -55,9 +55,8 @@ def test_tokens(golden, group):
         assert golden.model.token_scale == pytest.approx(golden.model.codebook.square().mean().sqrt().item())
 
 
+@pytest.mark.parametrize("golden", ["univla"], indirect=True)
 def test_task_irrelevant_slots(golden):
-    if not hasattr(golden.adapter, "encode_irrelevant"):
-        pytest.skip("this family has none")
     for name, pair in golden.groups.items():
         golden.triple(golden.adapter.encode_irrelevant(golden.model, *pair), f"{name}.irrelevant")
 

@@ -11,6 +11,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
+from tests.hub_server import connect, serve
 
 LENGTHS = (5, 6, 8, 3, 4, 6, 7, 7, 5, 9)
 
@@ -44,8 +45,15 @@ def put(path: Path, **columns: list) -> None:
     pq.write_table(table, path)
 
 
-def test_a_missing_video_is_named_without_asking_the_hub(root, monkeypatch):
-    monkeypatch.setattr("lerobot.datasets.lerobot_dataset.get_safe_version", lambda *_: pytest.fail("asked"))
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that can be reached and has nothing."""
+    with serve() as server:
+        connect(monkeypatch, server.url, tmp_path / "cache")
+        yield server
+
+
+def test_a_missing_video_is_named_without_asking_the_hub(root, hub):
     meta = meta_of(root)
     video = meta.get_video_file_path(4, TOP)
     (root / video).unlink()
@@ -62,6 +70,7 @@ def test_a_missing_video_is_named_without_asking_the_hub(root, monkeypatch):
     assert others.num_episodes == 2
     with pytest.raises(UserError, match=f"all {len(in_file)} episodes .* were skipped"):
         open_readable(meta, root=root, episodes=in_file)
+    assert hub.log == []
 
 
 def test_a_missing_data_file_is_named(root):

@@ -13,37 +13,13 @@ from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known, episode_hashes
 from lerobot_lam_diffusion.utils.errors import ExtractionError
-from tests.conftest import TOP, record_dataset, write_lam
+from tests.conftest import TOP, record_dataset, record_more, write_lam
 
 LENGTHS = (9, 7, 8)
 
 
 def opened(root) -> LeRobotDataset:
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
-
-
-def grown(root, of: LeRobotDataset, lengths=(6, 5)) -> LeRobotDataset:
-    """Goes on recording into a copy, as `lerobot-record --resume=true` does."""
-    shutil.copytree(of.root, root)
-    writer = LeRobotDataset.resume("local/squares", root=root)
-    frames = record_dataset(
-        root.with_name("more"), lengths=lengths, use_videos=bool(of.meta.video_keys), seed=5
-    )
-    for episode, length in enumerate(lengths):
-        for step in range(length):
-            item = frames[sum(lengths[:episode]) + step]
-            picture = item[TOP].permute(1, 2, 0).numpy()
-            writer.add_frame(
-                {
-                    TOP: picture,
-                    "observation.state": item["observation.state"],
-                    "action": item["action"],
-                    "task": "x",
-                }
-            )
-        writer.save_episode()
-    writer.finalize()
-    return opened(root)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +43,7 @@ def same_files(one: TokenStore, other: TokenStore) -> bool:
 def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=LENGTHS, use_videos=use_videos)
     before = extract(old).store
-    new = grown(tmp_path / "new", old)
+    new = record_more(tmp_path / "new", old)
     extended = extract(new, extend=[before])
     assert (extended.copied, extended.encoded) == (3, 5 + 4)
     assert same_files(extended.store, extract(new).store)
@@ -76,7 +52,7 @@ def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_pat
 
 def test_a_video_in_several_files(tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=LENGTHS, file_size_mb=0.001)
-    new = grown(tmp_path / "new", old)
+    new = record_more(tmp_path / "new", old)
     extended = extract(new, extend=[extract(old).store], frame_stride=1)
     assert extended.copied == 3
     assert same_files(extended.store, extract(new).store)

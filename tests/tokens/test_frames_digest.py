@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lerobot.datasets.dataset_tools import add_features
+from lerobot.datasets.dataset_tools import add_features, convert_image_to_video_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
@@ -188,3 +188,14 @@ def test_episodes_files_of_several_types(store, copied_root, change):
 
 def large(kind):
     return pa.large_list(large(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def test_images_that_became_video_are_other_frames(tmp_path, make_store):
+    """LeRobot's converter carries the statistics over; the video's pixels are not those of the images."""
+    images = record_dataset(tmp_path / "images", lengths=(4, 3, 4), use_videos=False)
+    store = make_store(images)
+    video = convert_image_to_video_dataset(
+        images, output_dir=tmp_path / "video", repo_id="local/video", num_workers=1
+    )
+    with pytest.raises(TokenStoreError, match="frames"):
+        TokenStore.open(store.path, video.meta)
