@@ -23,7 +23,6 @@ from lerobot_lam_diffusion.tokens.provenance import (
     LamOrigin,
 )
 from lerobot_lam_diffusion.tokens.writer import write_store
-from lerobot_lam_diffusion.utils.errors import TokenStoreError
 from tests.fuzz import mutations
 from tests.fuzz.conftest import check_refusal
 
