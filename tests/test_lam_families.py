@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lerobot_lam_diffusion.lam import load_lam, register_lam, write_lam
-from lerobot_lam_diffusion.lam.convert import Source, convert_lam
-from lerobot_lam_diffusion.lam.converting import Dims
+from lerobot_lam_diffusion.lam.convert import Dims, Source, convert_lam
 from lerobot_lam_diffusion.policy.live import FrameHistory
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore

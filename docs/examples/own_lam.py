@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lerobot_lam_diffusion.lam import LatentActionModel, TokenConfig, register_lam, write_lam
-from lerobot_lam_diffusion.lam.preprocess import resize
+from lerobot_lam_diffusion.lam.resize import bilinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class GridFlowLam(LatentActionModel):
         return {}
 
     def resize_frames(self, frames: Tensor) -> Tensor:
-        return resize(frames, self.config.image_size)
+        return bilinear(frames, self.config.image_size)
 
     def continuous(self, prev: Tensor, cur: Tensor) -> Tensor:
         before, after = (frames.float().mean(1, keepdim=True) / 255 for frames in (prev, cur))

@@ -1,4 +1,4 @@
-"""What every latent action model offers, and what a family of them has to say.
+"""What every latent action model offers, and what a family of them defines.
 
 A family subclasses `LatentActionModel`: it names its config and its modules, and turns frame pairs into
 vectors. Checks, quantisation, precision, devices, loading and fingerprints are here and in `loading.py`.
@@ -7,7 +7,7 @@ vectors. Checks, quantisation, precision, devices, loading and fingerprints are 
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.utils.errors import LamError
 
 from .config import TokenShape
 from .precision import full_precision
-from .preprocess import check_frames
+from .preprocess import check_frames, standardize
 
 
 class LamTokens(NamedTuple):
@@ -26,8 +26,8 @@ class LamTokens(NamedTuple):
 
     Attributes:
         continuous: float32 (B, n·a), before quantisation.
-        quantized: float32 (B, n·a), exact codebook rows; None of a LAM without a codebook.
-        indices: int64 (B, n), in 0..K-1; None of a LAM without a codebook.
+        quantized: float32 (B, n·a), exact codebook rows; None for a LAM without a codebook.
+        indices: int64 (B, n), in 0..K-1; None for a LAM without a codebook.
     """
 
     continuous: Tensor
@@ -39,7 +39,7 @@ class LamTokens(NamedTuple):
         return _present(self.quantized) if use_vq_tokens else self.continuous
 
     def stored(self, use_vq_tokens: bool) -> Tensor:
-        """What a store keeps of them: indices (B, n), or the vectors before quantisation (B, n·a)."""
+        """What a store holds: indices (B, n), or the vectors before quantisation (B, n·a)."""
         return _present(self.indices) if use_vq_tokens else self.continuous
 
 
@@ -59,13 +59,14 @@ class LatentActionModel(ABC):
     gradients, with autocast and TF32 off around them; results lie on `device`. With `dtype` bfloat16 the
     networks run in bfloat16, the quantiser still in float32.
 
-    A family sets the class attributes and defines `build_modules`, `resize_frames` and `continuous`.
+    A family sets the class attributes and defines `build_modules`, `resize_frames` and, unless its encoder
+    takes normalised clips, `continuous`.
 
     Attributes:
         architecture: Its name in `model_config.json`.
         config_class: Dataclass of its dimensions, a `TokenConfig`.
-        token_parts: Modules that decide a token; their weights are what the fingerprint covers.
-        fdm_parts: Modules that only predict frames: loaded on request, and may be absent from the file where
+        token_parts: Modules that determine a token; the fingerprint covers their weights.
+        fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file if
             `fdm_is_optional`.
     """
 
@@ -91,9 +92,10 @@ class LatentActionModel(ABC):
         self.path = path
         self.revision = revision
         self.fingerprint = fingerprint
-        self._dtype = dtype
-        self._device = torch.device(device)
-        self._batch_encoder: Callable[..., Tensor] | None = self.modules.get("encoder")
+        self.dtype = dtype
+        """Compute dtype of the networks."""
+        self._batch_encoder: Callable[..., Tensor] | None = self.encoder
+        self.to(device)
 
     # What a family defines.
 
@@ -109,12 +111,18 @@ class LatentActionModel(ABC):
     def resize_frames(self, frames: Tensor) -> Tensor:
         """uint8 (..., 3, H, W) → uint8 (..., 3, R, R), the same where frames have that size already."""
 
-    @abstractmethod
+    def normalize(self, frames: Tensor) -> Tensor:
+        """uint8 (..., 3, R, R) → float32, as the encoder takes them."""
+        return standardize(frames)
+
     def continuous(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Resized frames uint8 (B, 3, R, R), earlier and later → float (B, n·a) before quantisation.
 
         Use `self._batch_encoder` for the module `encoder`, so that `compile` takes effect.
         """
+        assert self._batch_encoder is not None
+        clips = self.normalize(torch.stack([prev, cur], dim=1)).to(self.dtype)
+        return self._batch_encoder(clips).flatten(1).clone()  # a replayed CUDA graph overwrites its output
 
     @classmethod
     def expected_blocks(cls, config: Any) -> dict[str, int]:
@@ -122,9 +130,17 @@ class LatentActionModel(ABC):
         return {}
 
     def predict_next(self, frames: Tensor, latents: Tensor) -> Tensor:
-        """The next frames as the FDM sees them: uint8 (B, 3, H, W), float (B, n·a) → uint8 (B, 3, R, R)."""
+        """The later frames of pairs, as the FDM predicts them.
+
+        Args:
+            frames: uint8 (B, 3, H, W), the earlier ones.
+            latents: float (B, n·a), one token per frame.
+
+        Returns:
+            uint8 (B, 3, R, R), at the model's own size.
+        """
         raise LamError(
-            f"{self.path} predicts no pictures: {self.architecture} has no decoder to pixels. Choose a LAM "
+            f"{self.path} predicts no images: {self.architecture} has no decoder to pixels. Choose a LAM "
             "that has one."
         )
 
@@ -151,13 +167,18 @@ class LatentActionModel(ABC):
         return self.config.num_codes
 
     @property
+    def encoder(self) -> Any:
+        return self.modules.get("encoder")
+
+    @property
     def vq(self) -> Any:
         """The quantiser, or None."""
         return self.modules.get("vq")
 
     @property
-    def encoder(self) -> Any:
-        return self.modules.get("encoder")
+    def decoder(self) -> Any:
+        """The FDM, if it was asked for, or None."""
+        return self.modules.get("decoder")
 
     @property
     def codebook(self) -> Tensor | None:
@@ -173,22 +194,12 @@ class LatentActionModel(ABC):
 
     @property
     def stride_seconds(self) -> float | None:
-        """Seconds between the frames of a pair that the LAM was trained on, if that is known."""
+        """Seconds between the frames of a training pair, if known."""
         return self.config.stride_seconds
-
-    @property
-    def device(self) -> torch.device:
-        first = next(self._tensors(), None)
-        return self._device if first is None else first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Arithmetic of the networks."""
-        return self._dtype
 
     def to(self, device: torch.device | str) -> Self:
         """Move to another device, in place."""
-        self._device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         for module in self.modules.values():
             module.to(device)
         return self
@@ -225,21 +236,16 @@ class LatentActionModel(ABC):
             return LamTokens(continuous)
         indices = self.vq.indices(continuous)
         if alone is not None and self.dtype == torch.float32:
-            self._settle(indices, continuous, alone)
+            # Kernels round differently from one batch shape to another. Encoding the row of a nearly tied
+            # code alone always rounds the same way, so an index does not depend on the rest of the batch.
+            # Rare: some 1e-4 of the slots.
+            tied = self.vq.nearly_tied(continuous).flatten(1).any(1)
+            for row in tied.nonzero().flatten().tolist():
+                indices[row] = self.vq.indices(alone(row).float())[0]
         return LamTokens(continuous, self.vq.rows(indices), indices)
 
-    def _settle(self, indices: Tensor, continuous: Tensor, alone: Callable[[int], Tensor]) -> None:
-        """Decide nearly tied codes by encoding their row alone, in place.
-
-        Kernels round differently from one batch shape to another; a row alone always goes the same way, so
-        an index does not depend on what else was in the batch. Rare: some 1e-4 of the slots.
-        """
-        tied = self.vq.nearly_tied(continuous).flatten(1).any(1)
-        for row in tied.nonzero().flatten().tolist():
-            indices[row] = self.vq.indices(alone(row).float())[0]
-
     def _uncompiled(self) -> Self:
-        """The same model without what `compile` did. A twin, since several threads encode with one model."""
+        """The same model without what `compile` did; a copy, since several threads encode with one model."""
         plain = copy.copy(self)
         plain._batch_encoder = self.encoder
         return plain
@@ -256,44 +262,35 @@ class LatentActionModel(ABC):
         check_frames(frames)
         return self.resize_frames(frames.to(self.device, non_blocking=True))
 
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """uint8 (..., 3, H, W) → float32 (..., 3, R, R), as the encoder takes them."""
+        return self.normalize(self.resize(frames))
+
     def compile(self) -> None:
         """Compile the encoder for the batches to come; takes a minute, pays over some 100,000 pairs.
 
-        On CUDA the kernels are replayed as a graph. Keep to one batch shape. Nearly tied codes are settled by
-        the uncompiled encoder, so indices stay those of the uncompiled model.
+        On CUDA the kernels are replayed as a graph. Keep to one batch shape. The uncompiled encoder decides
+        nearly tied codes, so indices stay those of the uncompiled model.
         """
         if self.encoder is not None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._batch_encoder = torch.compile(self.encoder, mode=mode)
 
-    def check_latents(self, frames: Tensor, latents: Tensor) -> None:
-        """Raise a LamError unless there is one token `(B, n·a)` for each of the frames `(B, 3, H, W)`."""
+    def check_prediction(self, frames: Tensor, latents: Tensor) -> None:
+        """Refuse to predict without the FDM, or unless there is one token (B, n·a) per frame (B, 3, H, W)."""
+        if self.decoder is None:
+            raise LamError(
+                f"{self.path} was opened without its FDM, expected it for predicting frames. "
+                "Open it with load_lam(path, fdm=True)."
+            )
         check_axes("frames", frames, 4, "(B, 3, H, W)")
         expected = (frames.shape[0], self.token_dim)
         if tuple(latents.shape) != expected:
             raise LamError(
                 f"The latents have shape {tuple(latents.shape)}, expected {expected}: one token of "
-                f"{self.num_learned_tokens} × {self.action_latent_dim} numbers per frame. "
+                f"{self.num_learned_tokens} × {self.action_latent_dim} values per frame. "
                 "Pass `quantized` or `continuous` of encode_pairs."
             )
-
-    def fdm(self, part: str = "decoder") -> Any:
-        """A module that was loaded on request.
-
-        Raises:
-            LamError: if it was not.
-        """
-        if part not in self.modules:
-            raise LamError(
-                f"{self.path} was opened without its FDM, expected it for predicting frames. "
-                "Open it with load_lam(path, fdm=True)."
-            )
-        return self.modules[part]
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for module in self.modules.values():
-            yield from module.parameters()
-            yield from module.buffers()
 
 
 def check_axes(name: str, frames: Tensor, ndim: int, expected: str) -> None:
@@ -306,9 +303,6 @@ def check_axes(name: str, frames: Tensor, ndim: int, expected: str) -> None:
 
 
 def proposed_stride(lams: Sequence[TokenShape], fps: float) -> int | None:
-    """The frame stride at which pairs are as far apart as those these LAMs were trained on.
-
-    Of LAMs that differ the shortest; None if none of them says.
-    """
+    """The frame stride nearest to that of the LAMs' training: the shortest of several, None if unknown."""
     seconds = [lam.stride_seconds for lam in lams if lam.stride_seconds is not None]
     return max(1, round(min(seconds) * fps)) if seconds else None

@@ -1,9 +1,7 @@
 """`model_config.json`: which architecture a LAM folder holds, and its dimensions."""
 
-import dataclasses
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self, get_args, get_type_hints
 
@@ -11,14 +9,14 @@ from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
 from lerobot_lam_diffusion.utils.files import UnreadableError, read_json
 
 CONFIG_FILE = "model_config.json"
-CONFIG_REMEDY = "Correct the file, or fetch the model folder again."
 
-# Far beyond any LAM, and small enough that no product of a few of them overflows: the file may be damaged.
-_LARGEST = 1 << 20
+_REMEDY = "Correct the file, or fetch the model folder again."
+_UNFIT = "These LAM dimensions do not describe a model"
+_LARGEST = 1 << 16  # far beyond any LAM; the file may be damaged
 
 
 class TokenShape(Protocol):
-    """What a loaded LAM and its config both tell without computing anything."""
+    """What a loaded LAM and its config both know without computing anything."""
 
     @property
     def num_learned_tokens(self) -> int:
@@ -34,40 +32,38 @@ class TokenShape(Protocol):
 
     @property
     def stride_seconds(self) -> float | None:
-        """Seconds between the frames of a pair that the LAM was trained on, if that is known."""
+        """Seconds between the frames of a training pair, if known."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenConfig:
-    """The `config` object of a LAM; a family adds its own dimensions as further fields.
+class ModelConfig:
+    """What the config dataclasses of all families share: checked fields, and the way to and from JSON.
 
-    Fields are integers (positive, unless their default is 0), floats, booleans or text. Text describes the
-    model and decides no token; every other field does, `stride_seconds` aside.
-
-    Args:
-        num_learned_tokens: Slots n per frame pair.
-        action_latent_dim: Width a of one slot.
-        n_codes: Codebook rows K; 0: no codebook.
-        token_scale: What a policy divides tokens by where there is no codebook; else the codebook's RMS is.
-        stride_seconds: Seconds between the frames of a pair that the LAM was trained on.
+    Fields annotated as integers must be positive (or from 0, where their default is 0 or their metadata say
+    `least`: 0); floats must be positive; `Any` is not checked.
 
     Raises:
-        LamError: if a value is of the wrong type or out of range; all problems at once.
+        LamError: a value is of the wrong type or out of range; lists all problems.
     """
 
     num_learned_tokens: int
     action_latent_dim: int
-    n_codes: int = 0
-    token_scale: float = 1.0
-    stride_seconds: float | None = None
+    n_codes: int
 
     def __post_init__(self) -> None:
-        problems = self._type_problems() or self.problems()
-        raise_problems("These LAM dimensions do not describe a model", problems, LamError, CONFIG_REMEDY)
+        raise_problems(_UNFIT, self._type_problems() or self.problems(), LamError, _REMEDY)
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, once their types are right. For a family to extend."""
+        """What is wrong with values of the right types. Families extend it."""
         return []
+
+    def not_multiples(self, *pairs: tuple[str, str]) -> list[str]:
+        """The problems of fields that must be a multiple of another field."""
+        values = vars(self)
+        return [
+            f"{name} is {values[name]}, expected a multiple of {other}, which is {values[other]}"
+            for name, other in pairs
+            if values[name] % values[other]
+        ]
 
     @property
     def num_codes(self) -> int:
@@ -80,71 +76,97 @@ class TokenConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The `config` object."""
-        return dataclasses.asdict(self)
+        return asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a `config` object: unknown keys are ignored, missing ones take their defaults."""
-        fields = dataclasses.fields(cls)
-        missing = [
-            f"{field.name} is missing"
-            for field in fields
-            if field.name not in values and field.default is dataclasses.MISSING
-        ]
-        raise_problems("These LAM dimensions do not describe a model", missing, LamError, CONFIG_REMEDY)
-        return cls(**{field.name: values[field.name] for field in fields if field.name in values})
-
-    def token_fields(self, architecture: str) -> dict[str, Any]:
-        """What enters the fingerprint besides the weights: all that decides a token."""
-        hints = get_type_hints(type(self))
-        described = {name for name, kind in hints.items() if str in (kind, *get_args(kind))}
-        values = {key: v for key, v in self.to_dict().items() if key not in described | {"stride_seconds"}}
-        return {"architecture": architecture, **values}
+        own = fields(cls)  # type: ignore[arg-type]
+        missing = [f"{f.name} is missing" for f in own if f.name not in values and f.default is MISSING]
+        raise_problems(_UNFIT, missing, LamError, _REMEDY)
+        return cls(**{f.name: values[f.name] for f in own if f.name in values})
 
     def _type_problems(self) -> list[str]:
         hints = get_type_hints(type(self))
         problems = []
-        for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), get_args(hints[field.name]) or (hints[field.name],)
-            least = field.metadata.get("least", 0 if field.default == 0 else 1)
-            if value is None and type(None) in kinds:
+        for each in fields(self):  # type: ignore[arg-type]
+            value, kinds = getattr(self, each.name), get_args(hints[each.name]) or (hints[each.name],)
+            if Any in kinds or (value is None and type(None) in kinds):
                 continue
+            least = each.metadata.get("least", 0 if each.default == 0 else 1)
             if int in kinds:
-                if type(value) is not int or not least <= value <= _LARGEST:
-                    problems.append(
-                        f"{field.name} is {shown(value)}, expected an integer from {least} to {_LARGEST}"
-                    )
+                fits = type(value) is int and least <= value <= _LARGEST
+                expected = f"an integer from {least} to {_LARGEST}"
             elif float in kinds:
-                if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-                    problems.append(f"{field.name} is {shown(value)}, expected a positive number")
-            elif not isinstance(value, kinds):
-                names = " or ".join(kind.__name__ for kind in kinds)
-                problems.append(f"{field.name} is {shown(value)}, expected {names}")
+                fits = type(value) in (int, float) and 0 < value <= _LARGEST  # not NaN
+                expected = f"a positive number up to {_LARGEST}"
+            else:
+                fits = isinstance(value, kinds)
+                expected = " or ".join(kind.__name__ for kind in kinds)
+            if not fits:
+                problems.append(f"{each.name} is {shown(value)}, expected {expected}")
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig(ModelConfig):
+    """The `config` object of a LAM; a family adds its own dimensions as further fields.
+
+    Fields are integers, floats, booleans or text, and are checked (see `ModelConfig`). Text describes the
+    model and does not determine its tokens; every other field does, except `stride_seconds`.
+
+    Args:
+        num_learned_tokens: Slots n per frame pair.
+        action_latent_dim: Width a of one slot.
+        n_codes: Codebook rows K; 0: no codebook.
+        token_scale: What a policy divides tokens by if there is no codebook; else it is the codebook's RMS.
+        stride_seconds: Seconds between the frames of a training pair.
+    """
+
+    num_learned_tokens: int
+    action_latent_dim: int
+    n_codes: int = 0
+    token_scale: float = 1.0
+    stride_seconds: float | None = None
+
+    def token_fields(self, architecture: str) -> dict[str, Any]:
+        """What enters the fingerprint besides the weights: all that determines a token."""
+        hints = get_type_hints(type(self))
+        text = {name for name, kind in hints.items() if str in (kind, *get_args(kind))}
+        values = {key: v for key, v in self.to_dict().items() if key not in text | {"stride_seconds"}}
+        return {"architecture": architecture, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedConfig(TokenConfig):
+    """The `config` object of a LAM that was converted from a published checkpoint.
+
+    Args:
+        source_file, source_sha256, source_repository, source_revision, licence: The checkpoint.
+    """
+
+    source_file: str | None = None
+    source_sha256: str | None = None
+    source_repository: str | None = None
+    source_revision: str | None = None
+    licence: str | None = None
 
 
 def read_document(folder: Path) -> dict[str, Any]:
     """Read `model_config.json` of a model folder.
 
     Raises:
-        LamError: if the file is absent or not an object that holds an object `config`.
+        LamError: the file is absent or not an object that holds an object `config`.
     """
     path = folder / CONFIG_FILE
     try:
         document = read_json(path)
     except UnreadableError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise LamError(
-                f"{path} does not exist. A LAM folder holds {CONFIG_FILE} and model.safetensors: "
-                "point to that folder, or fetch the model again."
-            ) from None
-        raise LamError(
-            f"{path} could not be read ({error}), expected a JSON object. {CONFIG_REMEDY}"
-        ) from error
+        raise LamError(f"{path} could not be read ({error}), expected a JSON object. {_REMEDY}") from error
     if not isinstance(document, dict) or not isinstance(document.get("config", {}), dict):
         raise LamError(
             f"{path} holds no JSON object with an object `config`, expected the keys architecture, "
-            f"description, version and config. {CONFIG_REMEDY}"
+            f"description, version and config. {_REMEDY}"
         )
     return document
 

@@ -1,7 +1,7 @@
 """Published checkpoints of other people's LAMs → LAM folders of ours.
 
-A checkpoint lacks dimensions that decide its tokens, is a pickle, and is two to four times larger than what
-tokens need. So it is opened once, by a person; from then on there is a folder as of any other LAM.
+A checkpoint lacks dimensions that determine its tokens, is a pickle, and is two to four times larger than
+what tokens need. So it is converted once; the result is a folder like that of any other LAM.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.utils.errors import HubError, LamError, shown
 from lerobot_lam_diffusion.utils.files import is_file
-from lerobot_lam_diffusion.utils.hub import fetch
+from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 from .base import LatentActionModel
-from .converting import Dims, check_tensors, open_checkpoint
+from .checkpoint import Dims, check_tensors, open_checkpoint
 from .lapa import LapaLam
 from .lapa import convert as lapa
-from .loading import load_lam, write_lam
-from .published import CHECKPOINT_SUFFIXES, PUBLISHED, file_on_the_hub
+from .loading import load_lam, meta_modules, state_of, write_lam
+from .locating import CHECKPOINT_SUFFIXES, PUBLISHED
 from .univla import UniVlaLam
 from .univla import convert as univla
 
@@ -44,7 +44,7 @@ class Source:
 
 
 def locate_checkpoint(source: str, revision: str | None = None) -> Source:
-    """The checkpoint file that a user names; of a Hub repository that one file alone is fetched.
+    """The checkpoint file that a user names; of a Hub repository only that file is fetched.
 
     Args:
         source: A file, the Hub id of published weights, or `owner/name/path/in/it.pt`.
@@ -54,17 +54,15 @@ def locate_checkpoint(source: str, revision: str | None = None) -> Source:
         LamError: there is no such checkpoint.
     """
     local = Path(source).expanduser()
-    on_the_hub = None if local.exists() else file_on_the_hub(source)
-    if on_the_hub is None:
-        if is_file(local):
-            return Source(local)
+    if is_file(local):
+        return Source(local)
+    repo_id, file = _on_the_hub(source)
+    if local.exists() or file is None:
         raise LamError(
             f"There is no checkpoint at {shown(source, 500)}, expected a file "
-            f"({', '.join(CHECKPOINT_SUFFIXES)}), "
-            f"a Hub id of published weights ({', '.join(PUBLISHED)}) or owner/name/path/to/file.pt. Correct "
-            "the name."
+            f"({', '.join(CHECKPOINT_SUFFIXES)}), a Hub id of published weights ({', '.join(PUBLISHED)}) or "
+            "owner/name/path/to/file.pt. Correct the name."
         )
-    repo_id, file = on_the_hub
     try:
         snapshot = fetch(repo_id, revision, [file], "model")
     except HubError as error:
@@ -77,6 +75,18 @@ def locate_checkpoint(source: str, revision: str | None = None) -> Source:
     published = PUBLISHED.get(repo_id)
     licence = published.licence if published is not None and published.file == file else None
     return Source(snapshot / file, repo_id, snapshot.name, licence)
+
+
+def _on_the_hub(source: str) -> tuple[str, str | None]:
+    """Repository and file of a published id, or of `owner/name/path/in/it.pt`; None: neither."""
+    if source in PUBLISHED:
+        return source, PUBLISHED[source].file
+    parts = source.split("/")
+    repo_id, file = "/".join(parts[:2]), "/".join(parts[2:])
+    # The Hub client takes patterns, and no part may lead out of the cache.
+    plain = all(part and not part.startswith(".") and not set(part) & set("*?[]\\") for part in parts)
+    found = plain and file.endswith(CHECKPOINT_SUFFIXES) and REPO_ID.fullmatch(repo_id)
+    return repo_id, file if found else None
 
 
 def convert_lam(
@@ -93,30 +103,30 @@ def convert_lam(
         source: See `locate_checkpoint`.
         output_dir: The new folder.
         family: "lapa" or "univla"; recognised if None.
-        dims: What the file does not tell; the published values if left out.
+        dims: What the file does not say; the published values if left out.
         keep_fdm: Keep what predicts frames; LAPA only.
 
     Returns:
         The folder.
 
     Raises:
-        LamError: no such checkpoint, or not of that family; all missing, unexpected and misshapen tensors at
-            once.
+        LamError: no such checkpoint, or not of that family; lists all missing, unexpected and misshapen
+            tensors.
     """
-    path = source.path
-    state = open_checkpoint(path)
-    family = recognised(path, state, family)
+    path, dims = source.path, dims or Dims()
+    tensors = open_checkpoint(path)
+    family = _recognised(path, tensors, family)
     lam, translator = FAMILIES[family]
-    state = translator.own_keys(state)
-    told = dims or Dims()
-    unused = [f"--dims.{name}" for name in vars(told) if vars(told)[name] and name not in translator.DIMS]
+    tensors = translator.own_keys(tensors)
+    unused = [f"--dims.{name}" for name, value in vars(dims).items() if value and name not in translator.DIMS]
     if unused:
         raise LamError(
             f"{', '.join(unused)} means nothing for {family}, expected of --dims. only "
             f"{', '.join(translator.DIMS)}. Leave it out."
         )
-    translation = translator.translate(path, state, told, keep_fdm)
-    check_tensors(path, state, translation.expected)
+    translation = translator.translate(path, tensors, dims, keep_fdm)
+    ours = state_of(meta_modules(lam, translation.config))
+    check_tensors(path, tensors, translation.expected(ours))
     config = dataclasses.replace(
         translation.config,
         source_file=path.name,
@@ -126,32 +136,29 @@ def convert_lam(
         licence=source.licence,
     )
     about = f"converted from {path.name}" + (f" of {source.repository}" if source.repository else "")
-    write_lam(output_dir, lam, config, translation.state(state), description=about, version=1)
+    write_lam(output_dir, lam, config, translation.state(ours, tensors), description=about, version=1)
     load_lam(output_dir)
     return output_dir
 
 
-def recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> str:
+def _recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> str:
     """The family whose keys these are.
 
     Raises:
         LamError: none, or another one than wanted.
     """
-    found = [name for name, (_, translator) in FAMILIES.items() if translator.is_ours(state)]
-    if wanted is not None and wanted not in FAMILIES:
-        raise LamError(f"--family={wanted} is unknown, expected one of {', '.join(FAMILIES)}. Choose one.")
-    if not found:
+    found = next((name for name, (_, translator) in FAMILIES.items() if translator.is_ours(state)), None)
+    if found is None:
         raise LamError(
             f"{path} is a checkpoint of no family known here (its keys begin "
-            f"{shown(sorted(state)[:4], 200)}), "
-            f"expected one of {', '.join(FAMILIES)}. Name another checkpoint."
+            f"{shown(sorted(state)[:4], 200)}), expected one of {', '.join(FAMILIES)}. Name another one."
         )
-    if wanted not in (None, *found):
+    if wanted not in (None, found):
         raise LamError(
-            f"{path} is a checkpoint of {found[0]}, but --family={wanted}. Leave --family out, or name "
+            f"{path} is a checkpoint of {found}, but --family={wanted}. Leave --family out, or name "
             "another checkpoint."
         )
-    return found[0]
+    return found
 
 
 def sha256_of(path: Path) -> str:

@@ -1,24 +1,26 @@
-"""Open and write model folders: `model_config.json` + `model.safetensors`, strict on keys and shapes."""
+"""Find, open and write LAM folders: `model_config.json` + `model.safetensors`, strict on keys and shapes."""
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
-from lerobot_lam_diffusion.utils.files import write_whole
+from lerobot_lam_diffusion.utils.errors import LamError, first_line, raise_problems, shown
+from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular, write_whole
 
 from .base import LatentActionModel
 from .config import CONFIG_FILE, config_document, read_document
-from .fingerprint import fingerprint_of_weights
 from .locating import WEIGHTS_FILE, locate_lam, resolve_lam
-from .weights import Weights, open_weights
 
 FAMILIES = {
     "IgorModel": "lerobot_lam_diffusion.lam.villa_x:VillaXLam",
@@ -31,24 +33,24 @@ ENTRY_POINTS = "lerobot_lam_diffusion.lams"
 """Group in which an installed package names families of its own, `architecture = "module:Class"`."""
 
 _registered: dict[str, type[LatentActionModel]] = {}
+_fingerprints: dict[tuple, str] = {}
 _DTYPES = (torch.float32, torch.bfloat16)
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
+
+# Families.
 
 
 def register_lam[Family: type[LatentActionModel]](family: Family) -> Family:
     """Class decorator: `load_lam` opens folders of this family's `architecture` from now on.
 
     Raises:
-        LamError: if the name is taken.
+        LamError: the name is taken.
     """
     name = family.architecture
     taken = FAMILIES.get(name) or _registered.get(name)
-    if (
-        taken is not None
-        and taken is not family
-        and getattr(taken, "__qualname__", "") != family.__qualname__
-    ):
+    # The same class again, from a module that was reloaded, is no conflict.
+    if taken is not None and getattr(taken, "__qualname__", "") != family.__qualname__:
         raise LamError(
             f"The architecture {name!r} of {family.__qualname__} is taken by {shown(taken)}. Choose another."
         )
@@ -60,7 +62,7 @@ def family_of(folder: Path, architecture: Any) -> type[LatentActionModel]:
     """The class that opens folders of this architecture.
 
     Raises:
-        LamError: if there is none.
+        LamError: there is none.
     """
     if isinstance(architecture, str):
         if architecture in FAMILIES:
@@ -82,7 +84,7 @@ def read_config(folder: Path) -> Any:
     """The dimensions of a model folder's LAM, at least a `TokenShape`; no weights are read.
 
     Raises:
-        LamError: if the file is absent, of an unknown architecture or not a possible model.
+        LamError: the file is absent, of an unknown architecture or not a possible model.
     """
     return _read_config(folder)[1]
 
@@ -96,23 +98,7 @@ def _read_config(folder: Path) -> tuple[type[LatentActionModel], Any]:
         raise LamError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
-def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
-
-    The FDM, the description and training-only settings do not enter. Computed once in a process for each
-    state of the two files.
-
-    Raises:
-        LamError: if there is no such model, or a file of it cannot be read.
-    """
-    folder = resolve_lam(path, revision)
-    family, config = _read_config(folder)
-    with open_weights(folder) as weights:
-        return _fingerprint(weights, family, config)
-
-
-def _fingerprint(weights: Weights, family: type[LatentActionModel], config: Any) -> str:
-    return fingerprint_of_weights(weights, config.token_fields(family.architecture), family.token_parts)
+# Opening and writing folders.
 
 
 def load_lam(
@@ -122,37 +108,36 @@ def load_lam(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     fdm: bool = False,
-) -> LatentActionModel:
-    """Open a latent action model, frozen and ready to encode.
-
-    Its family and every dimension come from the folder's `model_config.json`. Keys and shapes of the whole
-    weights file are checked; what makes tokens alone is read unless `fdm` is set.
+) -> Any:
+    """Open a latent action model; what makes tokens alone is read unless `fdm` is set.
 
     Args:
         path: model folder (or one with it as `lam/`), a shipped name such as `pusht-compact`, or a Hub id.
         revision: branch, tag or commit, for a Hub id.
         device: where the model computes.
-        dtype: arithmetic of the networks, torch.float32 or torch.bfloat16; the quantiser stays in float32.
+        dtype: compute dtype of the networks, torch.float32 or torch.bfloat16; the quantiser stays in float32.
         fdm: also load the decoder, for `predict_next`.
 
     Raises:
-        LamError: if the model cannot be found or opened; all problems of its weights at once.
+        LamError: the model cannot be found or opened; lists all problems of its weights.
     """
     if dtype not in _DTYPES:
         raise LamError(f"The LAM's dtype is {dtype}, expected torch.float32 or torch.bfloat16. Choose one.")
     folder, commit = locate_lam(path, revision)
     family, config = _read_config(folder)
     with open_weights(folder) as weights:
-        _check_blocks(weights, family, config)
-        modules = _meta_modules(family, config)
-        _drop_absent_fdm(folder, weights, family, modules, fdm)
-        _check_weights(weights, modules)
+        modules = _checked_modules(weights, family, config)
+        if fdm and not modules.keys() >= set(family.fdm_parts):
+            raise LamError(
+                f"{folder} holds no FDM, expected one for predicting frames. Convert the original "
+                "checkpoint again with lerobot-lam-convert … --keep_fdm=true."
+            )
         fingerprint = _fingerprint(weights, family, config)
         loaded = {name: module for name, module in modules.items() if fdm or name not in family.fdm_parts}
         for part, module in loaded.items():
             part_dtype = torch.float32 if part == "vq" else dtype
             names = module.state_dict()
-            state = {name: _finite(weights, f"{part}.{name}", part_dtype).to(device) for name in names}
+            state = {name: weights.finite(f"{part}.{name}", part_dtype).to(device) for name in names}
             module.load_state_dict(state, assign=True)
     return family(
         config, loaded, path=folder, revision=commit, fingerprint=fingerprint, dtype=dtype, device=device
@@ -176,12 +161,7 @@ def save_lam(
     """
     from .villa_x import VillaXLam
 
-    modules = {"encoder": encoder, "vq": vq, "decoder": decoder}
-    state = {
-        f"{part}.{name}": tensor
-        for part, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
+    state = state_of({"encoder": encoder, "vq": vq, "decoder": decoder})
     return write_lam(Path(folder), VillaXLam, config, state, description=description, version=version)
 
 
@@ -207,71 +187,167 @@ def write_lam(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
+    document = config_document(family.architecture, config.to_dict(), description, version)
     write_whole(folder / WEIGHTS_FILE, save(tensors))  # `save_file` makes private files
-    write_whole(
-        folder / CONFIG_FILE, config_document(family.architecture, config.to_dict(), description, version)
-    )
+    write_whole(folder / CONFIG_FILE, document)
     return folder
 
 
-def _meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.Module]:
-    """The modules without memory behind their weights."""
-    with torch.device("meta"):
-        return family.build_modules(config)
-
-
-def _drop_absent_fdm(
-    folder: Path, weights: Weights, family: type[LatentActionModel], modules: dict[str, nn.Module], fdm: bool
-) -> None:
-    """Leave out the modules that predict frames, where the folder was written without them."""
-    for part in family.fdm_parts if family.fdm_is_optional else ():
-        if not any(key.startswith(f"{part}.") for key in weights.shapes):
-            del modules[part]
-            if fdm:
-                raise LamError(
-                    f"{folder} holds no FDM, expected one for predicting frames. Convert the original "
-                    "checkpoint again with lerobot-lam-convert … --keep_fdm=true."
-                )
-
-
-def _finite(weights: Weights, key: str, dtype: torch.dtype) -> Tensor:
-    """A tensor of the file as `dtype`: one NaN in it would be in every token."""
-    tensor = weights.tensor(key).to(dtype)
-    if not torch.isfinite(tensor).all():
-        raise LamError(f"{weights.path} is damaged: {key} holds NaN or Inf as {dtype}. {_REMEDY}")
-    return tensor
-
-
-def _check_blocks(weights: Weights, family: type[LatentActionModel], config: Any) -> None:
-    """Compare the numbers of blocks before any is built: a damaged config may ask for very many."""
-    problems = []
-    for prefix, depth in family.expected_blocks(config).items():
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        blocks = {match[1] for key in weights.shapes if (match := pattern.match(key))}
-        absent = prefix.split(".")[0] in family.fdm_parts and family.fdm_is_optional and not blocks
-        if len(blocks) != depth and not absent:
-            problems.append(
-                f"{prefix} has {depth} blocks by the config, but the weights hold {len(blocks)} blocks"
-            )
-    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
-
-
-def _check_weights(weights: Weights, modules: dict[str, nn.Module]) -> None:
-    """Compare the file's header with the modules' keys and shapes; no tensor is read."""
-    found = weights.shapes
-    expected = {
-        f"{part}.{name}": list(tensor.shape)
+def state_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of named modules by their keys in `model.safetensors`, `part.name`."""
+    return {
+        f"{part}.{name}": tensor
         for part, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-    problems = [
-        f"missing key {key}, expected with shape {expected[key]}" for key in expected if key not in found
+
+
+def meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.Module]:
+    """The modules without memory behind their weights.
+
+    Raises:
+        LamError: no tensor can be as large as the config says.
+    """
+    try:
+        with torch.device("meta"):
+            return family.build_modules(config)
+    except RuntimeError as error:
+        raise LamError(
+            f"A LAM of these dimensions cannot be built ({first_line(error)}). {_REMEDY}"
+        ) from error
+
+
+def _checked_modules(
+    weights: "Weights", family: type[LatentActionModel], config: Any
+) -> dict[str, nn.Module]:
+    """The modules that the file holds, on the meta device; their keys and shapes are those of the file."""
+    what, found = f"{weights.path} does not fit its {CONFIG_FILE}", weights.shapes
+    parts = {key.split(".")[0] for key in found}
+    absent = set(family.fdm_parts) - parts if family.fdm_is_optional else set()
+
+    # Numbers of blocks first, before any is built: a damaged config may ask for very many.
+    problems = []
+    for prefix, depth in family.expected_blocks(config).items():
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        blocks = {match[1] for key in found if (match := pattern.match(key))}
+        if len(blocks) != depth and prefix.split(".")[0] not in absent:
+            problems.append(
+                f"{prefix} has {depth} blocks by the config, but the weights hold {len(blocks)} blocks"
+            )
+    raise_problems(what, problems, LamError, _REMEDY)
+
+    modules = {name: each for name, each in meta_modules(family, config).items() if name not in absent}
+    expected = {key: list(tensor.shape) for key, tensor in state_of(modules).items()}
+    problems = [f"missing key {key}, expected with shape {expected[key]}" for key in expected.keys() - found]
+    problems += [
+        f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in found.keys() - expected
     ]
-    unexpected = sorted(found.keys() - expected.keys())
-    problems += [f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in unexpected]
-    for key in expected.keys() & found.keys():
+    for key in expected.keys() & found:
         if found[key] != expected[key]:
             problems.append(f"{key} has shape {shown(found[key])}, expected {expected[key]}")
         if weights.dtypes[key] not in _STORED_DTYPES:
             problems.append(f"{key} is stored as {weights.dtypes[key]}, expected floating point")
-    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
+    raise_problems(what, sorted(problems), LamError, _REMEDY)
+    return modules
+
+
+# Which LAM made a token: a hash of everything that determines one, and of nothing else.
+
+
+def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
+    """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
+
+    The FDM, the description and training-only settings do not enter. Computed once in a process for each
+    state of the two files.
+
+    Raises:
+        LamError: there is no such model, or a file of it cannot be read.
+    """
+    folder = resolve_lam(path, revision)
+    family, config = _read_config(folder)
+    with open_weights(folder) as weights:
+        return _fingerprint(weights, family, config)
+
+
+def _fingerprint(weights: "Weights", family: type[LatentActionModel], config: Any) -> str:
+    dimensions = json.dumps(config.token_fields(family.architecture), sort_keys=True)
+    status = weights.path.stat()
+    # The inode and its last change reveal a file that was replaced by one of the same size and time.
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = (dimensions, *family.token_parts, *state)
+    if known not in _fingerprints:
+        _fingerprints[known] = _hash(weights, dimensions, family.token_parts)
+    return _fingerprints[known]
+
+
+def _hash(weights: "Weights", dimensions: str, token_parts: Sequence[str]) -> str:
+    digest = hashlib.sha256(dimensions.encode())
+    prefixes = tuple(f"{part}." for part in token_parts)
+    for key in sorted(key for key in weights.shapes if key.startswith(prefixes)):
+        tensor = weights.tensor(key)
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# The weights file. It is read, not mapped: a process that maps a file is killed (SIGBUS) when another one
+# shortens it.
+
+
+class Weights(NamedTuple):
+    """An opened weights file: the shape of each key, and its dtype by safetensors' name ("F32")."""
+
+    path: Path
+    file: safe_open
+    shapes: dict[str, list[int]]
+    dtypes: dict[str, str]
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor in memory of its own.
+
+        Raises:
+            LamError: the file became shorter, or the disk fails.
+        """
+        try:
+            return self.file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.path, error) from error
+
+    def finite(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A tensor as `dtype`; one NaN in it would be in every token."""
+        tensor = self.tensor(key).to(dtype)
+        if not torch.isfinite(tensor).all():
+            raise LamError(f"{self.path} is damaged: {key} holds NaN or Inf as {dtype}. {_REMEDY}")
+        return tensor
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[Weights]:
+    """The weights of a model folder; its header is checked, no tensor is read.
+
+    Raises:
+        LamError: absent, or no safetensors file.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise LamError(
+            f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
+            "Fetch the model again (with git: `git lfs pull`)."
+        )
+    try:
+        check_regular(path)
+        file = safe_open(path, framework="pt", backend="pread").__enter__()
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: each.get_shape() for key, each in slices.items()}
+        dtypes = {key: each.get_dtype() for key, each in slices.items()}
+    except (UnreadableError, SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    with file:
+        yield Weights(path, file, shapes, dtypes)
+
+
+def _unreadable(path: Path, error: Exception) -> LamError:
+    return LamError(
+        f"{path} is no readable safetensors file ({first_line(error)}), expected the weights of a LAM. "
+        "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
+    )

@@ -1,5 +1,6 @@
 """From what a user writes (a folder, a shipped name, a Hub id) to the folder that holds the model."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +9,25 @@ from lerobot_lam_diffusion.utils.files import is_file
 from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 from .config import CONFIG_FILE
-from .published import PUBLISHED, convert_hint
 
 WEIGHTS_FILE = "model.safetensors"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+CHECKPOINT_SUFFIXES = (".pt", ".ckpt", ".pth")
+
+
+class Published(NamedTuple):
+    """A LAM that is published as a checkpoint on the Hub, and has to be converted first."""
+
+    family: str
+    file: str
+    licence: str
+
+
+PUBLISHED = {
+    "latent-action-pretraining/LAPA-7B-openx": Published("lapa", "laq_openx.pt", "MIT"),
+    "qwbu/univla-latent-action-model": Published("univla", "lam-stage-2.ckpt", "Apache-2.0"),
+}
+"""Hub repository → its checkpoint. The first one also holds 45 GB of labels."""
 
 
 class LamLocation(NamedTuple):
@@ -32,32 +48,35 @@ def resolve_lam(path: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit, for a Hub id.
 
     Raises:
-        LamError: if there is no such model.
+        LamError: there is no such model.
     """
     return locate_lam(path, revision).folder
 
 
 def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
     """`resolve_lam` together with the commit that a Hub id resolved to."""
-    if str(path) in shipped_lams():
-        return LamLocation(_model_folder(ASSETS / str(path)), None)
+    name = str(path)
+    if name in shipped_lams():
+        return LamLocation(ASSETS / name, None)
     try:
         folder = Path(path).expanduser()
-        if folder.is_file() or (not folder.exists() and str(path) in PUBLISHED):
-            _refuse_checkpoint(path)
+        if folder.is_file():
+            _refuse_checkpoint([folder])
         if folder.exists():
             return LamLocation(_model_folder(folder), None)
     except (OSError, RuntimeError) as error:  # a name too long, no access; a home that does not exist
         raise LamError(
-            f"{shown(str(path))} cannot be looked up ({error}), expected a LAM folder. Correct the path."
+            f"{shown(name)} cannot be looked up ({error}), expected a LAM folder. Correct the path."
         ) from error
-    if REPO_ID.fullmatch(str(path)):
-        snapshot = _download(str(path), revision)
+    if name in PUBLISHED:
+        raise _to_convert(name, PUBLISHED[name].family)
+    if REPO_ID.fullmatch(name):
+        snapshot = _download(name, revision)
         return LamLocation(_model_folder(snapshot), snapshot.name)
-    shipped = ", ".join(shipped_lams()) or "none"
     raise LamError(
-        f"There is no LAM at {shown(str(path), 500)}: expected a folder with {CONFIG_FILE} and "
-        f"{WEIGHTS_FILE}, a Hub id such as microsoft/villa-x, or a shipped LAM ({shipped}). Correct the path."
+        f"There is no LAM at {shown(name, 500)}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
+        f"a Hub id such as microsoft/villa-x, or a shipped LAM ({', '.join(shipped_lams())}). Correct the "
+        "path."
     )
 
 
@@ -70,21 +89,26 @@ def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "lam"):
         if is_file(candidate / CONFIG_FILE):
             return candidate
-    _refuse_checkpoint(folder)
+    _refuse_checkpoint(sorted(folder.iterdir()) if folder.is_dir() else [])
     raise LamError(
         f"{folder} holds no {CONFIG_FILE}, nor does its folder lam/; expected a LAM folder with "
         f"{CONFIG_FILE} and {WEIGHTS_FILE}. Point to that folder, or fetch the model again."
     )
 
 
-def _refuse_checkpoint(path: str | Path) -> None:
-    """Raise a LamError with the command to run, where `path` names a checkpoint of another code base."""
-    command = convert_hint(path)
-    if command is not None:
-        raise LamError(
-            f"{str(path)!r} is a published checkpoint, expected a LAM folder. Convert it once, and name the "
-            f"folder that this writes: {command}"
-        )
+def _refuse_checkpoint(files: list[Path]) -> None:
+    """Raise a LamError with the command to run if one of the files is a checkpoint."""
+    for file in files:
+        if file.suffix in CHECKPOINT_SUFFIXES:
+            raise _to_convert(str(file), file.stem)
+
+
+def _to_convert(source: str, name: str) -> LamError:
+    command = f"lerobot-lam-convert {shlex.quote(source)} --output_dir=./data/{shlex.quote(name)}_lam"
+    return LamError(
+        f"{source!r} is a published checkpoint, expected a LAM folder. Convert it once, and use the folder "
+        f"that this writes: {command}"
+    )
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
@@ -93,7 +117,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return fetch(repo_id, revision, files, "model")
     except HubError as error:
-        shipped = f"With this package comes {', '.join(shipped_lams())}."
         raise LamError(
-            f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}. {shipped}"
+            f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}. "
+            f"With this package comes {', '.join(shipped_lams())}."
         ) from error

@@ -1,4 +1,4 @@
-"""A number that tells the pixels of a frame pair, cheap on any device."""
+"""A 64-bit digest of the pixels of a frame pair, cheap on any device."""
 
 import functools
 
@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_STIR = 0x5851F42D4C957F2D  # odd: no word is lost
+_MIX = 0x5851F42D4C957F2D  # odd: no word is lost
 
 
 def pixel_digests(prev: Tensor, cur: Tensor) -> Tensor:
-    """A number for each frame pair that tells its pixels, int64 `(P,)`, the same on every device.
+    """A digest of each frame pair, int64 `(P,)`, the same on every device.
 
-    A sum of 64-bit words, each stirred and multiplied by an odd factor of its own, modulo 2^64. One changed
-    word always changes it; several do but by an accident of some 2^-64. It is no protection against
-    somebody who looks for such an accident.
+    A sum of 64-bit words, each mixed and multiplied by an odd factor of its own, modulo 2^64. One changed
+    word always changes it; the collision probability of several is about 2^-64. Not cryptographic.
 
     Args:
         prev, cur: uint8 `(P, 3, H, W)`.
@@ -31,9 +30,9 @@ def pixel_digests(prev: Tensor, cur: Tensor) -> Tensor:
 
 
 def _words(frames: Tensor) -> Tensor:
-    """The bytes of each frame, zeros added, as int64; stirred, so that high bytes reach low ones."""
+    """The bytes of each frame, zeros added, as int64; mixed, so that high bytes reach low ones."""
     flat = frames.flatten(1)
-    words = F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64) * _STIR
+    words = F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64) * _MIX
     return words ^ ((words >> 32) & 0xFFFFFFFF)
 
 

@@ -1,11 +1,11 @@
-"""Float arithmetic of the LAM, whatever the surrounding training has switched on.
+"""Full float32 precision for the LAM, whatever the surrounding training has switched on.
 
 LeRobot's training and evaluation enable TF32 globally, and Accelerate wraps the forward pass in autocast;
 either would move tokens by some 1e-3 and flip indices of nearly tied codes.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,19 @@ import torch
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast off on `device`, and float32 kernels in true float32; both restored on leaving."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        for backend, attribute, exact in _switches():
-            stack.enter_context(_switched(backend, attribute, exact))
-        yield
+    changed = [
+        (owner, name, getattr(owner, name), exact)
+        for owner, name, exact in _switches()
+        if getattr(owner, name) != exact
+    ]
+    with torch.autocast(device.type, enabled=False):
+        try:
+            for owner, name, _, exact in changed:
+                setattr(owner, name, exact)
+            yield
+        finally:
+            for owner, name, before, _ in reversed(changed):
+                setattr(owner, name, before)
 
 
 def _switches() -> list[tuple[Any, str, Any]]:
@@ -28,16 +36,3 @@ def _switches() -> list[tuple[Any, str, Any]]:
         operations = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
         return [(operation, "fp32_precision", "ieee") for operation in operations]
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-
-
-@contextmanager
-def _switched(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, attribute)
-    if before == value:
-        yield
-        return
-    setattr(owner, attribute, value)
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, before)

@@ -26,7 +26,7 @@ from lerobot_lam_diffusion.lam.fit.presets import PRESETS
 from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
-from lerobot_lam_diffusion.lam.preprocess import resize
+from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.scripts.command_line import run_command
 from lerobot_lam_diffusion.scripts.help import Command
@@ -184,7 +184,7 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
             np.lib.format.write_array_header_1_0(file, header)
             for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
                 for chunk in source.chunks(episode):
-                    file.write(resize(chunk, resolution).contiguous().numpy().data)
+                    file.write(bilinear(chunk, resolution).contiguous().numpy().data)
     return torch.from_numpy(map_array(path))
 
 

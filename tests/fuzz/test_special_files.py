@@ -12,8 +12,8 @@ import torch
 
 from lerobot_lam_diffusion.lam import fingerprint_of, load_lam
 from lerobot_lam_diffusion.lam.config import CONFIG_FILE
+from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
-from lerobot_lam_diffusion.lam.weights import open_weights
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import VQ

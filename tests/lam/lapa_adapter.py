@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.lam.convert import Source, convert_lam
-from lerobot_lam_diffusion.lam.converting import Dims
+from lerobot_lam_diffusion.lam.convert import Dims, Source, convert_lam
 
 
 def load_model(directory):

@@ -11,13 +11,12 @@ from math import prod
 import pytest
 import torch
 
-from lerobot_lam_diffusion.lam import load_lam, resolve_lam
-from lerobot_lam_diffusion.lam.convert import Source, convert_lam, locate_checkpoint, sha256_of
-from lerobot_lam_diffusion.lam.converting import Dims
-from lerobot_lam_diffusion.lam.lapa import LapaConfig
-from lerobot_lam_diffusion.lam.lapa.convert import _expected as expected_of_lapa
-from lerobot_lam_diffusion.lam.univla import UniVlaConfig
-from lerobot_lam_diffusion.lam.univla.convert import _expected as expected_of_univla
+from lerobot_lam_diffusion.lam import load_lam, loading, resolve_lam
+from lerobot_lam_diffusion.lam.convert import Dims, Source, convert_lam, locate_checkpoint, sha256_of
+from lerobot_lam_diffusion.lam.lapa import LapaConfig, LapaLam
+from lerobot_lam_diffusion.lam.lapa.convert import translation_of as lapa_translation
+from lerobot_lam_diffusion.lam.univla import UniVlaConfig, UniVlaLam
+from lerobot_lam_diffusion.lam.univla.convert import translation_of as univla_translation
 from lerobot_lam_diffusion.utils.errors import LamError
 
 from .conftest import DATA
@@ -48,13 +47,14 @@ def convert(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("expected", "tensors", "floats"),
+    ("family", "translation", "tensors", "floats"),
     [
-        (expected_of_lapa(LapaConfig()), 493, 343_864_688),
-        (expected_of_univla(UniVlaConfig(), 1 + 37 * 37, 12), 600, 287_750_144),
+        (LapaLam, lapa_translation(LapaConfig()), 493, 343_864_688),
+        (UniVlaLam, univla_translation(UniVlaConfig(), 37, 12), 600, 287_750_144),
     ],
 )
-def test_the_published_checkpoints_have_these_sizes(expected, tensors, floats):
+def test_the_published_checkpoints_have_these_sizes(family, translation, tensors, floats):
+    expected = translation.expected(loading.state_of(loading.meta_modules(family, translation.config)))
     assert (len(expected), sum(map(prod, expected.values()))) == (tensors, floats)
 
 
@@ -113,7 +113,7 @@ def test_the_decoder_is_kept_on_request(convert, make_frames):
         load_lam(without, fdm=True)
     with pytest.raises(LamError, match=r"opened without its FDM"):
         load_lam(kept).predict_next(frames, torch.zeros(2, 24))
-    with pytest.raises(LamError, match=r"not pictures(.|\n)*Leave it out"):
+    with pytest.raises(LamError, match=r"not images(.|\n)*Leave it out"):
         convert(UNIVLA, UNIVLA, keep_fdm=True)
 
 
@@ -165,7 +165,7 @@ def test_other_models_are_refused(convert):
     with pytest.raises(LamError, match="twice, with and without a prefix"):
         convert(state | {"module.vq.codebooks": state["vq.codebooks"]})
     del state["vq.codebooks"]
-    with pytest.raises(LamError, match=r"vq\.codebooks is missing, expected it to tell"):
+    with pytest.raises(LamError, match=r"vq\.codebooks is missing, expected it to give"):
         convert(state)
 
 

@@ -80,7 +80,7 @@ def test_intermediate_activations(golden):
 def test_decoder(golden):
     prev, _ = golden.groups["pairs"]
     if "dec.recon" not in golden.vectors:
-        with pytest.raises(ValueError, match="predicts no pictures: UniVlaLam has no decoder to pixels"):
+        with pytest.raises(ValueError, match="predicts no images: UniVlaLam has no decoder to pixels"):
             golden.model.predict_next(prev, golden.vectors["pairs.vq"])
         return
     frames, latents = prev[golden.vectors["dec.pair_index"]], golden.vectors["dec.la"]
@@ -144,25 +144,24 @@ def test_pillows_resize_in_integers():
     import numpy as np
     from PIL import Image
 
-    from lerobot_lam_diffusion.lam.lapa.resize import resize
+    from lerobot_lam_diffusion.lam.resize import pillow_bilinear
 
     generator = torch.Generator().manual_seed(0)
     for height, width, size in ((60, 84, 64), (480, 640, 256), (96, 96, 256), (48, 64, 64), (64, 100, 64)):
         frames = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
-        for frame, got in zip(frames, resize(frames, size), strict=True):
+        for frame, got in zip(frames, pillow_bilinear(frames, size), strict=True):
             picture = Image.fromarray(frame.permute(1, 2, 0).numpy())
             want = np.array(picture.resize((size, size), Image.Resampling.BILINEAR))
             assert np.array_equal(got.permute(1, 2, 0).numpy(), want)
 
 
 def test_a_resize_does_not_depend_on_the_batch():
-    from lerobot_lam_diffusion.lam.lapa.resize import resize as of_lapa
-    from lerobot_lam_diffusion.lam.univla.resize import resize as of_univla
+    from lerobot_lam_diffusion.lam.resize import pillow_bilinear, tensorflow_lanczos3
 
     frames = torch.randint(
         0, 256, (5, 3, 37, 51), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    for resize in (of_lapa, of_univla):
+    for resize in (pillow_bilinear, tensorflow_lanczos3):
         whole = resize(frames, 28)
         assert torch.equal(whole, torch.stack([resize(frame, 28) for frame in frames]))
         assert torch.equal(whole, resize(whole, 28))

@@ -5,11 +5,11 @@ import hashlib
 
 import pytest
 import torch
+from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, read_blocks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_lam_diffusion.tokens import tensor_file
-from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, read_blocks
 from lerobot_lam_diffusion.utils.files import fsync
 
 TENSORS = {

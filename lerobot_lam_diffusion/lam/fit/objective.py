@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..preprocess import normalize_frames
+from ..preprocess import standardize
 from ..quantizer import Quantizer
 from ..villa_x.config import LamConfig
 from ..villa_x.decoder import Decoder
@@ -53,8 +53,7 @@ class FitModel(nn.Module):
 
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """uint8 (B, 3, R, R) each → continuous tokens (B, n·a)."""
-        clips = normalize_frames(torch.stack([prev, cur], dim=1), self.config.resolution)
-        return self.encoder(clips).squeeze(1)
+        return self.encoder(standardize(torch.stack([prev, cur], dim=1))).squeeze(1)
 
     def losses(
         self,
@@ -98,8 +97,7 @@ class FitModel(nn.Module):
 
     def _pixel_loss(self, prev: Tensor, cur: Tensor, latents: Tensor) -> Tensor:
         """Mean square error of the next frame, normalised scale, moving pixels weighing more."""
-        resolution = self.config.resolution
-        patches = self.decoder(normalize_frames(prev, resolution), latents)
-        error = (self.decoder.unpatch(patches) - normalize_frames(cur, resolution)).square().mean(1)
+        patches = self.decoder(standardize(prev), latents)
+        error = (self.decoder.unpatch(patches) - standardize(cur)).square().mean(1)
         weights = 1 + self.recipe.moving_weight * moving_pixels(prev, cur).float()
         return (error * weights).mean() / weights.mean()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lerobot_lam_diffusion.utils.errors import LamError
 from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
-from ..preprocess import normalize_frames
+from ..preprocess import standardize
 from ..villa_x.config import LamConfig
 from .codebook import CodebookAverages, kmeans
 from .data import FitData
@@ -155,8 +155,7 @@ class Fit:
         return StateHead(self.config.token_dim, states, self.data.state_changes(self.pairs))
 
     def _init_from_data(self) -> None:
-        frames = self._frames(self._sample(_INIT_PAIRS))
-        prev, cur = (normalize_frames(f, self.config.resolution) for f in frames)
+        prev, cur = map(standardize, self._frames(self._sample(_INIT_PAIRS)))
         init_encoder(self.model.encoder, prev, cur)
         init_decoder(self.model.decoder, cur)
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from ..config import TokenConfig
+from ..config import ConvertedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniVlaConfig(TokenConfig):
+class UniVlaConfig(ConvertedConfig):
     """Dimensions; the defaults are those of the published stage-2 weights.
 
     Args:
@@ -15,8 +15,6 @@ class UniVlaConfig(TokenConfig):
         model_dim, num_heads, enc_blocks: Width D, attention heads and blocks of the LAM's own encoder.
         irrelevant_codes: Codebook rows of the task-irrelevant slots.
         dino_patch_size, dino_dim, dino_depth, dino_num_heads, dino_registers: The DINOv2 tower.
-        source_file, source_sha256, source_repository, source_revision, licence: What the weights were
-            converted from.
     """
 
     num_learned_tokens: int = 4
@@ -33,23 +31,11 @@ class UniVlaConfig(TokenConfig):
     dino_depth: int = 12
     dino_num_heads: int = 12
     dino_registers: int = field(default=4, metadata={"least": 0})
-    source_file: str | None = None
-    source_sha256: str | None = None
-    source_repository: str | None = None
-    source_revision: str | None = None
-    licence: str | None = None
 
     def problems(self) -> list[str]:
-        multiples = [
-            ("image_size", "dino_patch_size"),
-            ("model_dim", "num_heads"),
-            ("dino_dim", "dino_num_heads"),
-        ]
-        problems = [
-            f"{name} is {getattr(self, name)}, expected a multiple of {other} ({getattr(self, other)})"
-            for name, other in multiples
-            if getattr(self, name) % getattr(self, other)
-        ]
+        problems = self.not_multiples(
+            ("image_size", "dino_patch_size"), ("model_dim", "num_heads"), ("dino_dim", "dino_num_heads")
+        )
         if self.model_dim % 2:
             problems.append(f"model_dim is {self.model_dim}, expected an even number (sines and cosines)")
         return problems

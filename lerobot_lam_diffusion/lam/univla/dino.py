@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attend, split_heads
 from .config import UniVlaConfig
 
 
@@ -56,12 +57,6 @@ class DinoBlock(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        x = x + self.scale1 * self.proj(attend(q, k, v, self.heads))
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.scale1 * self.proj(attend(q, k, v))
         return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax attention over (B, L, h·e); a head is a contiguous group of channels."""
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

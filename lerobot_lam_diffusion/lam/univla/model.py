@@ -1,15 +1,16 @@
 """A loaded UniVLA latent action model (stage 2): frames in, tokens out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..base import LamTokens, LatentActionModel
 from ..precision import full_precision
-from ..preprocess import standardize
 from ..quantizer import Quantizer
+from ..resize import tensorflow_lanczos3
 from .config import UniVlaConfig
 from .network import Irrelevant, UniVlaEncoder
-from .resize import resize
 
 
 class UniVlaLam(LatentActionModel):
@@ -29,28 +30,15 @@ class UniVlaLam(LatentActionModel):
         return {"encoder.dino.blocks": config.dino_depth, "encoder.blocks": config.enc_blocks}
 
     def resize_frames(self, frames: Tensor) -> Tensor:
-        return resize(frames, self.config.image_size)
-
-    def continuous(self, prev: Tensor, cur: Tensor) -> Tensor:
-        assert self._batch_encoder is not None
-        return self._batch_encoder(
-            self._clip(prev, cur)
-        ).clone()  # a replayed CUDA graph overwrites its output
-
-    def _clip(self, prev: Tensor, cur: Tensor) -> Tensor:
-        return standardize(torch.stack([prev, cur], dim=1)).to(self.dtype)
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 (..., 3, H, W) → float32 (..., 3, R, R), as the model sees them."""
-        return standardize(self.resize(frames))
+        return tensorflow_lanczos3(frames, self.config.image_size)
 
     @torch.no_grad()
     def encode_irrelevant(self, prev: Tensor, cur: Tensor) -> LamTokens:
-        """The task-irrelevant slots of frame pairs, uint8 (B, 3, H, W) each; no token has any of it."""
-        part: Irrelevant = self.modules["irrelevant"]  # type: ignore[assignment]
+        """The task-irrelevant slots of frame pairs, uint8 (B, 3, H, W) each; they are no part of a token."""
+        part: Any = self.modules["irrelevant"]
         n = self.num_learned_tokens
         with full_precision(self.device):
-            clip = self._clip(self.resize(prev), self.resize(cur))
-            latents = part.proj(self.encoder.later_latents(clip)[:, n:]).flatten(1).float()
+            clips = self.preprocess(torch.stack([prev, cur], dim=1)).to(self.dtype)
+            latents = part.proj(self.encoder.later_latents(clips)[:, n:]).flatten(1).float()
             indices = part.vq.indices(latents)
             return LamTokens(latents, part.vq.rows(indices), indices)

@@ -3,15 +3,16 @@
 The modules follow the specification of the published weights, not their keys: `convert.py` translates those.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attend, attend_pair, split_heads
 from ..quantizer import Quantizer
 from .config import UniVlaConfig
-from .dino import Dino, attend
+from .dino import Dino
 
 
 class UniVlaEncoder(nn.Module):
@@ -79,25 +80,17 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 2, S, D) → same shape."""
         flat = x.flatten(0, 1)
-        return self.out(attend(self.q(flat), self.k(flat), self.v(flat), self.heads)).view(x.shape)
+        q, k, v = (split_heads(part(flat), self.heads) for part in (self.q, self.k, self.v))
+        return self.out(attend(q, k, v)).view(x.shape)
 
 
 class TemporalAttention(SpatialAttention):
-    """The earlier frame sees itself, so its output is its value; the later one weighs two values."""
+    """Causal attention of every position over the two frames."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x[:, 1]).unflatten(-1, (self.heads, -1))  # (B, S, h, e)
-        k = self.k(x).unflatten(-1, (self.heads, -1))  # (B, 2, S, h, e)
-        advantage = (q * (k[:, 1] - k[:, 0])).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-        earlier, later = self.v(x).unflatten(-1, (self.heads, -1)).unbind(1)
-        mixed = torch.lerp(earlier, later, torch.sigmoid(advantage))
-        return self.out(torch.stack([earlier, mixed], dim=1).flatten(-2))
-
-
-@dataclass(frozen=True)
-class _IrrelevantCodes:
-    n_codes: int
-    action_latent_dim: int
+        """(B, 2, S, D) → same shape."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.q(x[:, 1]), self.k(x), self.v(x)))
+        return self.out(attend_pair(q, k, v))
 
 
 class Irrelevant(nn.Module):
@@ -106,7 +99,7 @@ class Irrelevant(nn.Module):
     def __init__(self, config: UniVlaConfig):
         super().__init__()
         self.proj = nn.Linear(config.model_dim, config.action_latent_dim)
-        self.vq = Quantizer(_IrrelevantCodes(config.irrelevant_codes, config.action_latent_dim))
+        self.vq = Quantizer(replace(config, n_codes=config.irrelevant_codes))
 
 
 def position_table(length: int, width: int) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..attention import attend, split_heads
 from .config import LamConfig
-from .layers import PatchEmbed, RMSNorm, SwishGLU, attend, head_norm, split_heads
+from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm
 from .tables import spatial_table
 
 

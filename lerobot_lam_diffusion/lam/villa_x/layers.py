@@ -44,31 +44,6 @@ class PatchEmbed(nn.Module):
         return self.proj(frames).flatten(2).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Softmax attention with scale 1/√(head width), no dropout.
-
-    Args:
-        q, k, v: (B, h, S, e), each with its own S as attention allows.
-        causal: position s sees positions 0..s only.
-
-    Returns:
-        (B, S, h·e), heads side by side.
-    """
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, S, h·e) → (B, h, S, e); a head is a contiguous group of channels."""
-    B, S, D = x.shape
-    return x.view(B, S, heads, D // heads).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, h, S, e) → (B, S, h·e)."""
-    B, h, S, e = x.shape
-    return x.transpose(1, 2).reshape(B, S, h * e)
-
-
 def head_norm(width: int, enabled: bool) -> nn.Module:
     """LayerNorm of one head's queries or keys, shared by all heads; without it nothing, and no keys."""
     return nn.LayerNorm(width, eps=1e-5) if enabled else nn.Identity()

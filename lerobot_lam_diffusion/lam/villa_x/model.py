@@ -9,8 +9,9 @@ from lerobot_lam_diffusion.utils.errors import LamError
 
 from ..base import LamTokens, LatentActionModel, check_axes
 from ..precision import full_precision
-from ..preprocess import denormalize_frames, normalize_frames, resize
+from ..preprocess import denormalize_frames
 from ..quantizer import Quantizer
+from ..resize import bilinear
 from .config import LamConfig
 from .decoder import Decoder
 from .encoder import Encoder
@@ -34,19 +35,8 @@ class VillaXLam(LatentActionModel):
     def expected_blocks(cls, config: LamConfig) -> dict[str, int]:
         return {"encoder.layers": config.encoder_depth, "decoder.layers": config.decoder_depth}
 
-    @property
-    def decoder(self) -> Decoder | None:
-        """The FDM, if it was asked for."""
-        decoder = self.modules.get("decoder")
-        assert decoder is None or isinstance(decoder, Decoder)
-        return decoder
-
     def resize_frames(self, frames: Tensor) -> Tensor:
-        return resize(frames, self.config.resolution)
-
-    def continuous(self, prev: Tensor, cur: Tensor) -> Tensor:
-        frames = self._normalised(torch.stack([prev, cur], dim=1))
-        return self._slide(frames, self._encoder_of_batches()).squeeze(1)
+        return bilinear(frames, self.config.resolution)
 
     @torch.no_grad()
     def encode_clip(self, clip: Tensor) -> LamTokens:
@@ -65,18 +55,12 @@ class VillaXLam(LatentActionModel):
                 f"The clip has {T} frame, expected at least 2. Pass the frames of one pair or more."
             )
         with full_precision(self.device):
-            frames = self._normalised(clip.to(self.device))
+            frames = self.preprocess(clip).to(self.dtype)
             if not B:
                 return self._quantised(torch.empty(0, T - 1, self.token_dim, device=self.device))
+            assert self._batch_encoder is not None
             alone = lambda row: self._slide(frames[row : row + 1], self.encoder)  # noqa: E731
-            return self._quantised(self._slide(frames, self._encoder_of_batches()), alone)
-
-    def _normalised(self, frames: Tensor) -> Tensor:
-        return normalize_frames(frames, self.config.resolution).to(self.dtype)
-
-    def _encoder_of_batches(self) -> Callable[..., Tensor]:
-        assert self._batch_encoder is not None
-        return self._batch_encoder
+            return self._quantised(self._slide(frames, self._batch_encoder), alone)
 
     def _slide(self, frames: Tensor, encoder: Callable[..., Tensor]) -> Tensor:
         """(B, T, 3, R, R) → (B, T-1, n·a): beyond d_t frames, each later window gives only its last token."""
@@ -86,34 +70,19 @@ class VillaXLam(LatentActionModel):
         later = [encoder(frames[:, start : start + d_t])[:, -1:] for start in starts]
         return torch.cat([first, *later], dim=1)
 
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 (..., 3, H, W) → float32 (..., 3, R, R), as the model sees them."""
-        return normalize_frames(frames.to(self.device), self.config.resolution)
-
     @torch.no_grad()
     def predict_patches(self, frames: Tensor, latents: Tensor) -> Tensor:
         """The FDM's raw output, float32 (B, N, P·P·C) in the normalised scale; see `predict_next`."""
-        decoder = self.fdm()
-        self.check_latents(frames, latents)
+        self.check_prediction(frames, latents)
         with full_precision(self.device):
-            inputs = self._normalised(frames.to(self.device))
-            return decoder(inputs, latents.to(self.device, self.dtype)).float()
+            inputs = self.preprocess(frames).to(self.dtype)
+            return self.decoder(inputs, latents.to(self.device, self.dtype)).float()
 
-    @torch.no_grad()
     def predict_next(self, frames: Tensor, latents: Tensor) -> Tensor:
-        """The next frames as the FDM sees them.
-
-        Args:
-            frames: uint8 (B, 3, H, W).
-            latents: float (B, n·a), one token per frame.
-
-        Returns:
-            uint8 (B, 3, R, R), R the model's resolution.
-        """
-        decoder = self.fdm()
+        patches = self.predict_patches(frames, latents)
         if self.config.in_channels != 3:
             raise LamError(
                 f"The FDM of {self.path} predicts {self.config.in_channels} channels (in_channels of its "
                 "config), expected 3 for an RGB frame. Use predict_patches for its raw output."
             )
-        return denormalize_frames(decoder.unpatch(self.predict_patches(frames, latents)))
+        return denormalize_frames(self.decoder.unpatch(patches))
