@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.precompute.shards import Extraction
+from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.pairs import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
@@ -147,7 +147,7 @@ class CacheEntry:
         """
         if self.is_finished:
             return Provenance.read(self.folder / PROVENANCE_FILE)
-        return Extraction.read(unfinished_folder(self.folder)).provenance
+        return ShardFolder.open(unfinished_folder(self.folder)).plan.provenance
 
     def shards(self) -> tuple[int, int]:
         """Of an unfinished extraction: finished shards, and all.
@@ -155,7 +155,7 @@ class CacheEntry:
         Raises:
             UserError: it is damaged.
         """
-        return Extraction.read(unfinished_folder(self.folder)).progress()
+        return ShardFolder.open(unfinished_folder(self.folder)).progress()
 
     def last_used(self) -> float:
         """When the store was last opened, or its extraction last made progress; seconds since the epoch."""

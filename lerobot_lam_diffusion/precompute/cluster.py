@@ -25,10 +25,9 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
     DEFAULT_MEM_PER_CPU_GB,
     ClusterConfig,
 )
-from lerobot_lam_diffusion.precompute.merge import Extraction, merge_unfinished
-from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, share_of
+from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import usable_cores
-from lerobot_lam_diffusion.precompute.shards import ShardError
+from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardError, ShardFolder, share_of
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 
@@ -224,8 +223,8 @@ def _forget_unfinished(extraction: PipelineExecutor, output_dir: Path) -> None:
     present: set[int] = set()
     sizes: list[int] = []
     if (folder / PLAN_FILE).is_file():
-        begun = Extraction.read(folder)
-        present, sizes = set(begun.shards(folder).present()), begun.plan.shard_sizes()
+        shards = ShardFolder.open(folder)
+        present, sizes = set(shards.present()), shards.plan.shard_sizes
     tasks = extraction.world_size
     shares = [set(share_of(sizes, range(len(sizes)), rank, tasks)) for rank in range(tasks)]
     _forget(extraction, [rank for rank, share in enumerate(shares) if not sizes or share - present])
@@ -240,10 +239,10 @@ def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:
 def _discard_damaged(folder: Path) -> None:
     """Unfinish shards whose bytes were altered, so that the task that made one is run again."""
     try:
-        shards = Extraction.read(folder).shards(folder)
+        shards = ShardFolder.open(folder)
     except ExtractionError:
         return
-    for shard in set(shards.present()) - set(shards.finished()):
+    for shard in shards.damaged(shards.present()):
         shards.discard(shard)
 
 

@@ -1,4 +1,4 @@
-"""A dataset that is to be read from end to end: opened, checked to be whole, and what a LAM's tokens of it are.
+"""A dataset that is read from end to end: opened, checked to be whole, and what a LAM's tokens of it are.
 
 LeRobot asks the Hub for whatever a dataset lacks. That is right for a dataset of the Hub; one that was
 recorded or copied to a folder is refused by the name of the missing file.

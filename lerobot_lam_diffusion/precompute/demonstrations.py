@@ -22,7 +22,7 @@ from lerobot_lam_diffusion.constants import VIDEO_SUFFIXES
 from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import CHUNK_BYTES, CHUNK_FRAMES
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs, rebatch
-from lerobot_lam_diffusion.precompute.pipeline import Stage
+from lerobot_lam_diffusion.precompute.pipeline import ResizeOnDevice
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 PAIRS_AT_A_TIME = 16
@@ -232,14 +232,14 @@ def encode_video(
     Raises:
         DatasetError: as `DemonstrationVideo.chunks`; or it has no pair of frames.
     """
-    stage, frames = Stage(lam), 0
+    resize, frames = ResizeOnDevice(lam), 0
 
     def small_chunks() -> Iterator[Tensor]:
         nonlocal frames
         for chunk in video.chunks(fps):
             frames += len(chunk)
             advance(len(chunk))
-            yield stage(chunk)
+            yield resize(chunk)
 
     encoder = PairEncoder(lam, batch_size, use_vq_tokens)
     pairs = rebatch(episode_pairs(small_chunks(), 0, frame_stride), batch_size)

@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
+from lerobot_lam_diffusion.precompute.dataset import decoder_version
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
-from lerobot_lam_diffusion.precompute.origin import decoder_version
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
-from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
+from lerobot_lam_diffusion.precompute.recompute import refuse_other_tokens
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -64,7 +64,7 @@ def store_of_live_cache(
     tables, camera = cache.tables, cache.provenance.camera_key
     check_binding(tables, dataset.meta)
     if lam is not None:
-        refuse_other_lam(tables, lam)
+        refuse_other_tokens(tables, lam)
     known = torch.zeros(tables.num_frames, dtype=torch.bool)
     for frames, _, _ in cache.scan():
         known[frames] = True

@@ -1,4 +1,4 @@
-"""Decode, move and encode at the same time: threads decode ahead, threads run full batches through the LAM."""
+"""Decode, move and encode at the same time: threads decode ahead, threads run batches through the LAM."""
 
 import threading
 import time

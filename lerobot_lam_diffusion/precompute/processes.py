@@ -1,4 +1,4 @@
-"""Which part of an extraction this process does: under `torchrun`, `accelerate launch`, a job array, or all."""
+"""Which part of an extraction this process does: under torchrun, `accelerate launch`, a job array, or all."""
 
 import os
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.precompute.frames import decode_error, file_of
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.pairs import PairCache
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def recompute_sample(
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
         UserError: it is not known which camera to look at, or a frame cannot be read.
     """
-    refuse_other_lam(store, lam)
+    refuse_other_tokens(store, lam)
     camera = _camera(store, dataset, camera_key)
     index = _sample(store, num_samples, seed)
     prev, cur = (
@@ -79,7 +79,7 @@ def recompute_kept(
     Raises:
         TokenStoreError: the tokens were made by another LAM, or none of them of the dataset's pixels.
     """
-    refuse_other_lam(cache.tables, lam)
+    refuse_other_tokens(cache.tables, lam)
     kept = torch.cat([frames for frames, _, _ in cache.scan()])
     if not len(kept):
         raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
@@ -146,24 +146,18 @@ def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0
     )
 
 
-def refuse_other_lam(store: TokenStore, lam: Any) -> None:
+def refuse_other_tokens(store: TokenStore, lam: Any) -> None:
     """Raises:
     TokenStoreError: the tokens are not this LAM's, by its fingerprint or, of a `.pt` file, by their shape.
     """
-    if store.provenance is None:
-        shape = lam.num_learned_tokens * lam.action_latent_dim
-        if store.token_dim != shape:
-            raise TokenStoreError(
-                f"{store.path} has tokens of {store.token_dim} numbers, this LAM makes {shape}; pass the LAM "
-                "that made it as --lam.path"
-            )
+    if store.provenance is not None:
+        refuse_other_lam(str(store.path), store.provenance.lam, lam)
         return
-    fingerprint = store.provenance.lam.fingerprint
-    if lam.fingerprint != fingerprint:
+    token_dim = lam.num_learned_tokens * lam.action_latent_dim
+    if store.token_dim != token_dim:
         raise TokenStoreError(
-            f"{store.path} was made by the LAM {store.provenance.lam.path!r} with fingerprint "
-            f"{fingerprint[:16]}…, this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as "
-            "--lam.path"
+            f"{store.path} has tokens of {store.token_dim} numbers, this LAM makes {token_dim}; pass the LAM "
+            "that made it as --lam.path"
         )
 
 

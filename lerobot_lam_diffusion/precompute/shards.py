@@ -195,7 +195,7 @@ class ShardFolder:
             raise ShardError(
                 f"{error}. Remove the folder {path} and start again, or choose another --output_dir"
             ) from error
-        provenance = Provenance.from_document(manifest["provenance"], str(file))
+        provenance = Provenance.from_document(manifest.get("provenance"), str(file))
         codebook, start, stop, hashes, episodes, ends = (tensors[name] for name in TABLES)
         shards = list(pairwise([0, *ends.tolist()]))
         return cls(path, Plan(provenance, codebook, start, stop, hashes, episodes.tolist(), shards), digest)

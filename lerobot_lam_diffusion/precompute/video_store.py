@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lerobot_lam_diffusion.precompute.dataset import codebook_of, describe_tokens
 from lerobot_lam_diffusion.precompute.demonstrations import (
     PAIRS_AT_A_TIME,
     DemonstrationVideo,
     encode_video,
 )
-from lerobot_lam_diffusion.precompute.origin import provenance_of_frames
 from lerobot_lam_diffusion.tokens.provenance import DatasetInfo
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
@@ -78,7 +78,7 @@ def precompute_videos(
         fps=fps,
         digest=digest.hexdigest(),
     )
-    provenance = provenance_of_frames(
+    provenance = describe_tokens(
         dataset,
         lam,
         camera_key=camera_key,
@@ -90,5 +90,5 @@ def precompute_videos(
     )
     covered = torch.ones(len(lengths), dtype=torch.bool)
     return write_store(
-        output_dir, provenance, blocks, lam.codebook.cpu(), ends - torch.tensor(lengths), ends, covered
+        output_dir, provenance, blocks, codebook_of(lam), ends - torch.tensor(lengths), ends, covered
     )

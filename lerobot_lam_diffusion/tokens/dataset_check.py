@@ -237,22 +237,39 @@ def read_frames(meta: Any, columns: Collection[str] | None = None) -> Iterator[t
     for path in parquet_files(Path(meta.root)):
         table = pq.ParquetFile(path).read(columns=wanted)
         frames = np.arange(first, min(first + len(table), meta.total_frames))
-        index, episode = (table[name].to_numpy()[: len(frames)] for name in ("index", "episode_index"))
         expected = np.searchsorted(ends, frames, side="right")
-        wrong = (index != frames) | (episode != expected)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise DatasetError(
-                f"row {at} of {path} is called frame {index[at]} (index) of episode {episode[at]} "
-                f"(episode_index), by meta/episodes it is frame {frames[at]} of episode {expected[at]}. "
-                "Restore the dataset, or convert or record it again"
-            )
+        refuse_other_frames(str(path), table.slice(0, len(frames)), frames, expected)
         yield path, table, range(first, first + len(frames))
         first += len(table)
     if first < meta.total_frames:
         raise DatasetError(
             f"the data files of {meta.root} lack frame {first} of the dataset's {meta.total_frames}; "
             "download or restore the dataset"
+        )
+
+
+def refuse_other_frames(
+    where: str, table: pa.Table, frames: np.ndarray, episodes: np.ndarray, first: int = 0
+) -> None:
+    """Refuse rows that do not call themselves the frames that `meta/episodes` says they are.
+
+    Args:
+        where: What the rows are of.
+        table: With the columns `index` and `episode_index`.
+        frames, episodes: What each row is by `meta/episodes`.
+        first: Number of the table's first row.
+
+    Raises:
+        DatasetError: names the first row that is another frame.
+    """
+    index, episode = (table[name].to_numpy() for name in ("index", "episode_index"))
+    wrong = (index != frames) | (episode != episodes)
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise DatasetError(
+            f"row {first + at} of {where} is called frame {index[at]} (index) of episode {episode[at]} "
+            f"(episode_index), by meta/episodes it is frame {frames[at]} of episode {episodes[at]}. "
+            "Restore the dataset, or convert or record it again"
         )
 
 

@@ -193,8 +193,8 @@ def refuse_other_lam(name: str, expected: LamInfo, lam: Any) -> None:
     """
     if lam.fingerprint != expected.fingerprint:
         raise TokenStoreError(
-            f"{name} was made by the LAM {expected.path!r} with fingerprint {expected.fingerprint[:16]}…, this "
-            f"LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as --lam.path"
+            f"{name} was made by the LAM {expected.path!r} with fingerprint {expected.fingerprint[:16]}…, "
+            f"this LAM has {lam.fingerprint[:16]}…; pass the LAM that made it as --lam.path"
         )
 
 
