@@ -4,16 +4,16 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-from lerobot_lam_diffusion.precompute.cache import CacheEntry, CacheKey, cached_entries
+from lerobot_lam_diffusion.precompute.cache import CacheEntry, cache_name, cached_entries
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
+from tests.conftest import TOP
 from tests.precompute import building
 
-KEY = CacheKey("d" * 64, 60, 10.0, "f" * 64, "observation.images.top", 1, "vq", "float32", "pyav", "cpu")
 PAIRS = 55
 
 
@@ -40,21 +40,36 @@ def unused(entry, days):
             os.utime(place, (then, then))
 
 
-def test_every_part_of_the_key_names_another_store():
-    others = {
-        "total_frames": 61,
-        "fps": 30.0,
-        "frame_stride": 2,
-        "token_kind": "continuous",
-        "dtype": "bfloat16",
-        "device": "cuda",
-    }
-    names = {KEY.name}
-    for field in fields(KEY):
-        names.add(replace(KEY, **{field.name: others.get(field.name, "another")}).name)
-    assert len(names) == len(fields(KEY)) + 1
-    assert KEY.name.startswith("top-vq-stride1-")
-    assert "/" not in replace(KEY, camera_key="../../x").name
+def test_whatever_decides_the_tokens_names_another_store(store):
+    made = store.provenance
+    others = [
+        replace(made, dataset=replace(made.dataset, frames="another")),
+        replace(made, dataset=replace(made.dataset, total_frames=61)),
+        replace(made, dataset=replace(made.dataset, fps=30.0)),
+        replace(made, lam=replace(made.lam, fingerprint="another")),
+        replace(made, camera_key="observation.images.wrist"),
+        replace(made, frame_stride=2),
+        replace(made, token_kind="continuous"),
+        replace(made, dtype="bfloat16"),
+        replace(made, decoder="torchcodec"),
+        replace(made, device="cuda"),
+        replace(made, storage_dtype="uint16"),
+    ]
+    names = {cache_name(provenance) for provenance in [made, *others]}
+    assert len(names) == len(others) + 1
+    assert cache_name(made).startswith("top-vq-stride1-")
+    assert "/" not in cache_name(replace(made, camera_key="../../x"))
+
+
+def test_names_and_statistics_do_not_count_where_the_frames_are_known(store):
+    made = store.provenance
+    dataset = replace(made.dataset, repo_id="another/name", revision="main", digest="other statistics")
+    same = replace(made, dataset=dataset, lam=replace(made.lam, path="elsewhere"), versions={})
+    assert made.dataset.frames
+    assert cache_name(same) == cache_name(made)
+    unknown = replace(made, dataset=replace(made.dataset, frames=""))
+    other = replace(unknown, dataset=replace(unknown.dataset, digest="other statistics"))
+    assert cache_name(unknown) != cache_name(other)
 
 
 def test_it_is_built_once_and_opened_often(cache, dataset, lam_folder, store, tmp_path):
@@ -154,7 +169,7 @@ def test_a_builder_that_is_killed_leaves_its_work_to_the_next(server, cache, dat
         if unfinished_folder(entry.folder).exists():
             assert entry.shards()[0] >= safe
             safe = entry.shards()[0]
-            assert entry.provenance().camera_key == KEY.camera_key
+            assert entry.provenance().camera_key == TOP
     assert 0 < safe < 5
     told = tmp_path / "told"
     assert len(building.open_cached(cache, dataset.root, lam_folder, told).values) == 60

@@ -260,7 +260,7 @@ def test_a_local_task_is_killed_and_the_command_run_again(flags, single, tmp_pat
     process.terminate()
     process.join()
     assert (tmp_path / "died").exists()
-    left = set(unfinished_folder(tmp_path / "store").glob("0*.json"))
+    left = set(unfinished_folder(tmp_path / "store").glob("0*.safetensors"))
     assert 0 < len(left) < len(EPISODE_LENGTHS)
     assert submit(replace(LOCAL, workers=1), cluster_tasks.DIES, flags, tmp_path / "store") is None
     assert same_values(tmp_path / "store", single)

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from lerobot_lam_diffusion.precompute.shards import ShardError
+from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from tests.conftest import EPISODE_LENGTHS, TOP
@@ -58,10 +58,10 @@ def same_bytes(a: TokenStore, b: TokenStore, names=(TENSORS_FILE, PROVENANCE_FIL
 
 
 def finished_shards(output_dir) -> list[int]:
-    """Shards whose manifest is there; shard e holds episode e. A whole store holds all of them."""
+    """Finished shards; shard e holds episode e. A whole store holds all of them."""
     if (output_dir / PROVENANCE_FILE).exists():
         return list(range(len(EPISODE_LENGTHS)))
-    return [int(path.stem) for path in unfinished_folder(output_dir).glob("0*.json")]
+    return [int(path.stem) for path in unfinished_folder(output_dir).glob("0*.safetensors")]
 
 
 def pairs_of(shards: list[int]) -> int:
@@ -189,7 +189,7 @@ def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = os.listdir(unfinished_folder(tmp_path / "store"))
-    assert "00000.json" not in left
+    assert "00000.safetensors" not in left
     assert not [name for name in left if "partial" in name]
     assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).frames == 60
 
@@ -263,12 +263,12 @@ def test_a_job_array_makes_the_same_store_whoever_comes_last(where, undisturbed,
 
 
 def test_merging_a_damaged_shard_is_refused(where, tmp_path):
-    from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards
+    from lerobot_lam_diffusion.precompute.merge import merge_shards
     from lerobot_lam_diffusion.precompute.processes import Process
 
     interrupted.extract(*where, tmp_path / "store", process=Process(shard_index=0, num_shards=2))
     folder = unfinished_folder(tmp_path / "store")
     with pytest.raises(ShardError, match="is damaged"):
-        merge_shards(Extraction.read(folder), folder, tmp_path / "store")
+        merge_shards(ShardFolder.open(folder), tmp_path / "store")
     assert folder.exists()
     assert not (tmp_path / "store").exists()

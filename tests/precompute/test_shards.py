@@ -1,6 +1,5 @@
-"""A shard is finished when its manifest says so and its bytes agree; anything else is not there."""
+"""Plan and shards: the cut follows from the inputs alone; a file that is not as it was written is not there."""
 
-import json
 import os
 
 import pytest
@@ -8,76 +7,182 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lerobot_lam_diffusion.precompute.plan import Plan
-from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
+from lerobot_lam_diffusion.precompute.shards import (
+    PLAN_FILE,
+    Plan,
+    ShardError,
+    ShardFolder,
+    cut_into_shards,
+    share_of,
+)
+from lerobot_lam_diffusion.tokens.provenance import DatasetInfo, LamInfo, Provenance
+from lerobot_lam_diffusion.utils.errors import ExtractionError
 
-LENGTHS = [4, 3, 5]
+LENGTHS = [4, 1, 3, 5]
+EPISODES = [0, 2, 3]  # episode 1 is not asked for
+PROVENANCE = Provenance(
+    dataset=DatasetInfo("a/dataset", None, sum(LENGTHS), len(LENGTHS), 10.0, "d" * 64),
+    lam=LamInfo("a/lam", None, "f" * 64, 2, 8, 16, 1.0),
+    camera_key="top",
+    frame_stride=1,
+    stride_seconds=0.1,
+    token_kind="vq",
+    dtype="float32",
+    versions={},
+    storage_dtype="uint8",
+)
+
+
+def make_plan(episodes=EPISODES, shard_frames=6, **changes) -> Plan:
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    return Plan(
+        provenance=Provenance(**{**vars(PROVENANCE), **changes}),
+        codebook=torch.arange(128.0).view(16, 8),
+        episode_from=ends - torch.tensor(LENGTHS),
+        episode_to=ends,
+        episode_hash=torch.ones(len(LENGTHS), 16, dtype=torch.uint8),
+        episodes=list(episodes),
+        shards=cut_into_shards([LENGTHS[episode] for episode in episodes], shard_frames),
+    )
+
+
+VALUES = torch.arange(24, dtype=torch.uint8).view(12, 2)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards (episodes 0 and 1, episode 2), both finished."""
-    plan = Plan.make({"x": 1}, [0, 2, 7], LENGTHS, 6)
-    assert plan.shards == [(0, 2), (2, 3)]
-    shards = ShardFolder(tmp_path, plan, (2,), torch.uint8)
-    shards.write(0, torch.arange(14, dtype=torch.uint8).view(7, 2), {2: "its file is gone"})
-    shards.write(1, torch.arange(10, dtype=torch.uint8).view(5, 2), {})
+    """Two shards (episodes 0 and 2, episode 3), both finished."""
+    shards = ShardFolder.begin(tmp_path / "x.shards", make_plan())
+    assert shards.plan.shards == [(0, 2), (2, 3)]
+    shards.write(0, VALUES[:7], {2: "its file is gone"})
+    shards.write(1, VALUES[7:], {})
     return shards
 
 
+# --- how the work is cut and shared out
+
+lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
+
+
+@given(lengths, st.integers(1, 5000) | st.none())
+def test_shards_are_whole_episodes_in_order_each_once(lengths, shard_frames):
+    shards = cut_into_shards(lengths, shard_frames)
+    assert [episode for first, end in shards for episode in range(first, end)] == list(range(len(lengths)))
+    sizes = [sum(lengths[first:end]) for first, end in shards]
+    assert all(size >= (shard_frames or 512) for size in sizes[:-1])
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 7), st.integers(1, 4))
+def test_processes_share_all_shards_evenly(sizes, count, launches):
+    everything = []
+    for launch in range(launches):
+        theirs = share_of(sizes, range(len(sizes)), launch, launches)
+        shares = [share_of(sizes, theirs, index, count) for index in range(count)]
+        everything += [shard for share in shares for shard in share]
+        loads = [sum(sizes[shard] for shard in share) for share in shares]
+        assert max(loads) - min(loads) <= max(sizes)
+    assert sorted(everything) == list(range(len(sizes)))
+
+
+# --- the plan of an extraction
+
+
+def test_a_plan_is_written_once_and_found_again(tmp_path):
+    first = ShardFolder.begin(tmp_path / "x.shards", make_plan())
+    again = ShardFolder.begin(tmp_path / "x.shards", make_plan(shard_frames=1))
+    assert again.plan.shards == first.plan.shards == [(0, 2), (2, 3)]  # the pieces are those that are there
+    assert again.digest == first.digest
+    plan = ShardFolder.open(tmp_path / "x.shards").plan
+    assert (plan.provenance, plan.episodes, plan.lengths) == (PROVENANCE, EPISODES, [4, 3, 5])
+    for name in ("codebook", "episode_from", "episode_to", "episode_hash"):
+        assert torch.equal(getattr(plan, name), getattr(make_plan(), name))
+    assert os.listdir(tmp_path / "x.shards") == [PLAN_FILE]
+
+
+def test_another_extraction_is_refused_with_every_difference(tmp_path):
+    ShardFolder.begin(tmp_path, make_plan())
+    with pytest.raises(ExtractionError) as error:
+        ShardFolder.begin(tmp_path, make_plan([0], camera_key="wrist", frame_stride=3))
+    message = str(error.value)
+    assert "camera_key is 'top', expected 'wrist'" in message
+    assert "frame_stride is 1, expected 3" in message
+    assert "it has 3 episodes, expected 1 (--dataset.episodes differs in 2, 3)" in message
+    assert "choose another --output_dir" in message
+
+
+def test_frames_that_have_changed_since_are_refused(tmp_path):
+    ShardFolder.begin(tmp_path, make_plan())
+    changed = make_plan()
+    changed.episode_hash[2] = 7
+    with pytest.raises(ExtractionError, match="the frames of the episodes 2 have changed since"):
+        ShardFolder.begin(tmp_path, changed)
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_a_clear_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("plan") / PLAN_FILE
+    path.write_bytes(content)
+    with pytest.raises(ExtractionError, match=r"is damaged.*Remove the folder"):
+        ShardFolder.open(path.parent)
+
+
+def test_a_truncated_plan_is_refused(folder):
+    path = folder.path / PLAN_FILE
+    content = path.read_bytes()
+    for keep in range(len(content)):
+        path.write_bytes(content[:keep])
+        with pytest.raises(ExtractionError, match="is damaged"):
+            ShardFolder.open(folder.path)
+
+
+def test_a_shard_is_no_plan(folder):
+    os.replace(folder.path / "00001.safetensors", folder.path / PLAN_FILE)
+    with pytest.raises(ExtractionError, match="Remove the folder|extract the tokens again"):
+        ShardFolder.open(folder.path)
+
+
+# --- shards
+
+
 def test_a_shard_comes_back_as_it_was(folder):
-    assert folder.finished() == [0, 1]
-    assert len(folder.present()) == 2
-    assert folder.check(0) == {2: "its file is gone"}
-    assert torch.equal(folder.values(1), torch.arange(10, dtype=torch.uint8).view(5, 2))
-    assert sorted(os.listdir(folder.path)) == [
-        "00000.json", "00000.safetensors", "00001.json", "00001.safetensors",
-    ]  # fmt: skip
+    assert folder.present() == [0, 1]
+    assert folder.progress() == (2, 2)
+    assert folder.damaged([0, 1]) == []
+    for shard, (expected, skipped) in enumerate([(VALUES[:7], {2: "its file is gone"}), (VALUES[7:], {})]):
+        values, reasons = folder.read(shard)
+        assert torch.equal(values, expected)
+        assert reasons == skipped
+    assert sorted(os.listdir(folder.path)) == ["00000.safetensors", "00001.safetensors", PLAN_FILE]
+    folder.discard(1)
+    assert folder.present() == [0]
 
 
-@pytest.mark.parametrize("name", ["00001.json", "00001.safetensors"])
-def test_a_shard_without_one_of_its_files_is_not_finished(folder, name):
-    (folder.path / name).unlink()
-    assert folder.finished() == [0]
+def test_shards_of_another_plan_are_not_taken_for_this_one(folder, tmp_path):
+    other = ShardFolder.begin(tmp_path / "other.shards", make_plan(camera_key="wrist"))
+    os.replace(folder.path / "00000.safetensors", other.path / "00000.safetensors")
+    with pytest.raises(ShardError, match="is of another extraction"):
+        other.read(0)
+    assert other.damaged([0]) == [0]
 
 
-def test_shards_of_another_plan_are_not_taken_for_this_one(folder):
-    other = ShardFolder(folder.path, Plan.make({"x": 2}, [0, 2, 7], LENGTHS, 6), (2,), torch.uint8)
-    assert other.finished() == []
+def test_a_shard_in_the_place_of_another_is_refused(folder):
+    os.replace(folder.path / "00000.safetensors", folder.path / "00001.safetensors")
+    with pytest.raises(ShardError, match="is of another extraction"):
+        folder.read(1)
 
 
-def change(**fields):
-    return lambda manifest: {**manifest, **fields}
+@pytest.mark.parametrize("values", [VALUES[:3], VALUES[:7, :1], VALUES[:7].int()])
+def test_values_of_another_shape_or_dtype_are_refused(folder, values):
+    folder.write(0, values, {})
+    with pytest.raises(ShardError, match=r"holds \(.*, expected \(7, 2\) torch.uint8"):
+        folder.read(0)
 
 
-HOSTILE = {
-    "list": lambda manifest: [manifest],
-    "another shard's": change(shard=0),
-    "rows": change(rows=10**15),
-    "path": change(shard="../../../etc/passwd"),
-    "hash": change(sha256="0" * 64),
-    "no hash": change(sha256=None),
-    "foreign episode": change(skipped={"3": "x"}),
-    "skipped is a list": change(skipped=["7"]),
-    "reason is no text": change(skipped={"7": 1}),
-}
-
-
-@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
-def test_a_manifest_that_lies_is_refused(folder, damage):
-    path = folder.path / "00001.json"
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    with pytest.raises(ShardError):
-        folder.check(1)
-    assert folder.finished() == [0]
-
-
-@given(which=st.sampled_from(["00001.json", "00001.safetensors"]), data=st.data())
+@given(data=st.data())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_is_noticed_or_harmless(folder, which, data):
-    path = folder.path / which
+def test_any_damage_is_noticed_or_harmless(folder, data):
+    path = folder.path / "00001.safetensors"
     whole = path.read_bytes()
-    values = folder.values(1).clone()
     content = bytearray(whole)
     match data.draw(st.sampled_from(["flip", "cut", "insert"])):
         case "flip":
@@ -89,19 +194,18 @@ def test_any_damage_is_noticed_or_harmless(folder, which, data):
             content[at:at] = data.draw(st.binary(min_size=1, max_size=20))
     path.write_bytes(content)
     try:
-        finished = folder.finished()
-        assert finished == [0] or torch.equal(folder.values(1), values)
+        assert folder.damaged([1]) == [1] or torch.equal(folder.read(1)[0], VALUES[7:])
     finally:
         path.write_bytes(whole)
 
 
-def test_a_link_out_of_the_folder_is_replaced_not_followed(folder, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine"
+def test_a_link_out_of_the_folder_is_replaced_not_followed(folder, tmp_path):
+    elsewhere = tmp_path / "mine"
     elsewhere.write_text("mine")
-    for name in ("00001.safetensors", "00001.json"):
-        (folder.path / name).unlink()
-        (folder.path / name).symlink_to(elsewhere)
-    assert folder.finished() == [0]
-    folder.write(1, torch.ones(5, 2, dtype=torch.uint8), {})
+    shard = folder.path / "00001.safetensors"
+    shard.unlink()
+    shard.symlink_to(elsewhere)
+    assert folder.damaged([0, 1]) == [1]
+    folder.write(1, VALUES[7:], {})
     assert elsewhere.read_text() == "mine"
-    assert folder.finished() == [0, 1]
+    assert folder.damaged([0, 1]) == []
