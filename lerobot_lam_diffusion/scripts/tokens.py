@@ -2,6 +2,7 @@
 
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
+    lerobot-lam-tokens report ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output=report.html
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
     lerobot-lam-tokens merge ./live --dataset.repo_id=lerobot/pusht --lam.path=./my_lam --output_dir=./store
@@ -60,6 +61,7 @@ from lerobot_lam_diffusion.scripts.live_cache import (
 )
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.report import ReportConfig, report
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.export import export_store
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError
@@ -330,6 +332,7 @@ def pull(config: PullConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (InfoConfig, info),
     "verify": (VerifyConfig, verify),
+    "report": (ReportConfig, report),
     "merge": (MergeConfig, merge),
     "export": (ExportConfig, export),
     "add-column": (AddColumnConfig, add_token_column),

@@ -66,7 +66,8 @@ class DecoderRefinement:
             bar.update()
             if self.step % save_every == 0 or self.step == self.recipe.steps:
                 self.save(output_dir)
-                log(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in smooth.items()))
+                numbers = ", ".join(f"{name} {value:.4f}" for name, value in smooth.items())
+                log(f"step {self.step}: {numbers}")
         bar.close()
         self.decoder.requires_grad_(False)
 
