@@ -107,7 +107,7 @@ class _Report:
         scatters = [
             Picture(
                 figures.png(figures.probe_scatter(probe, axis)),
-                f"Scatter: measured change of {probe.names[axis]} against the one predicted from the token",
+                f"Scatter: measured change of {probe.names[axis]} against the predicted one",
                 f"The {word} dimension",
             )
             for word, axis in (("best", best), ("worst", worst))

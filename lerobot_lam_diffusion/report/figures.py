@@ -47,7 +47,7 @@ def probe_bars(probe: StateProbe) -> Figure:
     axes.set_xlim(min(-0.05, *(max(value, -0.2) for value in probe.token + probe.shuffled)), 1)
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.set_xlabel("R² of the state's change, held-out episodes")
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
