@@ -259,8 +259,8 @@ class _Report:
             )
         section.texts.append(
             f"The LAM's forward model (FDM) gets the earlier frame and the token; {len(later)} pairs of "
-            "held-out episodes. Below, those in which most moves: the earlier frame (what copying would give), the "
-            "prediction, and the true frame."
+            "held-out episodes. Below, those in which most moves: the earlier frame (as copying gives it), "
+            "the prediction, and the true frame."
         )
         shown = moving.flatten(1).sum(1).argsort(descending=True)[:_PREDICTED_SHOWN].tolist()
         pictures = [

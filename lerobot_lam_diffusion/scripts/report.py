@@ -46,9 +46,7 @@ def report(config: ReportConfig) -> None:
     try:
         from lerobot_lam_diffusion.report.build import write_report
     except ImportError as error:
-        raise UserError(
-            f"the report needs matplotlib ({error}): pip install matplotlib"
-        ) from error
+        raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
     store, footage = open_footage(config.store, config.dataset, config.lam, config.camera_key, config.device)
     verdict = write_report(store, footage, config.output, config.seed)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
