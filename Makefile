@@ -22,7 +22,7 @@ test: .venv/.synced ## the fast tests
 	$(BIN)/pytest -m "not slow" --numprocesses=2 --dist=loadfile
 
 test-slow: .venv/.synced ## spawned processes, fresh environments, whole commands
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses=2 --dist=loadfile
 
 lint: .venv/.synced ## formatting, lint, types
 	$(BIN)/ruff format --check .

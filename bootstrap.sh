@@ -1,11 +1,13 @@
 #!/bin/sh
 # Make the environment `.venv` of this checkout: find a Python >= 3.12, get uv, install what uv.lock pins.
-# Called by make; run it again at any time. PYTHON=/path/to/python3.12 chooses the interpreter.
+# Called by make; run it again at any time. PYTHON=/path/to/python3.12 chooses the interpreter, PYTHON_VERSION=3.13 its
+# version.
 set -eu
 cd "$(dirname "$0")"
 
 works() { # a pyenv shim can be on PATH and still run nothing
-    "$1" -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+    "$1" -c 'import sys, venv; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' \
+        ${PYTHON_VERSION:-3.12 3.13} >/dev/null 2>&1
 }
 
 find_python() {
@@ -24,8 +26,8 @@ find_python() {
 }
 
 if ! python=$(find_python); then
-    cat >&2 <<'MESSAGE'
-No Python 3.12 or 3.13 was found (on PATH, under pyenv, uv, /usr, /usr/local, /opt). LeRobot needs one. Install it with
+    cat >&2 <<MESSAGE
+No Python ${PYTHON_VERSION:-3.12 or 3.13} was found (on PATH, under pyenv, uv, /usr, /usr/local, /opt). LeRobot needs one. Install it with
 one of
     sudo apt install python3.12 python3.12-venv
     pyenv install 3.12
@@ -47,5 +49,5 @@ else
     fi
 fi
 
-echo "Installing into .venv with $python (the first time this takes minutes: PyTorch is large) ..."
+echo "Installing into ${UV_PROJECT_ENVIRONMENT:-.venv} with $python (the first time this takes minutes: PyTorch is large) ..."
 UV_PYTHON_DOWNLOADS=never "$uv" sync --frozen --extra dev --python "$python"

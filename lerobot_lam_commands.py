@@ -1,4 +1,6 @@
-"""The console scripts. `--help` is answered at once, out of a text file; all else imports LeRobot first.
+"""The console scripts, and where `python -m` of their modules begins.
+
+`--help` is answered at once, out of a text file; all else imports LeRobot first.
 
 Importing the package registers its policy with LeRobot, which takes seconds; so this module lies beside it,
 as `lerobot_policy_diffusion_lam.py` does. `make docs` writes the text files; a test fails when they are
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 
 SCRIPTS = "lerobot_lam_diffusion.scripts"
@@ -22,6 +25,10 @@ def fit(argv: Sequence[str] | None = None) -> None:
     _run("lerobot-lam-fit", "fit_lam", argv)
 
 
+def convert(argv: Sequence[str] | None = None) -> None:
+    _run("lerobot-lam-convert", "convert_lam", argv)
+
+
 def tokens(argv: Sequence[str] | None = None) -> None:
     _run("lerobot-lam-tokens", "tokens", argv)
 
@@ -31,6 +38,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
+    _tolerate_encoding()
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
         text = _help_of([command, *words])
@@ -43,6 +51,12 @@ def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
     main(words)
+
+
+def _tolerate_encoding() -> None:
+    """Print `?` for what the encoding of a terminal or pipe lacks, instead of stopping with an error."""
+    if isinstance(sys.stdout, TextIOWrapper):  # standard error escapes such characters already
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _help_of(words: list[str]) -> str | None:

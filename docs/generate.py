@@ -11,7 +11,7 @@ from pathlib import Path
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
 from lerobot_lam_diffusion import DiffusionLamConfig
-from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.scripts.help import Command, Flag, flags_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +21,7 @@ HELP_TEXTS = "lerobot_lam_diffusion/scripts/help_texts"
 COMMANDS = [
     precompute_lam_tokens.COMMAND,
     fit_lam.COMMAND,
+    convert_lam.COMMAND,
     *(tokens.told_of(name) for name in tokens.COMMANDS),
     demo.COMMAND,
 ]

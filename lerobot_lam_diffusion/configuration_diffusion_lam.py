@@ -1,6 +1,7 @@
 """`--policy.type=diffusion_lam`: LeRobot's Diffusion Policy plus what it needs to know about LAM tokens."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from lerobot.configs.policies import PreTrainedConfig
@@ -13,6 +14,7 @@ from lerobot_lam_diffusion.sources import (
     LamSource,
     entries,
     number_problems,
+    parse_guidance,
     parse_lists,
     read_sources,
     source_problems,
@@ -61,10 +63,18 @@ class DiffusionLamConfig(DiffusionConfig):
         lam_conditioning_steps: Tokens in the conditioning vector. Derived once ("latest": 1; "concat":
             `n_obs_steps` precomputed, `n_obs_steps - 1` on the fly), then saved, so that a checkpoint can
             change its token source without changing shape.
+        lam_token_offsets: Which tokens condition, as frame offsets, ascending: `[1,…,8]` is what happens
+            next, `[0,1,…,8]` both. They replace `lam_temporal_aggregation`. Those above 0 come from
+            `lam_guidance` at deployment; cover `n_action_steps` frames with them.
         lam_fingerprint: SHA-256 of the LAM that made the tokens. Written by training.
         lam_token_scale: RMS of the codebook's entries; a source's tokens are divided by its own. Written by
             training.
         lam_source: Where training took its tokens from. Written by training.
+        lam_frame_size: Height x width of the camera's frames in training, such as "480x640". Written by
+            training.
+        lam_fps: Frames per second of the training dataset: the time base of `lam_frame_stride`, the rate at
+            which a robot should run the policy, and that to which a guiding video is resampled. Written by
+            training.
         lam_live_cache: On the fly in training: keep each token that the LAM computes, so that a frame pair is
             encoded once; later epochs and runs read it, for the very pixels that it was made of. "auto": in
             LeRobot's home, or a folder.
@@ -74,6 +84,9 @@ class DiffusionLamConfig(DiffusionConfig):
             missing tokens.
         lam_missing: Where neither tokens nor a LAM are at hand: "error", or "zero" to act without them (for
             a policy trained with `lam_token_dropout`).
+        lam_guidance: At deployment: where the tokens of what comes next come from. A video (`demo.mp4`, or a
+            part of it in seconds, `demo.mp4#t=1.5,9`) or an episode of a token store, local or on the Hub
+            (`STORE#7`). A list: environment b follows entry b, modulo their number. Never saved.
         init_from_stock: Checkpoint of a stock Diffusion Policy whose weights this one starts from; cleared
             once they are loaded.
 
@@ -95,18 +108,23 @@ class DiffusionLamConfig(DiffusionConfig):
     lam_temporal_aggregation: str = "latest"
     lam_frame_stride: int | None = None
     lam_conditioning_steps: int | None = None
+    lam_token_offsets: list[int] | None = None
     lam_fingerprint: list[str | None] | str | None = None
     lam_token_scale: list[float | None] | float | None = None
     lam_source: list[str | None] | str | None = None
+    lam_frame_size: list[str | None] | str | None = None
+    lam_fps: float | None = None
     lam_live_cache: str | None = None
     lam_allow_mismatch: bool = False
     lam_token_dropout: float = 0.0
     lam_missing: str = "error"
+    lam_guidance: list[str] | str | None = None
     init_from_stock: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_lists(self)
+        parse_guidance(self)
         if not self.use_lam_conditioning:
             return
         try:
@@ -142,8 +160,20 @@ class DiffusionLamConfig(DiffusionConfig):
     @property
     def lam_token_deltas(self) -> list[int]:
         """Frame offsets of the conditioning tokens, oldest first, e.g. `[-1, 0]`."""
+        if self.lam_token_offsets is not None:
+            return list(self.lam_token_offsets)
         steps = self.lam_conditioning_steps or self._derived_conditioning_steps()
         return list(range(1 - steps, 1))
+
+    @property
+    def past_token_deltas(self) -> list[int]:
+        """Those of `lam_token_deltas` that tell what has happened: 0 and below."""
+        return [delta for delta in self.lam_token_deltas if delta <= 0]
+
+    @property
+    def future_token_deltas(self) -> list[int]:
+        """Those of `lam_token_deltas` that tell what comes next."""
+        return [delta for delta in self.lam_token_deltas if delta > 0]
 
     @property
     def observation_delta_indices(self) -> list[int]:
@@ -163,6 +193,8 @@ class DiffusionLamConfig(DiffusionConfig):
         super().validate_features()
 
     def _derived_conditioning_steps(self) -> int:
+        if self.lam_token_offsets is not None:
+            return len(self.lam_token_offsets)
         if self.lam_temporal_aggregation == "latest":
             return 1
         return self.n_obs_steps if self.use_precomputed_lam_tokens else self.n_obs_steps - 1
@@ -207,7 +239,7 @@ class DiffusionLamConfig(DiffusionConfig):
                 problems.append(
                     f"{name}={value} must be a positive integer, or unset to take it from the LAM"
                 )
-        return problems + self._source_problems() + self._conditioning_problems()
+        return problems + self._source_problems() + self._conditioning_problems() + self._guidance_problems()
 
     def _source_problems(self) -> list[str]:
         problems = number_problems(self)
@@ -240,10 +272,12 @@ class DiffusionLamConfig(DiffusionConfig):
                 "tokens on the fly need the LAM's camera: set --policy.lam_camera_key=<camera>, for example "
                 "observation.images.top"
             )
-        if self.n_obs_steps < 2 and self.lam_conditioning_steps is None:
+        derived = self.lam_conditioning_steps is None and self.lam_token_offsets is None
+        if self.n_obs_steps < 2 and derived and self.lam_temporal_aggregation == "concat":
             problems.append(
-                f"tokens on the fly need n_obs_steps >= 2 to see a frame pair, got {self.n_obs_steps}; raise "
-                "--policy.n_obs_steps or train on precomputed tokens"
+                "tokens on the fly need n_obs_steps >= 2 with lam_temporal_aggregation=concat, which has "
+                f"n_obs_steps - 1 of them, got {self.n_obs_steps}; raise --policy.n_obs_steps, set "
+                "--policy.lam_temporal_aggregation=latest or train on precomputed tokens"
             )
         return problems
 
@@ -258,7 +292,22 @@ class DiffusionLamConfig(DiffusionConfig):
             if not all(entries(getattr(self, name)))
         ]
 
+    def _guidance_problems(self) -> list[str]:
+        problems = []
+        if self.lam_guidance is not None and not any(map(_is_future, self.lam_token_offsets or [])):
+            offsets = self.lam_token_offsets or self.lam_token_deltas
+            problems.append(
+                f"--policy.lam_guidance={self.lam_guidance}: this policy is for tokens of what has happened "
+                f"({offsets}), and a video tells what comes next: train with "
+                "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5"
+            )
+        if self.lam_fps is not None and not 0 < self.lam_fps < math.inf:
+            problems.append(f"lam_fps={self.lam_fps} must be a positive number of frames per second")
+        return problems
+
     def _conditioning_problems(self) -> list[str]:
+        if self.lam_token_offsets is not None:
+            return self._offset_problems(self.lam_token_offsets)
         steps = self.lam_conditioning_steps
         if steps is None:
             return []
@@ -267,3 +316,30 @@ class DiffusionLamConfig(DiffusionConfig):
         if not 1 <= steps <= self.n_obs_steps:
             return [f"lam_conditioning_steps={steps} must be in 1..n_obs_steps={self.n_obs_steps}"]
         return []
+
+    def _offset_problems(self, offsets: list[int]) -> list[str]:
+        problems = []
+        if not offsets or any(type(offset) is not int for offset in offsets):
+            problems.append(
+                f"lam_token_offsets={offsets} must be whole frames, at least one, such as [1,2,3,4]; leave "
+                "it out to condition as lam_temporal_aggregation says"
+            )
+        elif offsets != sorted(set(offsets)):
+            problems.append(
+                f"lam_token_offsets={offsets} must ascend, each once: pass {sorted(set(offsets))}"
+            )
+        elif self.lam_conditioning_steps not in (None, len(offsets)):
+            problems.append(
+                f"lam_conditioning_steps={self.lam_conditioning_steps} contradicts "
+                f"lam_token_offsets={offsets}, which has {len(offsets)}: leave lam_conditioning_steps out"
+            )
+        if self.lam_temporal_aggregation != "latest":
+            problems.append(
+                "lam_temporal_aggregation=concat and lam_token_offsets both say which tokens condition: "
+                "leave one out"
+            )
+        return problems
+
+
+def _is_future(offset: object) -> bool:
+    return isinstance(offset, int) and offset > 0

@@ -6,5 +6,24 @@ OBS_LAM_TOKENS = "observation.lam_tokens"
 OBS_LAM_IMAGES = "observation.lam_images"
 """Raw (not normalised) frames of the LAM's camera on their way to the LAM."""
 
+OBS_LAM_CAMERAS = "observation.lam_cameras"
+"""The policy's name of each RGB camera → the name that it had before `rename_map`: the dataset's."""
+
 AUTO = "auto"
 """As `lam_tokens_path`: a store out of the cache (`precompute/cache.py`); the folder is `./auto`."""
+
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".gif",
+    ".3gp",
+)
+"""Endings of files that are taken for demonstration videos."""

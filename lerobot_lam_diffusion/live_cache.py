@@ -8,7 +8,7 @@ stands between the dataset and the policy (augmentation, another decoder, an edi
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import AUTO
-from lerobot_lam_diffusion.lam import LatentActionModel
+from lerobot_lam_diffusion.lam import LamTokens, LatentActionModel
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
-from lerobot_lam_diffusion.lam.villa_x import LamTokens
 from lerobot_lam_diffusion.precompute.cache import CacheKey, live_cache_folder
-from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.token_source import dataset_camera
 from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -33,7 +32,10 @@ ANY_DECODER = "any"  # pixels are compared themselves
 
 
 def open_live_caches(
-    config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[LatentActionModel]
+    config: DiffusionLamConfig,
+    dataset_meta: Any,
+    lams: Sequence[LatentActionModel],
+    names: Mapping[str, str] | None = None,
 ) -> "list[LiveCache]":
     """Open or make the cache of each source's tokens of a training dataset.
 
@@ -43,12 +45,13 @@ def open_live_caches(
         config: With `lam_live_cache`, "auto" or a folder.
         dataset_meta: `LeRobotDatasetMetadata`.
         lams: The LAM of each source.
+        names: The policy's names of cameras → the dataset's, as far as they are known.
 
     Raises:
         UserError: a camera is not known in the dataset, or a cache is damaged or cannot be made.
     """
     cameras = [
-        dataset_camera(config, str(source.camera_key), dataset_meta) for source in config.token_sources
+        dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in config.token_sources
     ]
     root = live_cache_folder() if config.lam_live_cache == AUTO else Path(str(config.lam_live_cache))
     caches = []
@@ -64,7 +67,7 @@ def open_live_caches(
         provenance = replace(provenance, device=torch.device(str(config.device)).type)
         folder = root.expanduser() / CacheKey.of(provenance, decoder=ANY_DECODER).name
         try:
-            pairs = PairCache.make(folder, provenance, lam.codebook.cpu(), *episode_bounds(dataset_meta))
+            pairs = PairCache.make(folder, provenance, codebook_of(lam), *episode_bounds(dataset_meta))
         except OSError as error:
             raise LiveCacheError(
                 f"--policy.lam_live_cache={config.lam_live_cache} cannot be used: {folder} cannot be made or "
@@ -137,9 +140,8 @@ class LiveCache:
 
     def _of_kind(self, tokens: LamTokens, decoded: bool = False) -> Tensor:
         """What is kept of tokens; `decoded`: the tokens themselves."""
-        if self._pairs.provenance.token_kind != VQ:
-            return tokens.continuous
-        return tokens.quantized if decoded else tokens.indices
+        use_vq_tokens = self._pairs.provenance.token_kind == VQ
+        return tokens.of_kind(use_vq_tokens) if decoded else tokens.stored(use_vq_tokens)
 
     def _keep(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
         if not self._keeps:

@@ -8,7 +8,7 @@ tokens side by side.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import LamConfig, LamError, LatentActionModel, load_lam, resolve_lam
-from lerobot_lam_diffusion.lam.villa_x import LamTokens
+from lerobot_lam_diffusion.lam import (
+    LamError,
+    LamTokens,
+    LatentActionModel,
+    TokenShape,
+    load_lam,
+    resolve_lam,
+)
 from lerobot_lam_diffusion.problems import LamNotFoundError, raise_unfit
 from lerobot_lam_diffusion.sources import LamSource, twins
 
@@ -79,7 +85,7 @@ def find_lams(config: DiffusionLamConfig) -> list[Path]:
 def check_lams(
     config: DiffusionLamConfig,
     fingerprints: Sequence[str],
-    shapes: Sequence[LatentActionModel | LamConfig],
+    shapes: Sequence[TokenShape],
 ) -> None:
     """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
 
@@ -99,6 +105,10 @@ def check_lams(
             for k, (want, have) in told.items()
             if want not in (None, have)
         ]
+        if config.lam_use_vq_tokens and not shape.num_codes:
+            own.append(
+                "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
+            )
         if source.fingerprint not in (None, fingerprint):
             other = (
                 f"its fingerprint is {fingerprint[:16]}…, the policy was trained with the tokens of "
@@ -155,8 +165,11 @@ class LiveTokens:
                 logger.info("LAM tokens: on the fly, by %s from %s.", source.model_path, source.camera_key)
         return self._lams
 
-    def keep(self, dataset_meta: Any) -> None:
+    def keep(self, dataset_meta: Any, names: Mapping[str, str] | None = None) -> None:
         """Keep the tokens of this dataset's frames where `lam_live_cache` says, and take kept ones there.
+
+        Args:
+            names: The policy's names of cameras → the dataset's, as far as they are known.
 
         Raises:
             UserError: the cache is damaged, or a camera is not one of the dataset's.
@@ -165,7 +178,8 @@ class LiveTokens:
         from lerobot_lam_diffusion.live_cache import open_live_caches  # nothing else here needs datasets
 
         models = [live.lam for live in self.lams]
-        for live, cache in zip(self.lams, open_live_caches(self._config, dataset_meta, models), strict=True):
+        caches = open_live_caches(self._config, dataset_meta, models, names)
+        for live, cache in zip(self.lams, caches, strict=True):
             live.cache = cache
 
     @property
@@ -185,7 +199,11 @@ class LiveTokens:
         return self._joined(lambda live: live.window(frames[live.camera_key], deltas, is_pad, index))
 
     def newest(self, history: "dict[str, FrameHistory]") -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` at this tick, camera → frames."""
+        """Tokens of offsets up to 0, `(B, steps, lam_token_dim)`, at this tick.
+
+        Args:
+            history: Camera → its frames.
+        """
         return self._joined(lambda live: history[live.camera_key].tokens(live))
 
     def _joined(self, tokens: "Callable[[LiveLam], Tensor]") -> Tensor:
@@ -215,7 +233,7 @@ class LiveLam:
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """Tokens float32 `(P, n·a)` of uint8 frame pairs `(P, 3, H, W)`, without gradients."""
         tokens = self._ask(prev, cur)
-        return tokens.quantized if self._config.lam_use_vq_tokens else tokens.continuous
+        return tokens.of_kind(self._config.lam_use_vq_tokens)
 
     def _ask(self, prev: Tensor, cur: Tensor) -> LamTokens:
         if self.lam.device != prev.device:
@@ -239,7 +257,10 @@ class LiveLam:
         steps = self._config.lam_token_deltas
         cur = frames[:, [at[delta] for delta in steps]].flatten(0, 1)  # (B * steps, 3, H, W)
         prev = frames[:, [at[delta - stride] for delta in steps]].flatten(0, 1)
-        exists = ~is_pad[:, [at[delta - stride] for delta in steps]].flatten()
+        padded = (
+            is_pad[:, [at[delta - stride] for delta in steps]] | is_pad[:, [at[delta] for delta in steps]]
+        )
+        exists = ~padded.flatten()
         tokens = torch.zeros(len(cur), self.token_dim, device=frames.device)
         if exists.any():
             pair_index = None
@@ -274,26 +295,29 @@ class LiveLam:
 
 
 class FrameHistory:
-    """A camera's real frames since the last reset, just long enough for the tokens of one window."""
+    """A camera's real frames since the last reset, just long enough for the tokens of one window.
+
+    Those of offsets up to 0, that is: what comes next no camera has seen.
+    """
 
     def __init__(self, config: DiffusionLamConfig) -> None:
         self._stride = config.lam_frame_stride or 1
-        self._steps = len(config.lam_token_deltas)
-        self._frames: deque[Tensor] = deque(maxlen=self._steps + self._stride)
+        self._deltas = [delta for delta in config.lam_token_deltas if delta <= 0]
+        self._frames: deque[Tensor] = deque(maxlen=1 - self._deltas[0] + self._stride)
 
     def append(self, frames: Tensor) -> None:
         """Add this tick's frames, uint8 `(B, 3, H, W)`."""
         self._frames.append(frames)
 
     def tokens(self, live: LiveLam) -> Tensor:
-        """Conditioning tokens `(B, lam_conditioning_steps, n·a)` at this tick; zero before the first pair."""
-        newest = self._frames[-1]
-        tokens = torch.zeros(len(newest), self._steps, live.token_dim, device=newest.device)
-        known = min(self._steps, len(self._frames) - self._stride)
-        if known > 0:
-            frames = list(self._frames)
-            cur = torch.cat(frames[-known:])
-            prev = torch.cat(frames[-known - self._stride : len(frames) - self._stride])
-            encoded = live.encode(prev, cur).unflatten(0, (known, -1))  # (known, B, n·a)
-            tokens[:, -known:] = encoded.transpose(0, 1)
+        """Tokens `(B, number of offsets up to 0, n·a)` at this tick; zero before the first pair."""
+        frames = list(self._frames)
+        newest = frames[-1]
+        tokens = torch.zeros(len(newest), len(self._deltas), live.token_dim, device=newest.device)
+        known = [delta for delta in self._deltas if len(frames) > self._stride - delta]
+        if known:
+            cur = torch.cat([frames[delta - 1] for delta in known])
+            prev = torch.cat([frames[delta - 1 - self._stride] for delta in known])
+            encoded = live.encode(prev, cur).unflatten(0, (len(known), -1))  # (known, B, n·a)
+            tokens[:, -len(known) :] = encoded.transpose(0, 1)
         return tokens

@@ -41,14 +41,14 @@ def lam_section(config: DiffusionLamConfig, fps: float | None) -> str:
         named = [_reachable(source.model_path, f" {number}") for number, source in enumerate(sources, 1)]
         lam = f"'[{','.join(named)}]'"
     policy = config.repo_id or "<this policy>"
+    guidance = " --policy.lam_guidance=<video, or STORE#episode>" if config.future_token_deltas else ""
     return (
         "## Latent action model (LAM)\n\n"
-        "This policy also sees what moved, as tokens of a latent action model. At deployment it computes "
-        "them live from the frames it sees, and so needs that LAM: another one is refused by its "
-        "fingerprint.\n\n"
+        f"{_deployment(config)}\n\n"
         f"| |{titles}\n| --- |{rule}\n{table}\n\n"
         f"```bash\npip install {_PACKAGE}\n"
-        f"lerobot-eval --policy.path={policy} --policy.lam_model_path={lam} --env.type=<environment>\n```\n"
+        f"lerobot-eval --policy.path={policy} --policy.lam_model_path={lam}{guidance} "
+        "--env.type=<environment>\n```\n"
     )
 
 
@@ -59,16 +59,39 @@ def _facts(config: DiffusionLamConfig, source: LamSource, fps: float | None) -> 
     n, a = source.num_learned_tokens, source.action_latent_dim
     shape = f", {n} × {a} numbers" if n is not None and a is not None else ""
     kind = "VQ (codebook rows)" if config.lam_use_vq_tokens else "continuous (before quantisation)"
-    steps = len(config.lam_token_deltas)
     return {
         "LAM": _place(source.model_path),
         "LAM fingerprint": _code(source.fingerprint),
         "camera": _code(source.camera_key),
         "frame stride": "not recorded" if stride is None else f"{_several(stride, 'frame')}{seconds}",
         "tokens": f"{kind}{shape}, encoded in {config.lam_dtype}",
-        "conditioning": f"{config.lam_temporal_aggregation}: {_several(steps, 'token')}",
+        "conditioning": _conditioning(config),
         "trained on tokens from": _source(source.origin),
     }
+
+
+def _conditioning(config: DiffusionLamConfig) -> str:
+    offsets = config.lam_token_offsets
+    if offsets is None:
+        return f"{config.lam_temporal_aggregation}: {_several(len(config.lam_token_deltas), 'token')}"
+    if min(offsets) > 0 and len(offsets) > 1:
+        return f"the next {_several(len(offsets), 'token')} ({offsets[0]:+d} … {offsets[-1]:+d} frames)"
+    return f"{_several(len(offsets), 'token')} (frames {', '.join(f'{offset:+d}' for offset in offsets)})"
+
+
+def _deployment(config: DiffusionLamConfig) -> str:
+    """What the card says of acting."""
+    if not config.future_token_deltas:
+        return (
+            "This policy also sees what moved, as tokens of a latent action model. At deployment it computes "
+            "them live from the frames it sees, and so needs that LAM: another one is refused by its "
+            "fingerprint."
+        )
+    return (
+        "This policy also sees what moves next, as tokens of a latent action model. At deployment they come "
+        "from a demonstration: a video (seen by that LAM; another one is refused by its fingerprint) or an "
+        "episode of a token store."
+    )
 
 
 def _hub_store(source: str | None) -> str | None:

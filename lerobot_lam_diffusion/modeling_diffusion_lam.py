@@ -2,7 +2,8 @@
 
     batch["index"] ─► TokenStore.window ┐
     native column, LamTokenDataset ─────┼► tokens (B, T, n·a) ─► lam_projection ─► every residual block's
-    raw frames ─► LAM (live_tokens.py) ─┘                                          conditioning, added
+    raw frames ─► LAM (live_tokens.py) ─┤                                          conditioning, added
+    deployed: video ─► LAM (guidance) ──┘
 
 Of several sources (cameras, LAMs) the tokens stand side by side: n·a is then the sum over them.
 
@@ -27,19 +28,29 @@ from lerobot.utils.import_utils import require_package
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lerobot_lam_diffusion.camera_names import may_be_exchanged
 from lerobot_lam_diffusion.checkpoint_weights import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
+from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS_LAM_TOKENS
 from lerobot_lam_diffusion.model_card import add_lam_section
 from lerobot_lam_diffusion.problems import DatasetError, LamNotFoundError, TrainingError
 from lerobot_lam_diffusion.streaming import StreamingGuard
-from lerobot_lam_diffusion.token_source import settle_live_source, settle_precomputed_source
+from lerobot_lam_diffusion.tick_clock import TickClock, drives_a_robot
+from lerobot_lam_diffusion.token_source import (
+    settle_first_batch,
+    settle_live_source,
+    settle_precomputed_source,
+    warn_of_missing_guide,
+    warn_of_pauses,
+)
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
 from lerobot_lam_diffusion.training_figures import TrainingFigures
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
     from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveTokens
+    from lerobot_lam_diffusion.policy.guidance import Guide
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +89,20 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self._figures = TrainingFigures()
         self.token_store: TokenStore | JoinedStores | None = None
         self._live_tokens: LiveTokens | None = None
+        self._clock = TickClock(config)
+        self._frame_sizes_seen = False
+        self._dataset_meta = dataset_meta if config.use_lam_conditioning else None  # until the first batch
+        self._given_sources = config.token_sources if config.use_lam_conditioning else []
+        if self._dataset_meta is not None:
+            config.lam_fps = float(dataset_meta.fps)
+            warn_of_pauses(dataset_meta)
+        self.guide: Guide | None = None
         if config.use_lam_conditioning and config.use_precomputed_lam_tokens:
             self.token_store = settle_precomputed_source(config, dataset_meta)
         elif config.use_lam_conditioning:
             self._settle_live_source(dataset_meta)
+        if config.use_lam_conditioning:
+            self._open_guide(dataset_meta)
         self.diffusion = DiffusionLamModel(config)
         if config.init_from_stock is not None:
             load_stock_weights(self, config, config.init_from_stock, self._lam_parameters())
@@ -91,8 +112,21 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self.diffusion.lam_model = self._live_tokens.models
         self.reset()
 
+    def _open_guide(self, dataset_meta: Any) -> None:
+        """Open what `lam_guidance` names, and forget the name: no checkpoint carries it."""
+        if dataset_meta is not None:
+            warn_of_missing_guide(self.config)
+        if self.config.lam_guidance is not None:
+            from lerobot_lam_diffusion.policy.guidance import open_guide  # training needs none
+
+            self.guide = open_guide(self.config)
+            self.config.lam_guidance = None
+
     def _settle_live_source(self, dataset_meta: Any) -> None:
         """Open the LAMs now, so that a wrong one fails early; a trained policy may be given its tokens."""
+        deployed = dataset_meta is None and self.config.lam_source is not None
+        if deployed and not self.config.past_token_deltas:
+            return  # a guide gives its tokens
         try:
             lams = [live.lam for live in self.live_tokens.lams]
         except LamNotFoundError:
@@ -100,7 +134,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 raise
         else:
             settle_live_source(self.config, dataset_meta, lams)
-            if self.config.lam_live_cache is not None and dataset_meta is not None:
+            if (
+                self.config.lam_live_cache is not None
+                and dataset_meta is not None
+                and not may_be_exchanged(self.config, dataset_meta)  # then the first batch tells the cameras
+            ):
                 self.live_tokens.keep(dataset_meta)
 
     @property
@@ -115,7 +153,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def reset(self) -> None:
         super().reset()
         self._history: dict[str, FrameHistory] | None = None  # of each camera that a LAM looks at
+        self._clock.reset()
         self._can_compute: bool | None = None  # whether there is a LAM; found out when it matters
+        self._tick = 0  # of the rollout, and frame of the guide
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
@@ -136,26 +176,73 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """Actions `(B, n_action_steps, action_dim)`, from the queues or, while they are empty, the batch."""
+        """Actions `(B, n_action_steps, action_dim)`, from the queues or, while they are empty, the batch.
+
+        A guided policy takes each chunk that is asked for in this way to be acted out before the next one.
+        """
         if not any(self._queues.values()):
-            batch = self._with_window_tokens(batch)
+            if self.config.future_token_deltas and not {self.config.lam_tokens_key, "index"} & batch.keys():
+                batch = {**batch, OBS_LAM_TOKENS: self._window_at_tick(batch)}
+                self._tick += self.config.n_action_steps
+            else:
+                batch = self._with_window_tokens(self._with_missing_tokens(batch))
         return super().predict_action_chunk(batch, noise=noise)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """One action `(B, action_dim)`.
 
-        Tokens are the batch's own, `(B, n·a)` under `lam_tokens_key`, or else the LAM computes them from the
-        frames seen since `reset()`, when a new chunk of actions is predicted.
+        Tokens are the batch's own under `lam_tokens_key`: this tick's `(B, n·a)`, or with `lam_token_offsets`
+        those of all offsets `(B, lam_conditioning_steps, n·a)`. Or else, when a new chunk of actions is
+        predicted, the LAM computes those of offsets up to 0 from the frames seen since `reset()`, and the
+        guide gives those above 0.
         """
         if self.config.use_lam_conditioning:
             batch = self._with_current_tokens(batch)
+            self._tick += 1
         return super().select_action(batch, noise=noise)
+
+    def _with_missing_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch of a chunk, with zeros where there are no tokens and the user wants to act without."""
+        config = self.config
+        if not config.use_lam_conditioning or config.lam_missing != "zero" or config.lam_tokens_key in batch:
+            return batch
+        is_at_hand = self.token_store is not None if config.use_precomputed_lam_tokens else self._computable()
+        if is_at_hand:
+            return batch
+        state = batch[OBS_STATE]
+        shape = (len(state), len(config.lam_token_deltas), config.lam_token_dim)
+        return {**batch, config.lam_tokens_key: torch.zeros(shape, device=state.device)}
+
+    def _settle_first_batch(self, batch: dict[str, Any]) -> None:
+        """Before the first step of a training: the tokens are of the camera that the policy knows (once)."""
+        meta = self._dataset_meta
+        if meta is None:
+            return
+        names = batch.get(OBS_LAM_CAMERAS)
+        exchanged = may_be_exchanged(self.config, meta)
+        if (
+            names is None
+            and exchanged
+            and (self.config.use_precomputed_lam_tokens or self.config.lam_live_cache)
+        ):
+            logger.warning(
+                "The batch does not tell which of the dataset's cameras are which of the policy's (no %r: "
+                "the pre-processor is not this policy's, or of a checkpoint of an earlier version). They are "
+                "taken to have the same names; under a --rename_map that exchanges cameras the tokens would "
+                "be of another camera than the policy's: train without one.",
+                OBS_LAM_CAMERAS,
+            )
+        self.token_store = settle_first_batch(self.config, self.token_store, meta, names, self._given_sources)
+        if exchanged and self.config.lam_live_cache and not self.config.use_precomputed_lam_tokens:
+            self.live_tokens.keep(meta, names)
+        self._dataset_meta = None
 
     def _with_window_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its conditioning tokens `(B, lam_conditioning_steps, n·a)` under a fixed key."""
         if not self.config.use_lam_conditioning:
             return batch
+        self._settle_first_batch(batch)
         tokens = self._window_tokens(batch)
         if self.training and self.config.lam_token_dropout:
             tokens = drop_tokens(tokens, self.config.lam_token_dropout)
@@ -168,7 +255,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
         elif not self.config.use_precomputed_lam_tokens:
             tokens = self._computed_window(batch)
         elif "index" in batch:
-            tokens = self._opened_store().window(batch["index"], deltas)
+            store = self._opened_store()
+            check_batch(store, batch)
+            tokens = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         else:
             raise TrainingError(
                 f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
@@ -177,6 +266,12 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if tokens.ndim == 2:  # one observation step without a time axis
             tokens = tokens.unsqueeze(1)
         steps = len(deltas)
+        if deltas != list(range(1 - steps, 1)) and tokens.ndim == 3 and tokens.shape[1] != steps:
+            raise TrainingError(
+                f"LAM tokens {key!r} are of {tokens.shape[1]} frames, expected those of the {steps} "
+                f"lam_token_offsets={deltas}: LamTokenDataset(dataset, store, config.lam_token_deltas) joins "
+                "them"
+            )
         if tokens.ndim != 3 or tokens.shape[1] < steps or tokens.shape[2] != self.config.lam_token_dim:
             raise TrainingError(
                 f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, at least {steps}, "
@@ -212,33 +307,103 @@ class DiffusionLamPolicy(DiffusionPolicy):
         given = self._given_tokens(batch)
         if given is not None:
             self._history = None  # frames of this tick are not kept: a later pair must not bridge the gap
-            return {**batch, OBS_LAM_TOKENS: given}
-        if self._history is None:
-            from lerobot_lam_diffusion.live_tokens import FrameHistory
-
-            self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
-            self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}
-        for camera, frames in self._raw_frames(batch).items():
-            self._history[camera].append(frames)
+            return self._queued(batch, given) if given.ndim == 3 else {**batch, OBS_LAM_TOKENS: given}
+        self._clock.tick()
+        if self.config.past_token_deltas and (self.config.lam_missing == "error" or self._computable()):
+            self._remember_frames(batch)
         if self._queues[ACTION]:
             return batch
-        tokens = self.live_tokens.newest(self._history)
+        self._clock.predict()
+        return self._queued(batch, self._window_at_tick(batch))
+
+    def _queued(self, batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """The batch with a whole window of tokens `(B, lam_conditioning_steps, n·a)`, by way of the queue."""
         queue = self._queues[OBS_LAM_TOKENS]
         queue.clear()
         queue.extend(tokens[:, :-1].unbind(1))
         return {**batch, OBS_LAM_TOKENS: tokens[:, -1]}
 
+    def _remember_frames(self, batch: dict[str, Any]) -> None:
+        """Keep this tick's frames for the tokens of what has happened."""
+        if self._history is None:
+            from lerobot_lam_diffusion.live_tokens import FrameHistory
+
+            self.diffusion.lam_model = self.live_tokens.models  # before the first action, or a clear error
+            self._history = {live.camera_key: FrameHistory(self.config) for live in self.live_tokens.lams}
+        frames = self._raw_frames(batch, is_deployed=True)
+        self._compare_sizes(frames)
+        for camera, seen in frames.items():
+            self._history[camera].append(seen)
+
+    def _window_at_tick(self, batch: dict[str, Any]) -> Tensor:
+        """Conditioning tokens `(B, lam_conditioning_steps, n·a)` of this tick of a rollout.
+
+        Those of offsets up to 0 are the LAM's, of the frames seen so far; those above 0 the guide's.
+        """
+        past, future = self.config.past_token_deltas, self.config.future_token_deltas
+        state = batch[OBS_STATE]
+        parts = []
+        if past and self._history is not None:
+            parts.append(self.live_tokens.newest(self._history))
+        elif past and self.config.lam_missing == "zero":
+            parts.append(torch.zeros(len(state), len(past), self.config.lam_token_dim, device=state.device))
+        elif past:
+            raise TrainingError(
+                "a chunk of actions was asked for outside of select_action, which keeps the frames that "
+                f"tokens of lam_token_offsets={past} are made of: call select_action each tick, or pass "
+                f"tokens (B, {len(past) + len(future)}, {self.config.lam_token_dim}) under "
+                f"{self.config.lam_tokens_key!r}"
+            )
+        if future and self.guide is not None:
+            parts.append(self.guide.window(self._tick, future, len(state)).to(state.device))
+            self.guide.compare(batch)
+        elif future and self.config.lam_missing == "zero":
+            parts.append(torch.zeros(len(state), len(future), self.config.lam_token_dim, device=state.device))
+        elif future:
+            raise TrainingError(
+                f"this policy acts on tokens of what comes next (lam_token_offsets={future}), which no "
+                "camera sees: pass --policy.lam_guidance=<video, or STORE#episode>, or "
+                "--policy.lam_missing=zero to act without (trained with --policy.lam_token_dropout)"
+            )
+        return torch.cat(parts, dim=1)
+
+    def _compare_sizes(self, frames: dict[str, Tensor]) -> None:
+        """Warn, once, of a camera whose frames have another size than those of the training dataset."""
+        if self._frame_sizes_seen:
+            return
+        self._frame_sizes_seen = True
+        for source in self.config.token_sources:
+            height, width = frames[str(source.camera_key)].shape[-2:]
+            if source.frame_size not in (None, f"{height}x{width}"):
+                logger.warning(
+                    "The frames of the LAM's camera %r are %dx%d (height x width), those of the training "
+                    "dataset were %s: the LAM gives other tokens for them. Set the camera, or the "
+                    "environment, to the size of the dataset.",
+                    source.camera_key, height, width, source.frame_size,
+                )  # fmt: skip
+
     def _given_tokens(self, batch: dict[str, Any]) -> Tensor | None:
-        """Tokens `(B, n·a)` that need no LAM: the batch's own, or zeros if the user wants to act without."""
+        """Tokens that need neither LAM nor guide: the batch's own, or zeros to act without.
+
+        `(B, n·a)` of this tick, or with `lam_token_offsets` `(B, lam_conditioning_steps, n·a)`.
+        """
         key, token_dim = self.config.lam_tokens_key, self.config.lam_token_dim
         if key in batch:
             tokens = batch[key]
-            if tokens.ndim != 2 or tokens.shape[1] != token_dim:
+            steps = len(self.config.lam_token_deltas)
+            expected: tuple[int, ...]
+            if self.config.lam_token_offsets is None or (steps == 1 and tokens.ndim == 2):
+                expected, meaning = (token_dim,), "token of this tick"
+            else:
+                expected, meaning = (steps, token_dim), "tokens of all lam_token_offsets"
+            if tuple(tokens.shape[1:]) != expected:
                 raise TrainingError(
-                    f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected (B, {token_dim}): the "
-                    "token of this tick for each environment"
+                    f"LAM tokens {key!r} have shape {tuple(tokens.shape)}, expected "
+                    f"(B, {', '.join(map(str, expected))}): the {meaning} for each environment"
                 )
             return tokens
+        if self.config.future_token_deltas:
+            return None
         if self.config.lam_missing == "zero" and not self._computable():
             state = batch[OBS_STATE]
             return torch.zeros(len(state), token_dim, device=state.device)
@@ -254,7 +419,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 self._can_compute = False
         return self._can_compute
 
-    def _raw_frames(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _raw_frames(self, batch: dict[str, Any], is_deployed: bool = False) -> dict[str, Tensor]:
         """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on."""
         from lerobot_lam_diffusion.lam.preprocess import as_uint8
 
@@ -275,20 +440,28 @@ class DiffusionLamPolicy(DiffusionPolicy):
             frames = {cameras[0]: frames}
         unknown = [camera for camera in cameras if camera not in frames]
         if unknown:
+            named = ", ".join(map(repr, unknown))
+            if is_deployed:
+                raise DatasetError(
+                    f"the LAM's camera {named} is not among the cameras {sorted(frames)} that the robot or "
+                    "environment has: it needs the one that the policy was trained with, under that name "
+                    "(--rename_map renames it; PushT gives pictures with --env.obs_type=pixels_agent_pos)"
+                )
             raise DatasetError(
-                f"the LAM's camera {', '.join(map(repr, unknown))} is not among the cameras "
-                f"{sorted(frames)}; name one of them by --policy.lam_camera_key"
+                f"the LAM's camera {named} is not among the cameras {sorted(frames)}; name one of them by "
+                "--policy.lam_camera_key"
             )
         return {camera: as_uint8(frames[camera]) for camera in cameras}
 
     def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without the older frames that only the LAM needs: the last `n_obs_steps` of every observation."""
-        window = len(self.config.observation_delta_indices)
-        older = window - self.config.n_obs_steps
-        if not older:
+        """Without the frames that only the LAM needs: `n_obs_steps` up to now of every observation."""
+        delivered = self.config.observation_delta_indices
+        window = len(delivered)
+        if window == self.config.n_obs_steps:
             return batch
+        first, stop = delivered.index(1 - self.config.n_obs_steps), delivered.index(0) + 1
         return {
-            key: value[:, older:]
+            key: value[:, first:stop]
             if key.startswith(OBS_PREFIX)
             and isinstance(value, Tensor)
             and value.ndim > 1
@@ -308,6 +481,37 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Plain names of the parameters that a stock Diffusion Policy does not have."""
         names = {plain(name) for name, _ in self.named_parameters()}
         return {name for name in names if "lam_projection" in name or "cond_encoder.lam." in name}
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """What `lerobot-train --peft.method_type=…` adapts: the layers by which the U-Net is conditioned."""
+        lam = r"|cond_encoder\.lam|lam_projection" if self.config.use_lam_conditioning else ""
+        return {"target_modules": rf".*\.(cond_encoder\.1|diffusion_step_encoder\.[13]{lam})"}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: Any, *, config: Any = None, **kwargs: Any
+    ) -> "DiffusionLamPolicy":
+        """LeRobot's, and for deployment the LAMs are opened, so that what is wrong with them is told early.
+
+        That is where LeRobot's commands give a config without a dataset: before they connect a robot.
+        """
+        policy = super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+        if config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None:
+            policy._open_lams_for_deployment()
+        return policy
+
+    def _open_lams_for_deployment(self) -> None:
+        if not self.config.use_lam_conditioning:
+            return
+        if self.config.lam_missing == "zero":
+            self._computable()
+            return
+        try:
+            self.diffusion.lam_model = self.live_tokens.models
+        except LamNotFoundError as error:
+            if drives_a_robot():
+                raise
+            logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
 
     @classmethod
     def _load_as_safetensor(

@@ -9,6 +9,7 @@ from lerobot.processor import (
     PolicyAction,
     PolicyProcessorPipeline,
     ProcessorStepRegistry,
+    RenameObservationsProcessorStep,
     make_default_pre_post_processors,
 )
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
@@ -16,7 +17,27 @@ from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES
+from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES
+
+
+@dataclass
+class rename_observations_processor(RenameObservationsProcessorStep):  # noqa: N801
+    """LeRobot's renaming, which also tells which camera of the dataset each of the policy's cameras is.
+
+    A policy is not shown the `rename_map`, and the tokens that it is given must be of the camera that it
+    will look at. `observation.lam_cameras` becomes a dict: name after renaming → name before it.
+
+    LeRobot passes `--rename_map` to the step of this name, which for a class that is not registered is the
+    class's own.
+    """
+
+    _registry_name = None  # not that of the parent class, as which it would be loaded
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        before = {id(value): key for key, value in observation.items() if _is_rgb(key, value)}
+        renamed = super().observation(observation)
+        names = {key: before[id(value)] for key, value in renamed.items() if id(value) in before}
+        return {**renamed, OBS_LAM_CAMERAS: names}
 
 
 @dataclass
@@ -67,7 +88,7 @@ def make_diffusion_lam_pre_post_processors(
     steps = make_default_policy_processor_steps(config, dataset_stats)
     return make_policy_processor_pipelines(
         input_steps=[
-            steps.rename_observations,
+            rename_observations_processor(rename_map=steps.rename_observations.rename_map),
             steps.add_batch_dim,
             steps.to_device,
             LamImagesProcessorStep(),

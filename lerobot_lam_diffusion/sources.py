@@ -6,11 +6,12 @@ is None.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from lerobot_lam_diffusion.constants import AUTO
 from lerobot_lam_diffusion.problems import UserError
@@ -31,6 +32,7 @@ class LamSource:
     fingerprint: str | None = None
     token_scale: float | None = None
     origin: str | None = None
+    frame_size: str | None = None
 
     @property
     def token_dim(self) -> int:
@@ -54,6 +56,7 @@ FIELDS = {
     "fingerprint": "lam_fingerprint",
     "token_scale": "lam_token_scale",
     "origin": "lam_source",
+    "frame_size": "lam_frame_size",
 }
 """Attribute of a source → field of the config."""
 
@@ -73,6 +76,25 @@ def parse_lists(config: Any) -> None:
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             with contextlib.suppress(yaml.YAMLError):
                 setattr(config, field, yaml.safe_load(value))
+
+
+def parse_guidance(config: Any) -> None:
+    """`lam_guidance` as None, one entry, or a list of entries, also where it is a list's text.
+
+    Unquoted, the comma of `demo.mp4#t=1.5,9` in a list looks as if it parted two entries.
+    """
+    value = config.lam_guidance
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = value[1:-1].split(",")
+    if isinstance(value, list | tuple):
+        joined: list[str] = []
+        for entry in (str(each).strip().strip("'\"") for each in value):
+            if joined and re.fullmatch(r"[\d.]+", entry) and re.search(r"#t=[\d.]*$", joined[-1]):
+                joined[-1] += f",{entry}"
+            elif entry:
+                joined.append(entry)
+        value = joined
+    config.lam_guidance = value or None
 
 
 def read_sources(config: Any) -> list[LamSource]:

@@ -164,6 +164,12 @@ def _windows_too_long(config: Any) -> list[str]:
             f"the policy learns actions up to {ahead} frames ahead, LeRobot's streaming looks "
             f"{LOOKAHEAD_BACKTRACKTABLE} ahead at most: take a smaller --policy.horizon"
         )
+    seen_ahead = max(config.observation_delta_indices)
+    if seen_ahead > LOOKAHEAD_BACKTRACKTABLE:
+        problems.append(
+            f"the LAM looks {seen_ahead} frames ahead, LeRobot's streaming {LOOKAHEAD_BACKTRACKTABLE} at "
+            "most: take smaller --policy.lam_token_offsets, or precomputed tokens"
+        )
     return problems
 
 

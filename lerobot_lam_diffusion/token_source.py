@@ -6,11 +6,18 @@ that the checkpoint knows how it was fed. At deployment there is no dataset, and
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lerobot_lam_diffusion.camera_names import (
+    check_cameras,
+    frame_size,
+    may_be_exchanged,
+    named_by_policy,
+    presumed_names,
+)
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.problems import (
     ColumnError,
@@ -23,25 +30,27 @@ from lerobot_lam_diffusion.problems import (
 from lerobot_lam_diffusion.sources import LamSource
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
+from lerobot_lam_diffusion.tokens.dataset_check import check_metadata, not_rgb
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, differences, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
-from lerobot_lam_diffusion.tokens.writer import codebook_scale
 
 logger = logging.getLogger(__name__)
 
 
 def settle_precomputed_source(
-    config: DiffusionLamConfig, dataset_meta: Any
+    config: DiffusionLamConfig, dataset_meta: Any, names: Mapping[str, str] | None = None
 ) -> TokenStore | JoinedStores | None:
     """Open the stores that `config` names, check them, and copy their provenance into `config`.
 
     Args:
         config: Of a policy in precomputed mode; fields that are unset are filled in.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
+        names: The policy's names of cameras → the dataset's, as far as they are known (`camera_names`).
 
     Returns:
         The store, several as one, or None if the tokens come with the batch (native column,
-        `LamTokenDataset`) or the policy is not being trained from a dataset.
+        `LamTokenDataset`), the policy is not being trained from a dataset, or the stores of `auto` have to
+        wait for the names of the cameras (`settle_first_batch`).
 
     Raises:
         ValueError: no source, two kinds of source, or sources that contradict the config or one another.
@@ -53,6 +62,8 @@ def settle_precomputed_source(
     if dataset_meta is None and (None in paths or trained_before):
         return None
 
+    if dataset_meta is not None:
+        check_metadata(dataset_meta)
     column = dataset_meta.features.get(config.lam_tokens_key) if dataset_meta is not None else None
     if None in paths:
         _settle_column(config, column, dataset_meta)
@@ -64,9 +75,16 @@ def settle_precomputed_source(
             "train on the column, or name another --policy.lam_tokens_key to train on the store"
         )
     if sources[0].is_auto:
-        from lerobot_lam_diffusion.auto_tokens import cached_stores  # a named store needs no LAM
+        from lerobot_lam_diffusion.auto_tokens import (
+            cached_stores,
+            resolved_lams,
+        )  # no other store needs a LAM
 
-        stores = cached_stores(config, dataset_meta)
+        if names is None and dataset_meta is not None and may_be_exchanged(config, dataset_meta):
+            resolved_lams(config)
+            logger.info("LAM tokens: the first batch tells which cameras they are of (--rename_map).")
+            return None
+        stores = cached_stores(config, dataset_meta, names)
     else:
         try:
             stores = open_stores([str(path) for path in paths], dataset_meta)
@@ -76,6 +94,65 @@ def settle_precomputed_source(
         logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _settle_stores(config, stores, dataset_meta)
     return join_stores(stores)
+
+
+def settle_first_batch(
+    config: DiffusionLamConfig,
+    store: TokenStore | JoinedStores | None,
+    dataset_meta: Any,
+    names: Mapping[str, str] | None,
+    given: Sequence[LamSource],
+) -> TokenStore | JoinedStores | None:
+    """Settle what the first batch of a training tells: which camera of the dataset is which of the policy's.
+
+    Args:
+        store: What `settle_precomputed_source` returned.
+        names: The policy's name of each camera → the dataset's; None if the batch does not tell.
+        given: The sources as they were before they were settled.
+
+    Returns:
+        The store, or that of `auto`, which had to wait.
+
+    Raises:
+        UserError: the tokens are of another camera than the policy's.
+    """
+    are_told, names = names is not None, names or presumed_names(config, dataset_meta)
+    if store is None and config.use_precomputed_lam_tokens and config.token_sources[0].is_auto:
+        store = settle_precomputed_source(config, dataset_meta, names)
+    cameras = _cameras_of_tokens(config, store, dataset_meta)
+    config.set_token_sources(
+        [
+            source
+            if camera is None or before.camera_key is not None
+            else replace(source, camera_key=named_by_policy(names, camera))
+            for source, before, camera in zip(config.token_sources, given, cameras, strict=True)
+        ]
+    )
+    check_cameras(config, names, cameras, are_all=are_told)
+    config.set_token_sources(
+        [
+            replace(
+                source,
+                frame_size=frame_size(dataset_meta, camera or names.get(str(source.camera_key))),
+            )
+            for source, camera in zip(config.token_sources, cameras, strict=True)
+        ]
+    )
+    return store
+
+
+def _cameras_of_tokens(
+    config: DiffusionLamConfig, store: TokenStore | JoinedStores | None, dataset_meta: Any
+) -> list[str | None]:
+    """The dataset's name of the camera that each source's tokens are of; None if it is not known."""
+    provenances: list[Provenance | None] = [None] * len(config.token_sources)
+    if store is not None:
+        stores = store.stores if isinstance(store, JoinedStores) else (store,)
+        provenances = [each.provenance for each in stores]
+    elif config.use_precomputed_lam_tokens and config.lam_tokens_key in dataset_meta.features:
+        column = read_column(dataset_meta, config.lam_tokens_key)
+        provenances = [column.provenance if column is not None else None]
+    return [told.camera_key if told is not None else None for told in provenances]
 
 
 def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequence[Any]) -> None:
@@ -88,6 +165,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
     Raises:
         UserError: the dataset brings tokens of its own as well, or there is no such camera.
     """
+    if dataset_meta is not None:
+        check_metadata(dataset_meta)
     sources = config.token_sources
     problems = _camera_problems(config, sources, dataset_meta)
     if dataset_meta is not None and config.lam_tokens_key in dataset_meta.features:
@@ -97,6 +176,8 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             "--policy.lam_tokens_key"
         )
     raise_problems("tokens cannot be computed on the fly", problems)
+    if config.lam_frame_stride is None and dataset_meta is not None:
+        _propose_stride(lams, dataset_meta.fps)
     config.lam_frame_stride = config.lam_frame_stride or 1
     settled = []
     for source, lam in zip(sources, lams, strict=True):
@@ -104,12 +185,25 @@ def settle_live_source(config: DiffusionLamConfig, dataset_meta: Any, lams: Sequ
             source,
             num_learned_tokens=lam.num_learned_tokens,
             action_latent_dim=lam.action_latent_dim,
-            token_scale=_scale(source, codebook_scale(lam.codebook.cpu())),
+            token_scale=_scale(source, lam.token_scale),
         )
         if dataset_meta is not None:
             known = replace(known, fingerprint=lam.fingerprint, origin=f"live:{source.model_path}")
         settled.append(known)
     _write(config, settled)
+
+
+def _propose_stride(lams: Sequence[Any], fps: float) -> None:
+    """Frames are asked for before the LAM is known, so on the fly its own stride can only be told."""
+    from lerobot_lam_diffusion.lam import proposed_stride  # a store needs no LAM
+
+    stride = proposed_stride(lams, fps)
+    if stride is not None and stride > 1:
+        logger.warning(
+            "lam_frame_stride is unset, so the frames of a pair are 1 frame = %.2g s apart; the LAM was "
+            "trained on pairs %.2g s apart. Pass --policy.lam_frame_stride=%d for that.",
+            1 / fps, stride / fps, stride,
+        )  # fmt: skip
 
 
 def _write(config: DiffusionLamConfig, settled: list[LamSource]) -> None:
@@ -146,6 +240,7 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
             "another --policy.lam_tokens_key"
         )
     (source,) = sources
+    _refuse_offsets_of_column(config, dataset_meta)
     known = read_column(dataset_meta, config.lam_tokens_key)
     if known is not None:
         _settle_known_column(config, source, known, dataset_meta)
@@ -162,6 +257,19 @@ def _settle_column(config: DiffusionLamConfig, column: dict | None, dataset_meta
     config.set_token_sources([settled])
     logger.info("LAM tokens: the dataset's column %s.", config.lam_tokens_key)
     _warn_of_missing_lams(config, dataset_meta)
+
+
+def _refuse_offsets_of_column(config: DiffusionLamConfig, dataset_meta: Any) -> None:
+    """LeRobot delivers a column at the frames of the policy's observations, and has one list for them all."""
+    offsets = config.lam_token_offsets
+    delivered = list(range(1 - config.n_obs_steps, 1))
+    if offsets is not None and offsets != delivered[-len(offsets) :]:
+        raise ColumnError(
+            f"--policy.lam_token_offsets={offsets}: LeRobot delivers the column {config.lam_tokens_key!r} of "
+            f"dataset {dataset_meta.repo_id!r} at the policy's observations only, offsets {delivered}; for "
+            "others it would decode the camera's frames at all of them. Train on a token store: "
+            "lerobot-lam-precompute, then --policy.lam_tokens_path and another --policy.lam_tokens_key"
+        )
 
 
 def _settle_known_column(
@@ -229,6 +337,8 @@ def _adopted(
 
 def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None:
     """Training needs no LAM, an evaluation in an environment does: say so now, not at step 20,000."""
+    if not config.past_token_deltas:
+        return  # a guide gives its tokens
     reasons: dict[str, None] = {}  # each once
     for source in config.token_sources:
         missing = _missing_lam(source)
@@ -238,6 +348,18 @@ def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None
             "%s. Training goes on; an evaluation in an environment (--env.type) and deployment need "
             "--policy.lam_model_path and --policy.lam_camera_key.",
             reason[0].upper() + reason[1:],
+        )
+
+
+def warn_of_missing_guide(config: DiffusionLamConfig) -> None:
+    """Of a training on tokens of what comes next, without a guide for evaluations."""
+    future = config.future_token_deltas
+    if future and config.lam_guidance is None and config.lam_missing == "error":
+        logger.warning(
+            "Training on tokens of what comes next (lam_token_offsets=%s); an evaluation in an environment "
+            "(--env.type) and deployment need --policy.lam_guidance=<video, or STORE#episode>%s.",
+            future,
+            ", or --policy.lam_missing=zero" if config.lam_token_dropout else "",
         )
 
 
@@ -266,8 +388,9 @@ def _contradictions(
         ]
         camera = source.camera_key
         known = [] if dataset_meta is None else _cameras_in_sight(config, dataset_meta)
-        # Another name of the store's camera is what a `rename_map` gives, and then the policy knows it.
-        if dataset_meta is not None and (camera in dataset_meta.camera_keys or camera not in known):
+        # Another name of the store's camera is what a `rename_map` gives; the first batch tells.
+        is_certain = dataset_meta is not None and not may_be_exchanged(config, dataset_meta)
+        if is_certain and (camera in dataset_meta.camera_keys or camera not in known):
             told.append(("lam_camera_key", camera, store.provenance.camera_key))
     elif store.token_dim != source.token_dim:
         told.append(("lam_num_learned_tokens * lam_action_latent_dim", source.token_dim, store.token_dim))
@@ -304,19 +427,33 @@ def _camera_of_policy(config: DiffusionLamConfig, dataset_camera: str, dataset_m
     return cameras[0] if only_one else None
 
 
-def dataset_camera(config: DiffusionLamConfig, camera: str, dataset_meta: Any) -> str:
+def dataset_camera(
+    config: DiffusionLamConfig, camera: str, dataset_meta: Any, names: Mapping[str, str] | None = None
+) -> str:
     """The dataset's own name of a camera of `lam_camera_key`, which is the policy's name.
 
-    A `rename_map` is not shown to the policy: its new name is understood where there is but one camera.
+    A `rename_map` is not shown to the policy: without `names` its new name is understood where there is but
+    one camera.
+
+    Args:
+        names: The policy's names of cameras → the dataset's, from a batch.
 
     Raises:
         UserError: it is not known which camera of the dataset that is.
     """
-    cameras = [key for key in dataset_meta.camera_keys if key not in dataset_meta.depth_keys]
+    others = not_rgb(dataset_meta)
+    cameras = [key for key in dataset_meta.camera_keys if key not in others]
+    if names is not None and camera in names:
+        camera = names[camera]
     if camera in cameras:
         return camera
     if len(cameras) == 1 and list(config.image_features) == [camera]:
         return cameras[0]
+    if camera in others:
+        raise DatasetError(
+            f"--policy.lam_camera_key={camera} {others[camera]}, and a LAM looks at RGB: dataset "
+            f"{dataset_meta.repo_id!r} has the RGB cameras {cameras}; name one of them"
+        )
     raise DatasetError(
         f"--policy.lam_camera_key={camera} is not among the RGB cameras {cameras} of dataset "
         f"{dataset_meta.repo_id!r}; name one of them. If --rename_map gives it that name, it cannot be known "
@@ -336,10 +473,18 @@ def _camera_problems(
     if not cameras or (dataset_meta is None and config.lam_source is not None):
         return []
     unknown = dict.fromkeys(source.camera_key for source in sources if source.camera_key not in cameras)
-    return [
+    others = {} if dataset_meta is None else not_rgb(dataset_meta)
+    looked_at = dict.fromkeys(str(source.camera_key) for source in sources if source.camera_key in cameras)
+    problems = [
+        f"--policy.lam_camera_key={camera} {others[camera]}, and a LAM looks at RGB; pass another camera"
+        for camera in looked_at
+        if camera in others
+    ]
+    problems += [
         f"--policy.lam_camera_key={camera} is not among the policy's cameras {cameras}; pass one of them"
         for camera in unknown
     ]
+    return problems
 
 
 def _cameras_in_sight(config: DiffusionLamConfig, dataset_meta: Any) -> list[str]:
@@ -353,6 +498,18 @@ def _cameras_in_sight(config: DiffusionLamConfig, dataset_meta: Any) -> list[str
         return cameras
     hidden = {*cameras, *dataset_meta.depth_keys}
     return cameras + [key for key in dataset_meta.camera_keys if key not in hidden]
+
+
+def warn_of_pauses(dataset_meta: Any) -> None:
+    """Warn of a recording whose neighbouring rows need not be neighbours in time."""
+    if "intervention" in dataset_meta.features:
+        logger.warning(
+            "Dataset %r has a column 'intervention', as DAgger recordings of lerobot-rollout have. If it was "
+            "recorded with record_autonomous=true, its episodes go on over pauses that were not "
+            "recorded: the token of the first frame after a pause is not motion. Without that flag each "
+            "correction is an episode of its own, and all is well.",
+            dataset_meta.repo_id,
+        )
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -1,6 +1,12 @@
 """What the tests share: real LeRobot datasets with encoded video, and a LAM with many codes on them."""
 
+import errno
+import fcntl
+import mmap
 import os
+import shutil
+import stat
+import sys
 import tempfile
 
 _HOME = tempfile.TemporaryDirectory(prefix="lerobot-home-")
@@ -10,7 +16,7 @@ os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +25,16 @@ import pytest
 import torch
 from hypothesis import settings
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
+from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens import TokenStore, layout
+from tests.torchcodec_states import without_ffmpeg
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
@@ -43,6 +51,13 @@ SMALL_LAM = LamConfig(
     action_latent_dim=32, num_learned_tokens=2, map_heads=4, decoder_depth=1, decoder_embed_dim=16,
     decoder_n_heads=2, n_codes=16,
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing = [item for item in items if item.get_closest_marker("torchcodec")]
+    if needing and get_safe_default_video_backend() != "torchcodec":
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="torchcodec needs FFmpeg's shared libraries"))
 
 
 def record_dataset(
@@ -95,6 +110,30 @@ def record_dataset(
             position = target
         dataset.save_episode()
     dataset.finalize()
+    return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
+
+
+def record_more(root: Path, of: LeRobotDataset, lengths: Sequence[int] = (6, 5)) -> LeRobotDataset:
+    """Go on recording into a copy of a dataset, as `lerobot-record --resume=true` does."""
+    shutil.copytree(of.root, root)
+    writer = LeRobotDataset.resume("local/squares", root=root)
+    frames = record_dataset(
+        root.with_name("more"), lengths=lengths, use_videos=bool(of.meta.video_keys), seed=5
+    )
+    for episode, length in enumerate(lengths):
+        for step in range(length):
+            item = frames[sum(lengths[:episode]) + step]
+            picture = item[TOP].permute(1, 2, 0).numpy()
+            writer.add_frame(
+                {
+                    TOP: picture,
+                    "observation.state": item["observation.state"],
+                    "action": item["action"],
+                    "task": "x",
+                }
+            )
+        writer.save_episode()
+    writer.finalize()
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
 
 
@@ -180,11 +219,66 @@ def continuous_store(dataset, make_store) -> TokenStore:
 
 
 @pytest.fixture(scope="session")
+def _torchcodec_copy(tmp_path_factory) -> Path:
+    return without_ffmpeg(tmp_path_factory.mktemp("torchcodec"))
+
+
+@pytest.fixture
+def torchcodec_without_ffmpeg(_torchcodec_copy, monkeypatch) -> Iterator[None]:
+    """Importing torchcodec fails as it does on a machine that lacks FFmpeg's shared libraries."""
+
+    def modules() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]
+
+    with monkeypatch.context() as patch:
+        for name in modules():
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(_torchcodec_copy)
+        yield
+        for name in modules():
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
 def pusht(tmp_path_factory) -> LeRobotDataset:
     """2 short PushT demonstrations by the demo's expert, for the shipped LAM."""
     root = tmp_path_factory.mktemp("pusht") / "data"
     record_pusht(root, "local/pusht", 2, near_goal=True)
     return LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
+
+
+@pytest.fixture
+def without_maps(monkeypatch) -> None:
+    """Files cannot be mapped, as on some network disks; whoever maps one is refused as there."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)  # of Python and NumPy
+    monkeypatch.setattr(layout, "safe_open", refuse)
+
+
+@pytest.fixture
+def without_locks(monkeypatch) -> None:
+    """Files cannot be locked, as on network disks whose server has no lock service."""
+
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.fixture
+def without_folder_sync(monkeypatch) -> None:
+    """`fsync` of a folder is refused, as by CIFS."""
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -20,7 +20,7 @@ from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
-from tests.conftest import TOP, record_dataset, write_lam
+from tests.conftest import TOP, record_dataset, record_more, write_lam
 from tests.policies import build, lam_config
 from tests.test_lerobot_train import SMALL_FLAGS, same, train, weights
 
@@ -184,6 +184,22 @@ def test_a_column_beside_auto_is_refused(dataset, store, auto, builds, tmp_path)
     assert not builds
 
 
+def test_of_a_grown_dataset_only_the_new_episodes_are_encoded(tmp_path, auto, home, builds, caplog):
+    old = record_dataset(tmp_path / "old", lengths=(9, 7, 8))
+    build(lam_config(**auto), old)
+    new = record_more(tmp_path / "new", old)
+    with caplog.at_level("INFO"):
+        build(lam_config(**auto), new)
+    assert "3 of 5 episodes are copied from older stores" in caplog.text
+    extended = TokenStore.open(builds[-1], new.meta)
+    home.rename(home.with_name("before"))
+    build(lam_config(**auto), new)
+    assert len(builds) == 3
+    fresh = TokenStore.open(builds[-1], new.meta)
+    assert torch.equal(extended.values, fresh.values)
+    assert torch.equal(extended.episode_row, fresh.episode_row)
+
+
 def test_without_a_dataset_there_is_nothing_to_build(dataset, auto):
     policy, _ = build(lam_config(**auto), dataset)
     fresh = lam_config(**auto)
@@ -304,7 +320,8 @@ def test_a_dataset_that_is_not_all_here_is_told(auto, tmp_path, builds):
     meta = copy.copy(bare.meta)
     shutil.rmtree(bare.root / "data")
     with pytest.raises(
-        UserError, match=r"auto needs all episodes .*'local/squares' cannot be opened at .*bare"
+        UserError,
+        match=r"auto needs all episodes .*'local/squares' at .*bare is not whole: data/.*is not there",
     ):
         make_policy(lam_config(**auto), ds_meta=meta)
     assert not builds

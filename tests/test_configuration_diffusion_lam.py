@@ -129,7 +129,10 @@ def test_plain_values_stay_plain(tmp_path):
     [
         (LIVE | {"lam_model_path": None}, ["--policy.lam_model_path"]),
         (LIVE | {"lam_camera_key": None}, ["--policy.lam_camera_key"]),
-        (LIVE | {"n_obs_steps": 1}, ["n_obs_steps >= 2", "got 1"]),
+        (
+            LIVE | {"n_obs_steps": 1, "lam_temporal_aggregation": "concat"},
+            ["n_obs_steps >= 2", "got 1"],
+        ),
         (PRECOMPUTED | {"lam_tokens_key": "lam"}, ["'lam'", "must start with 'observation.'"]),
         (PRECOMPUTED | {"lam_temporal_aggregation": "mean"}, ["'mean'", "'latest', 'concat'"]),
         (PRECOMPUTED | {"lam_dtype": "float16"}, ["'float16'", "'bfloat16'"]),
@@ -172,7 +175,10 @@ def test_plain_values_stay_plain(tmp_path):
             {"device": "cpu", "n_obs_steps": 1, "lam_dtype": "int8"},
             ["2 problems", "1. lam_dtype", "lam_model_path", "lam_camera_key"],
         ),
-        ({"device": "cpu", "n_obs_steps": 1, "lam_camera_key": "c"}, ["2 problems", "need a LAM", "got 1"]),
+        (
+            {"device": "cpu", "n_obs_steps": 1, "lam_temporal_aggregation": "concat", "lam_camera_key": "c"},
+            ["2 problems", "need a LAM", "got 1"],
+        ),
     ],
 )
 def test_contradictions_are_told_at_once(fields, messages):

@@ -8,7 +8,7 @@ from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPo
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from tests.conftest import TOP, write_lam
+from tests.conftest import FPS, TOP, write_lam
 from tests.policies import build, lam_config, teach, training_batch
 
 CONTINUOUS_TOLERANCE = 1e-4  # the tests' LAM magnifies its encoder's rounding (about 1e-6) some 30 times
@@ -239,6 +239,7 @@ def test_the_lam_is_no_part_of_the_policy(dataset, lam_folder, tmp_path):
     again = DiffusionLamPolicy.from_pretrained(tmp_path)
     assert again.config.lam_fingerprint == live.diffusion.lam_model.fingerprint
     assert again.config.lam_source == f"live:{lam_folder}"
+    assert again.config.lam_fps == FPS
 
 
 def test_switching_the_source_keeps_every_shape(dataset, store, lam_folder, tmp_path):

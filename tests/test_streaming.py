@@ -1,5 +1,6 @@
 """Streamed datasets: every source of tokens trains alike; what LeRobot would deliver wrongly is refused."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
 from lerobot.scripts import lerobot_train
 from lerobot.utils.constants import LOOKAHEAD_BACKTRACKTABLE, LOOKBACK_BACKTRACKTABLE
-from lerobot.utils.import_utils import get_safe_default_video_backend, register_third_party_plugins
+from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from lerobot_lam_diffusion import LamTokenDataset
@@ -21,10 +22,7 @@ from lerobot_lam_diffusion.tokens.add_column import add_column
 from tests.conftest import TOP, record_dataset
 from tests.policies import build, lam_config, training_batch
 
-needs_torchcodec = pytest.mark.skipif(
-    get_safe_default_video_backend() != "torchcodec",
-    reason="LeRobot streams videos by torchcodec, which cannot be loaded: install FFmpeg's shared libraries",
-)
+needs_torchcodec = pytest.mark.torchcodec
 
 STREAMED = ("--dataset.streaming=true", "--num_workers=1")
 SMALL_FLAGS = [
@@ -194,11 +192,15 @@ def test_flags_that_lerobot_leaves_aside_are_refused(dataset, flags, told):
 
 
 def test_all_problems_are_told_before_a_store_is_opened_or_built(monkeypatch, dataset):
+    """Of the flags, and whether torchcodec can be loaded here."""
     monkeypatch.setattr(
         sys, "argv", ["lerobot-train", *STREAMED, "--dataset.episodes=[0]", "--num_workers=0"]
     )
-    with pytest.raises(UserError, match="2 problems"):
+    with pytest.raises(UserError) as refused:
         build(lam_config(lam_tokens_path="nowhere"), dataset)
+    for told in ("--dataset.episodes names 1 episodes", "--num_workers=0 LeRobot streams nothing"):
+        assert told in str(refused.value)
+    assert "nowhere" not in str(refused.value)
 
 
 @needs_torchcodec
@@ -209,8 +211,11 @@ def test_flags_that_ask_for_what_streaming_does(dataset, flags):
     StreamingGuard(lam_config(), dataset.meta, [*STREAMED, *flags])
 
 
-def test_torchcodec_that_cannot_be_loaded(dataset, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
+def test_torchcodec_that_cannot_be_loaded(dataset, torchcodec_without_ffmpeg, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)FFmpeg is not properly installed.*libabsent\.so.*: cannot open"
+    ):
+        importlib.import_module("torchcodec")
     with pytest.raises(UserError, match=r"torchcodec alone, .*\(apt-get install ffmpeg"):
         StreamingGuard(lam_config(), dataset.meta, STREAMED)
     images = record_dataset(tmp_path / "images", (5, 4), use_videos=False)

@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.add_column import add_column
-from tests.conftest import TOP, record_dataset, write_lam
+from tests.conftest import FPS, TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, training_batch
 
 WRIST = "observation.images.wrist"
@@ -143,6 +143,7 @@ def test_a_column_tells_the_policy_what_a_store_tells(dataset, with_known_column
     }
     assert of_column.config.lam_source == "column:observation.lam_tokens"
     assert of_column.config.lam_fingerprint == store.provenance.lam.fingerprint
+    assert of_column.config.lam_fps == FPS
 
 
 def test_a_derived_column_still_tells(with_known_column, store, tmp_path, caplog):

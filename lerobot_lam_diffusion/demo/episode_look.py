@@ -11,7 +11,6 @@ from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 from lerobot_lam_diffusion.lam import LatentActionModel, load_lam
-from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.tokens import TokenStore
 
 _MOVING = 0.1  # of the range of a pixel: what changed more than that between two frames moves
@@ -73,7 +72,7 @@ def look_at_episode(
     return EpisodeLook(
         episode=episode,
         fps=dataset.fps,
-        frames=_as_images(resize(frames, lam.config.resolution)),
+        frames=_as_images(lam.resize(frames)),
         predicted=_as_images(_predict(lam, frames[:-1], tokens[1:])),
         codes=codes[start:stop],
         motion=motion[start:stop],

@@ -21,6 +21,7 @@ from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.expert import Demonstration, plan_episode
 from lerobot_lam_diffusion.demo.pusht import FPS, TASK, make_env
+from lerobot_lam_diffusion.utils.files import spread_mode
 
 IMAGE_KEY = "observation.image"
 FEATURES = {
@@ -86,6 +87,7 @@ def record_pusht(
         finally:
             # Also after a failure: left to LeRobot's __del__, it would write into the folder removed by then.
             dataset.finalize()
+        spread_mode(partial)  # LeRobot's videos are private files
         if root.exists():
             root.rmdir()  # empty, as checked
         partial.rename(root)

@@ -5,21 +5,27 @@ tokens = lam.encode_pairs(prev, cur)  # uint8 (B, 3, H, W) each
 tokens.quantized  # (B, n·a)
 """
 
-from .config import LamConfig
+from .base import LamTokens, LatentActionModel, proposed_stride
+from .config import TokenConfig, TokenShape
 from .errors import LamError
-from .fingerprint import fingerprint_of
-from .loading import load_lam, save_lam
+from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam, write_lam
 from .locating import resolve_lam, shipped_lams
-from .villa_x import LamTokens, LatentActionModel
+from .villa_x.config import LamConfig
 
 __all__ = [
     "LamConfig",
     "LamError",
     "LamTokens",
     "LatentActionModel",
+    "TokenConfig",
+    "TokenShape",
     "fingerprint_of",
     "load_lam",
+    "proposed_stride",
+    "read_config",
+    "register_lam",
     "resolve_lam",
     "save_lam",
     "shipped_lams",
+    "write_lam",
 ]

@@ -1,87 +1,79 @@
-"""The villa-X model description: the `model_config.json` beside the weights.
+"""`model_config.json`: which architecture a LAM folder holds, and its dimensions."""
 
-The defaults are those of the villa-X code; the released checkpoint differs from them in every dimension, so
-a loaded model takes them all from its file.
-"""
-
+import dataclasses
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, get_args, get_type_hints
 
 from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
 
 from .errors import LamError, problems_to_error
 
-ARCHITECTURE = "IgorModel"
 CONFIG_FILE = "model_config.json"
+CONFIG_REMEDY = "Correct the file, or fetch the model folder again."
 
-_CONFIG_REMEDY = "Correct the file, or fetch the model folder again."
+# Far beyond any LAM, and small enough that no product of a few of them overflows: the file may be damaged.
+_LARGEST = 1 << 20
 
 
-@dataclass(frozen=True)
-class LamConfig:
-    """Dimensions of a villa-X latent action model (the `config` object of `model_config.json`).
+class TokenShape(Protocol):
+    """What a loaded LAM and its config both tell without computing anything."""
+
+    @property
+    def num_learned_tokens(self) -> int:
+        """Slots n per frame pair."""
+
+    @property
+    def action_latent_dim(self) -> int:
+        """Width a of one slot."""
+
+    @property
+    def num_codes(self) -> int:
+        """Codebook rows K; 0: there is no codebook, tokens are continuous only."""
+
+    @property
+    def stride_seconds(self) -> float | None:
+        """Seconds between the frames of a pair that the LAM was trained on, if that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig:
+    """The `config` object of a LAM; a family adds its own dimensions as further fields.
+
+    Fields are integers (positive, unless their default is 0), floats, booleans or text. Text describes the
+    model and decides no token; every other field does, `stride_seconds` aside.
 
     Args:
-        resolution: side R of the square the frames are resized to, in pixels; a multiple of `patch_size`.
-        patch_size: side P of a patch, in pixels.
-        in_channels: colour channels that the decoder predicts (the patch embeddings always take 3).
-        d_t: longest temporal window, in frames.
-        augment_type, augment_level, random_crop_scale, random_crop_ratio: training only; kept for the file.
-        mlp_ratio: hidden width of every MLP over its input width (truncated to an integer).
-        use_xformers: kernel choice of the original code, ignored here.
-        encoder_depth, encoder_embed_dim, encoder_n_heads: blocks, width D and heads of the encoder.
-        action_latent_dim: width `a` of one learned token and of a codebook row.
-        st_use_qk_norm: LayerNorm on queries and keys in the encoder's blocks.
-        num_learned_tokens: tokens `n` per frame pair.
-        map_heads: heads of the pooling block.
-        decoder_depth, decoder_embed_dim, decoder_n_heads: blocks, width X and heads of the decoder (FDM).
-        use_qk_norm: LayerNorm on queries and keys in the decoder.
-        n_codes: codebook rows K.
+        num_learned_tokens: Slots n per frame pair.
+        action_latent_dim: Width a of one slot.
+        n_codes: Codebook rows K; 0: no codebook.
+        token_scale: What a policy divides tokens by where there is no codebook; else the codebook's RMS is.
+        stride_seconds: Seconds between the frames of a pair that the LAM was trained on.
 
     Raises:
-        LamError: if the values do not describe a model; all problems at once.
+        LamError: if a value is of the wrong type or out of range; all problems at once.
     """
 
-    resolution: int = 224
-    patch_size: int = 14
-    in_channels: int = 3
-    d_t: int = 8
-    augment_type: str = "resize_crop"
-    augment_level: str = "clip"
-    random_crop_scale: tuple[float, float] = (0.8, 1.0)
-    random_crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    mlp_ratio: float = 4.0
-    use_xformers: bool | None = None
-    encoder_depth: int = 12
-    encoder_embed_dim: int = 768
-    encoder_n_heads: int = 8
-    action_latent_dim: int = 128
-    st_use_qk_norm: bool = True
-    num_learned_tokens: int = 4
-    map_heads: int = 24
-    decoder_depth: int = 8
-    decoder_embed_dim: int = 768
-    decoder_n_heads: int = 16
-    use_qk_norm: bool = True
-    n_codes: int = 32
+    num_learned_tokens: int
+    action_latent_dim: int
+    n_codes: int = 0
+    token_scale: float = 1.0
+    stride_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        problems = _type_problems(self) or _value_problems(self)
+        problems = self._type_problems() or self.problems()
         if problems:
-            raise problems_to_error("These LAM dimensions do not describe a model", problems, _CONFIG_REMEDY)
+            raise problems_to_error("These LAM dimensions do not describe a model", problems, CONFIG_REMEDY)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, once their types are right. For a family to extend."""
+        return []
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side, G."""
-        return self.resolution // self.patch_size
-
-    @property
-    def embed_tokens(self) -> int:
-        """Patches of a frame, N = G·G."""
-        return self.grid_size**2
+    def num_codes(self) -> int:
+        return self.n_codes
 
     @property
     def token_dim(self) -> int:
@@ -89,105 +81,56 @@ class LamConfig:
         return self.num_learned_tokens * self.action_latent_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config` object as the villa-X code writes it, derived keys included."""
-        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-        return {**values, "grid_size": self.grid_size, "embed_tokens": self.embed_tokens}
-
-    def encoder_dict(self) -> dict[str, Any]:
-        """The fields that determine the tokens: no decoder, no training-only or kernel choices."""
-        return {key: value for key, value in self.to_dict().items() if key in _ENCODER_FIELDS}
+        """The `config` object."""
+        return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LamConfig":
-        """Build from a `config` object: unknown and derived keys are ignored, missing ones take defaults."""
-        known = {field.name for field in fields(cls)}
-        chosen: dict[str, Any] = {key: v for key, v in values.items() if key in known}
-        chosen |= {key: tuple(v) for key, v in chosen.items() if isinstance(v, list)}
-        return cls(**chosen)
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a `config` object: unknown keys are ignored, missing ones take their defaults."""
+        fields = dataclasses.fields(cls)
+        missing = [
+            f"{field.name} is missing"
+            for field in fields
+            if field.name not in values and field.default is dataclasses.MISSING
+        ]
+        if missing:
+            raise problems_to_error("These LAM dimensions do not describe a model", missing, CONFIG_REMEDY)
+        return cls(**{field.name: values[field.name] for field in fields if field.name in values})
+
+    def token_fields(self, architecture: str) -> dict[str, Any]:
+        """What enters the fingerprint besides the weights: all that decides a token."""
+        hints = get_type_hints(type(self))
+        described = {name for name, kind in hints.items() if str in (kind, *get_args(kind))}
+        values = {key: v for key, v in self.to_dict().items() if key not in described | {"stride_seconds"}}
+        return {"architecture": architecture, **values}
+
+    def _type_problems(self) -> list[str]:
+        hints = get_type_hints(type(self))
+        problems = []
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), get_args(hints[field.name]) or (hints[field.name],)
+            least = field.metadata.get("least", 0 if field.default == 0 else 1)
+            if value is None and type(None) in kinds:
+                continue
+            if int in kinds:
+                if type(value) is not int or not least <= value <= _LARGEST:
+                    problems.append(
+                        f"{field.name} is {shown(value)}, expected an integer from {least} to {_LARGEST}"
+                    )
+            elif float in kinds:
+                if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+                    problems.append(f"{field.name} is {shown(value)}, expected a positive number")
+            elif not isinstance(value, kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                problems.append(f"{field.name} is {shown(value)}, expected {names}")
+        return problems
 
 
-_ENCODER_FIELDS = (
-    "resolution", "patch_size", "d_t", "mlp_ratio", "encoder_depth", "encoder_embed_dim", "encoder_n_heads",
-    "action_latent_dim", "st_use_qk_norm", "num_learned_tokens", "map_heads", "n_codes",
-)  # fmt: skip
-
-# Far beyond any LAM, and small enough that no product of them overflows and no model takes long to build:
-# the numbers come from a file that may be damaged.
-_LARGEST = {
-    "resolution": 4096, "patch_size": 4096, "in_channels": 1024, "d_t": 1 << 16,
-    "encoder_depth": 512, "encoder_embed_dim": 1 << 16, "encoder_n_heads": 1 << 16,
-    "action_latent_dim": 1 << 16, "num_learned_tokens": 1 << 12, "map_heads": 1 << 16,
-    "decoder_depth": 512, "decoder_embed_dim": 1 << 16, "decoder_n_heads": 1 << 16, "n_codes": 1 << 20,
-}  # fmt: skip
-_LARGEST_RATIO = 1024
-_FOR_THE_FILE = (
-    "augment_type", "augment_level", "random_crop_scale", "random_crop_ratio", "use_xformers",
-)  # fmt: skip
-
-
-def _type_problems(config: LamConfig) -> list[str]:
-    values = vars(config)
-    problems = [
-        f"{name} is {shown(values[name])}, expected a positive integer"
-        + (f" up to {largest}" if isinstance(values[name], int) and values[name] > largest else "")
-        for name, largest in _LARGEST.items()
-        if isinstance(values[name], bool)
-        or not isinstance(values[name], int)
-        or not 1 <= values[name] <= largest
-    ]
-    problems += [
-        f"{name} is {shown(values[name])}, expected true or false"
-        for name in ("st_use_qk_norm", "use_qk_norm")
-        if not isinstance(values[name], bool)
-    ]
-    ratio = config.mlp_ratio
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _LARGEST_RATIO:
-        problems.append(f"mlp_ratio is {shown(ratio)}, expected a positive number up to {_LARGEST_RATIO}")
-    problems += [
-        f"{name} is {shown(values[name])}, expected a plain value or a list of them"
-        for name in _FOR_THE_FILE
-        if not all(map(_is_plain, values[name] if isinstance(values[name], tuple) else (values[name],)))
-    ]
-    return problems
-
-
-def _is_plain(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, bool | int | str)
-        or (isinstance(value, float) and math.isfinite(value))
-    )
-
-
-def _value_problems(config: LamConfig) -> list[str]:
-    values = vars(config)
-    multiples = [
-        ("resolution", "patch_size"),
-        ("encoder_embed_dim", "encoder_n_heads"),
-        ("encoder_embed_dim", "map_heads"),
-        ("decoder_embed_dim", "decoder_n_heads"),
-    ]
-    problems = [
-        f"{name} is {values[name]}, expected a multiple of {other}, which is {values[other]}"
-        for name, other in multiples
-        if values[name] % values[other]
-    ]
-    for name in ("encoder_embed_dim", "decoder_embed_dim"):
-        width = values[name]
-        if width % 4:
-            problems.append(f"{name} is {width}, expected a multiple of 4 (sines and cosines of two axes)")
-        if int(width * config.mlp_ratio) < 1:
-            problems.append(f"mlp_ratio is {config.mlp_ratio}, which leaves {name}={width} no hidden width")
-    if config.d_t < 2:
-        problems.append(f"d_t is {config.d_t}, expected at least 2: a token needs two frames")
-    return problems
-
-
-def read_config(folder: Path) -> LamConfig:
+def read_document(folder: Path) -> dict[str, Any]:
     """Read `model_config.json` of a model folder.
 
     Raises:
-        LamError: if the file is absent, not such an object, of another architecture or not a possible model.
+        LamError: if the file is absent or not an object that holds an object `config`.
     """
     path = folder / CONFIG_FILE
     try:
@@ -199,30 +142,24 @@ def read_config(folder: Path) -> LamConfig:
                 "point to that folder, or fetch the model again."
             ) from None
         raise LamError(
-            f"{path} could not be read ({error}), expected a JSON object. {_CONFIG_REMEDY}"
+            f"{path} could not be read ({error}), expected a JSON object. {CONFIG_REMEDY}"
         ) from error
     if not isinstance(document, dict) or not isinstance(document.get("config", {}), dict):
         raise LamError(
             f"{path} holds no JSON object with an object `config`, expected the keys architecture, "
-            f"description, version and config. {_CONFIG_REMEDY}"
+            f"description, version and config. {CONFIG_REMEDY}"
         )
-    if document.get("architecture") != ARCHITECTURE:
-        raise LamError(
-            f"{path} names the architecture {shown(document.get('architecture'))}, expected "
-            f"{ARCHITECTURE!r}: this package opens villa-X latent action models. Point to one of those."
-        )
-    try:
-        return LamConfig.from_dict(document.get("config", {}))
-    except LamError as error:
-        raise LamError(f"{path}: {error}") from None
+    return document
 
 
-def config_document(config: LamConfig, description: str = "", version: int = 0) -> str:
+def config_document(
+    architecture: str, config: dict[str, Any], description: str = "", version: int = 0
+) -> str:
     """The text of a `model_config.json`."""
     document = {
-        "architecture": ARCHITECTURE,
+        "architecture": architecture,
         "description": description,
         "version": version,
-        "config": config.to_dict(),
+        "config": config,
     }
     return json.dumps(document, indent=2) + "\n"

@@ -3,48 +3,41 @@
 import hashlib
 import json
 import os
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from .config import LamConfig, read_config
-from .locating import resolve_lam
-from .weights import Weights, open_weights
+from .weights import Weights
 
 _KNOWN: dict[tuple, str] = {}
 _MOST_KNOWN = 64
 
 
-def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
-    """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
+def fingerprint_of_weights(weights: Weights, token_fields: dict[str, Any], token_parts: Sequence[str]) -> str:
+    """SHA-256 (hex) of the dimensions and tensors that decide a token.
 
-    The FDM, the description and training-only settings do not enter. Computed once in a process for each
-    state of the two files.
+    Computed once in a process for each state of the file.
 
-    Raises:
-        LamError: if there is no such model, or a file of it cannot be read.
+    Args:
+        weights: The opened file.
+        token_fields: Of the config, see `TokenConfig.token_fields`.
+        token_parts: Modules whose tensors count.
     """
-    folder = resolve_lam(path, revision)
-    config = read_config(folder)
-    with open_weights(folder) as weights:
-        return fingerprint_of_weights(weights, config)
-
-
-def fingerprint_of_weights(weights: Weights, config: LamConfig) -> str:
-    """`fingerprint_of` a model whose files are open already."""
-    dimensions = json.dumps(config.encoder_dict(), sort_keys=True)
+    dimensions = json.dumps(token_fields, sort_keys=True)
     status = os.fstat(weights.file.fileno())
     # The inode and its last change tell a file that was replaced by one of the same size and time.
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    known = (dimensions, *state)
+    known = (dimensions, *token_parts, *state)
     if known not in _KNOWN:
         while len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.pop(next(iter(_KNOWN)))
-        _KNOWN[known] = _hash(weights, dimensions)
+        _KNOWN[known] = _hash(weights, dimensions, token_parts)
     return _KNOWN[known]
 
 
-def _hash(weights: Weights, dimensions: str) -> str:
+def _hash(weights: Weights, dimensions: str, token_parts: Sequence[str]) -> str:
     digest = hashlib.sha256(dimensions.encode())
-    for key in sorted(key for key in weights.entries if key.startswith(("encoder.", "vq."))):
+    prefixes = tuple(f"{part}." for part in token_parts)
+    for key in sorted(key for key in weights.entries if key.startswith(prefixes)):
         entry = weights.entries[key]
         digest.update(f"{key} {entry.dtype} {list(entry.shape)}".encode())
         for block in weights.blocks(key):

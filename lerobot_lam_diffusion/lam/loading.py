@@ -2,7 +2,11 @@
 
 import os
 import re
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -10,25 +14,107 @@ from torch import Tensor, nn
 
 from lerobot_lam_diffusion.reading import shown
 
-from .config import CONFIG_FILE, LamConfig, config_document, read_config
-from .decoder import Decoder
-from .encoder import Encoder
+from .base import LatentActionModel
+from .config import CONFIG_FILE, config_document, read_document
 from .errors import LamError, problems_to_error
 from .fingerprint import fingerprint_of_weights
-from .locating import WEIGHTS_FILE, locate_lam
-from .quantizer import Quantizer
-from .villa_x import LatentActionModel
+from .locating import WEIGHTS_FILE, locate_lam, resolve_lam
 from .weights import Weights, open_weights
 
-_PARTS: dict[str, type[Encoder] | type[Quantizer] | type[Decoder]] = {
-    "encoder": Encoder,
-    "vq": Quantizer,
-    "decoder": Decoder,
+FAMILIES = {
+    "IgorModel": "lerobot_lam_diffusion.lam.villa_x:VillaXLam",
+    "LapaLaq": "lerobot_lam_diffusion.lam.lapa:LapaLam",
+    "UniVlaLam": "lerobot_lam_diffusion.lam.univla:UniVlaLam",
 }
+"""Architecture in `model_config.json` → the family's class, imported when such a folder is opened."""
+
+ENTRY_POINTS = "lerobot_lam_diffusion.lams"
+"""Group in which an installed package names families of its own, `architecture = "module:Class"`."""
+
+_registered: dict[str, type[LatentActionModel]] = {}
 _DTYPES = (torch.float32, torch.bfloat16)
 _STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MOST_TOLD = 30
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
+
+
+def register_lam[Family: type[LatentActionModel]](family: Family) -> Family:
+    """Class decorator: `load_lam` opens folders of this family's `architecture` from now on.
+
+    Raises:
+        LamError: if the name is taken.
+    """
+    name = family.architecture
+    taken = FAMILIES.get(name) or _registered.get(name)
+    if (
+        taken is not None
+        and taken is not family
+        and getattr(taken, "__qualname__", "") != family.__qualname__
+    ):
+        raise LamError(
+            f"The architecture {name!r} of {family.__qualname__} is taken by {shown(taken)}. Choose another."
+        )
+    _registered[name] = family
+    return family
+
+
+def family_of(folder: Path, architecture: Any) -> type[LatentActionModel]:
+    """The class that opens folders of this architecture.
+
+    Raises:
+        LamError: if there is none.
+    """
+    if isinstance(architecture, str):
+        if architecture in FAMILIES:
+            module, _, name = FAMILIES[architecture].partition(":")
+            return getattr(import_module(module), name)
+        if architecture in _registered:
+            return _registered[architecture]
+        for each in entry_points(group=ENTRY_POINTS, name=architecture):
+            return each.load()
+    installed = [each.name for each in entry_points(group=ENTRY_POINTS)]
+    known = ", ".join(map(repr, sorted({*FAMILIES, *_registered, *installed})))
+    raise LamError(
+        f"{folder / CONFIG_FILE} names the architecture {shown(architecture)}, expected one of {known}. "
+        "Point to a LAM of those, or install the package that brings this one."
+    )
+
+
+def read_config(folder: Path) -> Any:
+    """The dimensions of a model folder's LAM, at least a `TokenShape`; no weights are read.
+
+    Raises:
+        LamError: if the file is absent, of an unknown architecture or not a possible model.
+    """
+    return _read_config(folder)[1]
+
+
+def _read_config(folder: Path) -> tuple[type[LatentActionModel], Any]:
+    document = read_document(folder)
+    family = family_of(folder, document.get("architecture"))
+    try:
+        return family, family.config_class.from_dict(document.get("config", {}))
+    except LamError as error:
+        raise LamError(f"{folder / CONFIG_FILE}: {error}") from None
+
+
+def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
+    """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
+
+    The FDM, the description and training-only settings do not enter. Computed once in a process for each
+    state of the two files.
+
+    Raises:
+        LamError: if there is no such model, or a file of it cannot be read.
+    """
+    folder = resolve_lam(path, revision)
+    family, config = _read_config(folder)
+    with open_weights(folder) as weights:
+        return _fingerprint(weights, family, config)
+
+
+def _fingerprint(weights: Weights, family: type[LatentActionModel], config: Any) -> str:
+    return fingerprint_of_weights(weights, config.token_fields(family.architecture), family.token_parts)
 
 
 def load_lam(
@@ -41,8 +127,8 @@ def load_lam(
 ) -> LatentActionModel:
     """Open a latent action model, frozen and ready to encode.
 
-    Every dimension comes from the folder's `model_config.json`. Keys and shapes of the whole weights file
-    are checked; encoder and codebook alone are read unless `fdm` is set.
+    Its family and every dimension come from the folder's `model_config.json`. Keys and shapes of the whole
+    weights file are checked; what makes tokens alone is read unless `fdm` is set.
 
     Args:
         path: model folder (or one with it as `lam/`), a shipped name such as `pusht-compact`, or a Hub id.
@@ -57,62 +143,100 @@ def load_lam(
     if dtype not in _DTYPES:
         raise LamError(f"The LAM's dtype is {dtype}, expected torch.float32 or torch.bfloat16. Choose one.")
     folder, commit = locate_lam(path, revision)
-    config = read_config(folder)
+    family, config = _read_config(folder)
     with open_weights(folder) as weights:
-        _check_depths(weights, config)
-        modules = _meta_modules(config)
+        _check_blocks(weights, family, config)
+        modules = _meta_modules(family, config)
+        _drop_absent_fdm(folder, weights, family, modules, fdm)
         _check_weights(weights, modules)
-        fingerprint = fingerprint_of_weights(weights, config)
-        for part in ("encoder", "vq", "decoder") if fdm else ("encoder", "vq"):
+        fingerprint = _fingerprint(weights, family, config)
+        loaded = {name: module for name, module in modules.items() if fdm or name not in family.fdm_parts}
+        for part, module in loaded.items():
             part_dtype = torch.float32 if part == "vq" else dtype
-            names = modules[part].state_dict()
+            names = module.state_dict()
             state = {name: _finite(weights, f"{part}.{name}", part_dtype).to(device) for name in names}
-            modules[part].load_state_dict(state, assign=True)
-    encoder, vq, decoder = modules["encoder"], modules["vq"], modules["decoder"] if fdm else None
-    assert isinstance(encoder, Encoder)
-    assert isinstance(vq, Quantizer)
-    assert decoder is None or isinstance(decoder, Decoder)
-    return LatentActionModel(
-        config, encoder, vq, decoder, path=folder, revision=commit, fingerprint=fingerprint
+            module.load_state_dict(state, assign=True)
+    return family(
+        config, loaded, path=folder, revision=commit, fingerprint=fingerprint, dtype=dtype, device=device
     )
 
 
 def save_lam(
     folder: str | Path,
-    config: LamConfig,
-    encoder: Encoder,
-    vq: Quantizer,
-    decoder: Decoder,
+    config: Any,
+    encoder: nn.Module,
+    vq: nn.Module,
+    decoder: nn.Module,
     *,
     description: str = "",
     version: int = 0,
 ) -> Path:
-    """Write a model folder that `load_lam` (and the villa-X code) opens; each file appears whole.
+    """Write a villa-X model folder that `load_lam` (and the villa-X code) opens; each file appears whole.
 
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    modules: dict[str, nn.Module] = {"encoder": encoder, "vq": vq, "decoder": decoder}
-    state: dict[str, Tensor] = {
-        f"{part}.{name}": tensor.detach().float().cpu().contiguous()
+    from .villa_x import VillaXLam
+
+    modules = {"encoder": encoder, "vq": vq, "decoder": decoder}
+    state = {
+        f"{part}.{name}": tensor
         for part, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
+    return write_lam(Path(folder), VillaXLam, config, state, description=description, version=version)
+
+
+def write_lam(
+    folder: Path,
+    family: type[LatentActionModel],
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    description: str = "",
+    version: int = 0,
+) -> Path:
+    """Write a model folder of any family; each of its two files appears whole.
+
+    Args:
+        folder: Made if it is not there.
+        family: Whose `architecture` opens it again.
+        config: Of the family's `config_class`.
+        state: Key in `model.safetensors` (`part.name`) → tensor; kept as float32. May be empty.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
     partial = folder / f".{WEIGHTS_FILE}.partial"
-    partial.write_bytes(save(state))
+    partial.write_bytes(save(tensors))  # `save_file` makes private files
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(config_document(config, description, version), encoding="utf-8")
+    document = config_document(family.architecture, config.to_dict(), description, version)
+    partial.write_text(document, encoding="utf-8")
     os.replace(partial, folder / CONFIG_FILE)
     return folder
 
 
-def _meta_modules(config: LamConfig) -> dict[str, nn.Module]:
-    """The three modules without memory behind their weights."""
+def _meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.Module]:
+    """The modules without memory behind their weights."""
     with torch.device("meta"):
-        return {name: part(config) for name, part in _PARTS.items()}
+        return family.build_modules(config)
+
+
+def _drop_absent_fdm(
+    folder: Path, weights: Weights, family: type[LatentActionModel], modules: dict[str, nn.Module], fdm: bool
+) -> None:
+    """Leave out the modules that predict frames, where the folder was written without them."""
+    for part in family.fdm_parts if family.fdm_is_optional else ():
+        if not any(key.startswith(f"{part}.") for key in weights.entries):
+            del modules[part]
+            if fdm:
+                raise LamError(
+                    f"{folder} holds no FDM, expected one for predicting frames. Convert the original "
+                    "checkpoint again with lerobot-lam-convert … --keep_fdm=true."
+                )
 
 
 def _finite(weights: Weights, key: str, dtype: torch.dtype) -> Tensor:
@@ -123,16 +247,17 @@ def _finite(weights: Weights, key: str, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _check_depths(weights: Weights, config: LamConfig) -> None:
+def _check_blocks(weights: Weights, family: type[LatentActionModel], config: Any) -> None:
     """Compare the numbers of blocks before any is built: a damaged config may ask for very many."""
-    depths = {"encoder": config.encoder_depth, "decoder": config.decoder_depth}
     problems = []
-    for part, depth in depths.items():
-        blocks = {
-            match[1] for key in weights.entries if (match := re.match(rf"{part}\.layers\.(\d+)\.", key))
-        }
-        if len(blocks) != depth:
-            problems.append(f"{part}_depth is {depth}, but the weights hold {len(blocks)} blocks")
+    for prefix, depth in family.expected_blocks(config).items():
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        blocks = {match[1] for key in weights.entries if (match := pattern.match(key))}
+        absent = prefix.split(".")[0] in family.fdm_parts and family.fdm_is_optional and not blocks
+        if len(blocks) != depth and not absent:
+            problems.append(
+                f"{prefix} has {depth} blocks by the config, but the weights hold {len(blocks)} blocks"
+            )
     if problems:
         raise problems_to_error(f"{weights.path} does not fit its {CONFIG_FILE}", problems, _REMEDY)
 

@@ -8,6 +8,7 @@ from lerobot_lam_diffusion.reading import is_file, shown
 
 from .config import CONFIG_FILE
 from .errors import LamError
+from .published import PUBLISHED, convert_hint
 
 WEIGHTS_FILE = "model.safetensors"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -42,6 +43,8 @@ def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
         return LamLocation(_model_folder(ASSETS / str(path)), None)
     try:
         folder = Path(path).expanduser()
+        if folder.is_file() or (not folder.exists() and str(path) in PUBLISHED):
+            _refuse_checkpoint(path)
         if folder.exists():
             return LamLocation(_model_folder(folder), None)
     except (OSError, RuntimeError) as error:  # a name too long, no access; a home that does not exist
@@ -67,10 +70,21 @@ def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "lam"):
         if is_file(candidate / CONFIG_FILE):
             return candidate
+    _refuse_checkpoint(folder)
     raise LamError(
         f"{folder} holds no {CONFIG_FILE}, nor does its folder lam/; expected a LAM folder with "
         f"{CONFIG_FILE} and {WEIGHTS_FILE}. Point to that folder, or fetch the model again."
     )
+
+
+def _refuse_checkpoint(path: str | Path) -> None:
+    """Raise a LamError with the command to run, where `path` names a checkpoint of another code base."""
+    command = convert_hint(path)
+    if command is not None:
+        raise LamError(
+            f"{str(path)!r} is a published checkpoint, expected a LAM folder. Convert it once, and name the "
+            f"folder that this writes: {command}"
+        )
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -24,8 +24,13 @@ def normalize_frames(frames: Tensor, resolution: int) -> Tensor:
         LamError: if the frames are not uint8 or not channels-first RGB.
     """
     check_frames(frames)
+    return standardize(resize(frames, resolution))
+
+
+def standardize(frames: Tensor) -> Tensor:
+    """uint8 (..., 3, R, R) → float32, ImageNet-normalised per channel."""
     mean, std = _statistics(frames.device)
-    return resize(frames, resolution).float().div_(255).sub_(mean).div_(std)  # in place: no three copies
+    return frames.float().div_(255).sub_(mean).div_(std)  # in place: no three copies
 
 
 def resize(frames: Tensor, resolution: int) -> Tensor:

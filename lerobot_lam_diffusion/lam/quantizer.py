@@ -1,16 +1,28 @@
 """Vector quantisation: each slot of a token → the nearest row of one shared codebook, always in float32."""
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
-from .config import LamConfig
-
 TIE = 1e-4
+
+
+class CodebookShape(Protocol):
+    """What a quantiser takes of a LAM's config."""
+
+    @property
+    def n_codes(self) -> int:
+        """Codebook rows K."""
+
+    @property
+    def action_latent_dim(self) -> int:
+        """Width a of a row."""
 
 
 class Quantizer(nn.Module):
     """The codebook; its state dict is `vq.*` of a checkpoint."""
 
-    def __init__(self, config: LamConfig):
+    def __init__(self, config: CodebookShape):
         super().__init__()
         K = config.n_codes
         self.embedding = nn.Embedding(K, config.action_latent_dim)

@@ -33,6 +33,7 @@ from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError
 from lerobot_lam_diffusion.tokens.pair_cache import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.tensor_file import NOT_SUPPORTED
 from lerobot_lam_diffusion.tokens.writer import remove_partial
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class CacheKey:
     """What decides the tokens of a store that covers all of a dataset.
 
     Attributes:
-        dataset_digest: See `binding.dataset_digest`; it and the next two tell the frames.
+        dataset_digest: See `frames_digest.frames_digest`; it and the next two tell the frames. Where not all
+            files are there, `binding.dataset_digest`.
         total_frames, fps: Of the dataset.
         lam_fingerprint: Which LAM.
         camera_key: The dataset's name of the camera.
@@ -80,7 +82,7 @@ class CacheKey:
     def of(cls, provenance: Provenance, decoder: str) -> "CacheKey":
         """Of the tokens that `provenance` describes, whose pixels come by `decoder`."""
         return cls(
-            dataset_digest=provenance.dataset.digest,
+            dataset_digest=provenance.dataset.frames or provenance.dataset.digest,
             total_frames=provenance.dataset.total_frames,
             fps=float(provenance.dataset.fps),
             lam_fingerprint=provenance.lam.fingerprint,
@@ -91,6 +93,11 @@ class CacheKey:
             decoder=decoder,
             device=provenance.device,
         )
+
+    def of_other_frames(self, provenance: Provenance) -> "CacheKey":
+        """The key of `provenance`, but of this key's frames: equal to this one if all else is equal."""
+        other = CacheKey.of(provenance, provenance.decoder)
+        return dataclasses.replace(other, dataset_digest=self.dataset_digest, total_frames=self.total_frames)
 
     @property
     def name(self) -> str:
@@ -182,6 +189,8 @@ class CacheEntry:
                 return None
         except Timeout:
             return self._holder()
+        except (OSError, NotImplementedError):  # no locks here, or not ours to take
+            return self._holder() if self._mark("builder").exists() else None
 
     def provenance(self) -> Provenance:
         """What the tokens are, or will be.
@@ -239,7 +248,7 @@ class CacheEntry:
         """
         self._mark("lock").parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self._mark("lock")).acquire(blocking=False):
+            with self._held():
                 if older_than is not None and self.last_used() >= older_than:
                     return None
                 freed = self.num_bytes()
@@ -263,9 +272,27 @@ class CacheEntry:
                 f"{error}. It lies in the cache: remove {self.folder}, and it is built again"
             ) from error
 
+    def _held(self) -> contextlib.AbstractContextManager:
+        """The lock, taken at once; nothing where the file system has no locks.
+
+        Raises:
+            Timeout: a process holds it.
+        """
+        try:
+            return FileLock(self._mark("lock")).acquire(blocking=False)
+        except (OSError, NotImplementedError) as error:
+            if not _means_no_locks(error):
+                raise
+            if self._mark("builder").exists():
+                raise Timeout(str(self._mark("lock"))) from error
+            return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _waited_for(self) -> Iterator[None]:
-        """Hold the lock; whoever has to wait for it says for whom."""
+        """Hold the lock; whoever has to wait for it says for whom.
+
+        Without locks nobody waits: processes that build the same store share its shards.
+        """
         lock = FileLock(self._mark("lock"))
         patience = QUIET_SECONDS
         while not lock.is_locked:
@@ -275,8 +302,11 @@ class CacheEntry:
             except Timeout:
                 logger.info("Waiting for %s to be done with the token store %s.", self._holder(), self.folder)
                 patience = TOLD_AGAIN_SECONDS
-            except OSError as error:
-                raise _NoLockError(str(error)) from error
+            except (OSError, NotImplementedError) as error:
+                if not _means_no_locks(error):
+                    raise _NoLockError(str(error)) from error
+                logger.warning("%s cannot be locked (%s); going on without.", self.cache, error)
+                break
         try:
             yield
         finally:
@@ -301,6 +331,11 @@ class CacheEntry:
 
     def _mark(self, what: str) -> Path:
         return self.cache / LOCKS / f"{self.name}.{what}"
+
+
+def _means_no_locks(error: Exception) -> bool:
+    """Whether the file system has no locks (some network disks), rather than no access."""
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in NOT_SUPPORTED
 
 
 class _NoLockError(Exception):

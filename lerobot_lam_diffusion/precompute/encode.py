@@ -39,7 +39,7 @@ class PairEncoder:
         pad = (0, 0, 0, 0, 0, 0, 0, self._batch_size - count)
         prev, cur = (F.pad(frames, pad).to(self._lam.device) for frames in (batch.prev, batch.cur))
         tokens = self._lam.encode_pairs(prev, cur)
-        values = tokens.indices if self._use_vq_tokens else tokens.continuous
+        values = tokens.stored(self._use_vq_tokens)
         return values[:count].cpu()
 
 
@@ -71,10 +71,10 @@ def _seconds_of(lam: Any, batch_size: int) -> float:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (2 * batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     prev, cur = lam.resize(noise).chunk(2)
-    lam.encode_pairs(prev[:1], cur[:1]).indices.cpu()  # libraries load, kernels are chosen
+    lam.encode_pairs(prev[:1], cur[:1]).continuous.cpu()  # libraries load, kernels are chosen
     times: list[float] = []
     while len(times) < 4 and sum(times) < ENOUGH_S:
         started = time.perf_counter()
-        lam.encode_pairs(prev, cur).indices.cpu()
+        lam.encode_pairs(prev, cur).continuous.cpu()
         times.append(time.perf_counter() - started)
     return min(times)

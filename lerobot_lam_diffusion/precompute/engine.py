@@ -8,7 +8,7 @@ Finished shards outlive any crash: the same command goes on with what is missing
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.precompute.collect import ShardCollector
+from lerobot_lam_diffusion.precompute.collect import ShardCollector, SkippedEpisode
+from lerobot_lam_diffusion.precompute.dataset import check_dataset
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
+from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
 from lerobot_lam_diffusion.precompute.merge import Extraction, merge_shards, remove_shards
-from lerobot_lam_diffusion.precompute.origin import episode_bounds, provenance_of
+from lerobot_lam_diffusion.precompute.origin import codebook_of, episode_bounds, provenance_of
 from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
 from lerobot_lam_diffusion.precompute.plan import Plan, differences, episodes_differ, identity_of, share_of
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
 from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
@@ -46,6 +49,7 @@ class Summary:
         code_usage: Per slot, the perplexity of its codes' use (1: one code, K: all alike); VQ only.
         num_bytes: Of the store on disk.
         encoded: Pairs that this process encoded; the others were there already, or another's.
+        copied: Episodes whose tokens this process took from an older store.
         seconds: Of this run's extraction.
         spent: The same by what it was spent on; "decode" and "resize" add up over the worker threads.
         batch_size: Pairs that the LAM saw at a time; 0 if it saw none.
@@ -59,6 +63,7 @@ class Summary:
     code_usage: list[float] = field(default_factory=list)
     num_bytes: int = 0
     encoded: int = 0
+    copied: int = 0
     seconds: float = 0.0
     spent: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 0
@@ -81,8 +86,11 @@ def precompute_tokens(
     compile: bool = False,
     shard_frames: int | None = None,
     skip_unreadable: bool = False,
+    unreadable: Mapping[int, str] | None = None,
     video_backend: str | None = None,
     process: Process | None = None,
+    extend: Sequence[TokenStore] = (),
+    merge: bool = True,
     show_progress: bool = True,
 ) -> Summary:
     """Encode every frame pair of a dataset (or of the episodes it was opened with) into a token store.
@@ -104,16 +112,22 @@ def precompute_tokens(
         compile: Compile the LAM's encoder for that batch size.
         shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
         skip_unreadable: Record an episode that cannot be read as missing instead of stopping.
+        unreadable: Episodes to be recorded as missing, which `dataset` was opened without → why.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
         process: Which part of the work is this process's; None: all.
+        extend: Stores of other versions of the dataset: an episode of which one holds the tokens, made in the
+            same way of the very same frames, is copied and not encoded again.
+        merge: Make the store once all shards are there.
         show_progress: Draw a progress bar.
 
     Raises:
         FileExistsError: `output_dir` exists and is not the store of this very extraction.
-        UserError: unfinished work of another extraction lies there (every difference is listed), or an
-            episode cannot be read.
+        UserError: unfinished work of another extraction lies there (every difference is listed), the dataset
+            contradicts itself, or an episode cannot be read.
     """
     started = time.perf_counter()
+    unreadable = unreadable or {}
+    check_dataset(dataset)
     extraction = _extraction(
         dataset,
         lam,
@@ -124,9 +138,11 @@ def precompute_tokens(
         storage_dtype,
         video_backend,
         shard_frames,
+        unreadable,
     )
     if (output_dir / PROVENANCE_FILE).is_file():
         return _summary(_same_store(output_dir, extraction))
+    known = KnownEpisodes(extend, extraction.provenance)
     refuse_existing(output_dir)
     process = process or Process()
     folder = unfinished_folder(output_dir)
@@ -138,20 +154,36 @@ def precompute_tokens(
         plan, shards = extraction.plan, extraction.shards(folder)
         mine = _shards_to_make(shards, present, process)
         if mine:
-            num_frames = sum(plan.shard_sizes()[shard] for shard in mine)
+            positions = [position for shard in mine for position in range(*plan.shards[shard])]
+            readable = [position for position in positions if plan.episodes[position] not in unreadable]
+            copied = known.positions(readable, plan, extraction.episode_hash)
+            readable = [position for position in readable if position not in copied]
+            if copied:
+                logger.info("%d of %d episodes are copied from older stores.", len(copied), len(positions))
+            frames = EpisodeFrames(dataset, camera_key, video_backend)
+            frames.check((plan.episodes[position] for position in readable), skip_unreadable)
+            num_frames = sum(plan.lengths[position] for position in readable)
             batch_size = batch_size or find_batch_size(lam, num_frames)
             if compile:
                 lam.compile()
             workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
+            collector = ShardCollector(shards, mine, frame_stride)
+            for position in positions:
+                if plan.episodes[position] in unreadable:
+                    collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
+            for position, values in copied.items():
+                collector.add(
+                    plan.first_rows[position] + torch.arange(frame_stride, len(values)), values[frame_stride:]
+                )
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(
-                    [position for shard in mine for position in range(*plan.shards[shard])],
+                    readable,
                     plan,
                     lambda: EpisodeFrames(dataset, camera_key, video_backend),
                     lam,
                     PairEncoder(lam, batch_size, use_vq_tokens),
-                    ShardCollector(shards, mine, frame_stride),
+                    collector,
                     frame_stride=frame_stride,
                     batch_size=batch_size,
                     num_workers=workers,
@@ -160,7 +192,7 @@ def precompute_tokens(
                     clock=clock,
                     advance=bar.update,
                 )
-        if len(shards.present()) == len(plan.shards):
+        if merge and len(shards.present()) == len(plan.shards):
             with clock("merge"):
                 store = merge_shards(extraction, folder, output_dir)
     except (FileNotFoundError, FileExistsError):
@@ -173,9 +205,15 @@ def precompute_tokens(
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
         batch_size=batch_size if mine and batch_size else 0,
+        copied=len(copied) if mine else 0,
         shards_finished=len(shards.present()) if store is None else len(plan.shards),
         shards_total=len(plan.shards),
     )
+
+
+def summary_of(output_dir: Path) -> Summary:
+    """Of a finished store."""
+    return _summary(TokenStore.open(output_dir))
 
 
 def how_to_go_on(output_dir: Path) -> str | None:
@@ -202,6 +240,7 @@ def _extraction(
     storage_dtype: str,
     video_backend: str | None,
     shard_frames: int | None,
+    unreadable: Mapping[int, str],
 ) -> Extraction:
     provenance = provenance_of(
         dataset.meta,
@@ -214,10 +253,12 @@ def _extraction(
         decoder=decoder_of(dataset.meta, camera_key, video_backend or dataset._video_backend),
     )
     start, stop, covered = _episode_table(dataset)
+    covered[list(unreadable)] = True
     episodes = covered.nonzero().flatten().tolist()
     lengths = (stop - start)[covered].tolist()
     plan = Plan.make(identity_of(provenance), episodes, lengths, shard_frames)
-    return Extraction(provenance, lam.codebook.cpu(), start, stop, plan)
+    hashes = episode_hashes(dataset.meta, camera_key)
+    return Extraction(provenance, codebook_of(lam), start, stop, hashes, plan)
 
 
 def _episode_table(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,12 +303,22 @@ def _same_store(output_dir: Path, extraction: Extraction) -> TokenStore:
     problems = differences(identity_of(extraction.provenance), identity_of(store.provenance))
     covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
     problems += episodes_differ(extraction.plan.episodes, [*covered, *store.skipped])
+    changed = [] if problems else differing_episodes(extraction.episode_hash, store.episode_hash)
+    if changed:
+        problems.append(
+            f"the frames of {len(changed)} episodes have changed since, the first is {changed[0]}"
+        )
     raise_problems(
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",
         problems,
         StoreExistsError,
     )
+    if store.skipped and not store.num_tokens:
+        raise StoreExistsError(
+            f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
+            f"{output_dir} and extract again"
+        )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
     remove_shards(unfinished_folder(output_dir))  # a run may have died before it tidied up
     return store

@@ -1,10 +1,10 @@
 """Files that are whole or not there: bytes reach the disk before their name does."""
 
 import os
-import secrets
 from pathlib import Path
 
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
+from lerobot_lam_diffusion.tokens.tensor_file import fsync, sync_file
+from lerobot_lam_diffusion.utils.files import partial_name
 
 
 def write_durably(path: Path, content: bytes) -> Path:
@@ -17,7 +17,7 @@ def write_durably(path: Path, content: bytes) -> Path:
         with path.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}: writing {len(content):,} bytes", str(path)) from error
@@ -28,8 +28,3 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Make `path` hold `content`, whole or not at all, whenever the process or the machine stops."""
     os.replace(write_durably(partial_name(path), content), path)
     fsync(path.parent)
-
-
-def partial_name(path: Path) -> Path:
-    """Where to write what `path` shall hold; no other process or machine chooses the same."""
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")

@@ -1,17 +1,25 @@
 """Decode: the frames of an episode, the very ones that `LeRobotDataset` returns, each once and in order."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lerobot.datasets.video_utils import VideoDecoderCache, decode_video_frames_torchcodec
+from lerobot.datasets.video_utils import (
+    FrameTimestampError,
+    VideoDecoderCache,
+    decode_video_frames_torchcodec,
+)
+from PIL import Image
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.video import SequentialVideo
+from lerobot_lam_diffusion.precompute.video import SequentialVideo, end_of
 from lerobot_lam_diffusion.problems import DatasetError, UserError
+from lerobot_lam_diffusion.tokens.dataset_check import not_rgb, why_absent
 
 CHUNK_FRAMES = 64
 CHUNK_BYTES = 32 << 20
@@ -19,9 +27,47 @@ CHUNK_BYTES = 32 << 20
 
 
 class DecodeError(UserError):
-    """An episode whose frames cannot be read."""
+    """Frames that cannot be read.
+
+    Attributes:
+        what: Which frames, of which file, and why.
+        remedy: What to do; commands that can do more about it say so.
+    """
 
     section = "datasets-and-cameras"
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}. {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+def decode_error(dataset: Any, frames: str, camera_key: str, episode: int, error: Exception) -> DecodeError:
+    """What a decoder's error means to a user.
+
+    Args:
+        frames: `frame 3`, `frames 0 to 63`.
+        camera_key: Whose frames they are.
+        error: Decoders raise almost anything on damaged files.
+    """
+    path = file_of(dataset, camera_key, episode)
+    reason = why_absent(path)
+    told = f"it {reason}" if reason else _reason(error)
+    remedy = "Fetch or repair the file"
+    if isinstance(error, FrameTimestampError):
+        remedy += f", or allow for more by --tolerance_s (now {dataset.tolerance_s:g} s)"
+    return DecodeError(
+        f"{frames} of episode {episode} of dataset {dataset.repo_id!r} cannot be read from {path} ({told})",
+        remedy,
+    )
+
+
+def file_of(dataset: Any, camera_key: str, episode: int) -> Path:
+    """Where a camera's frames of an episode lie."""
+    meta = dataset.meta
+    if camera_key in meta.video_keys:
+        return dataset.root / meta.get_video_file_path(episode, camera_key)
+    return dataset.root / meta.get_data_file_path(episode)
 
 
 def choose_camera(meta: Any, camera_key: str | None) -> str:
@@ -32,18 +78,20 @@ def choose_camera(meta: Any, camera_key: str | None) -> str:
         camera_key: Its name; None: the only one there is.
 
     Raises:
-        UserError: no such camera, a depth camera, or several to choose from. Lists the cameras.
+        UserError: no such camera, one that is not RGB, or several to choose from. Lists the RGB cameras.
     """
-    cameras = [key for key in meta.camera_keys if key not in meta.depth_keys]
+    others = not_rgb(meta)
+    cameras = [key for key in meta.camera_keys if key not in others]
     if not cameras:
+        listed = "".join(f"; {key} {why}" for key, why in others.items())
         raise DatasetError(
-            f"dataset {meta.repo_id!r} has no RGB camera for the LAM to look at; use another dataset"
+            f"dataset {meta.repo_id!r} has no RGB camera for the LAM to look at{listed}; use another dataset"
         )
     if camera_key is None and len(cameras) == 1:
         return cameras[0]
     if camera_key is not None and camera_key in cameras:
         return camera_key
-    found = "is a depth camera" if camera_key in meta.depth_keys else "is unknown"
+    found = others.get(str(camera_key), "is unknown")
     what = f"--camera_key={camera_key} {found}" if camera_key else "--camera_key is unset"
     raise DatasetError(
         f"{what}: dataset {meta.repo_id!r} has the RGB cameras {cameras}; pass one of them as --camera_key"
@@ -75,8 +123,48 @@ class EpisodeFrames:
         self._decoders = VideoDecoderCache(max_size=1)  # LeRobot's own is shared by threads: not safe
         self._open: SequentialVideo | None = None
         self._pictures: Any = None
-        height, width = dataset.meta.features[camera_key]["shape"][:2]
-        self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (3 * height * width)))
+        frame_bytes = math.prod(dataset.meta.features[camera_key]["shape"])
+        self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // frame_bytes))
+
+    def check(self, episodes: Iterable[int], skip_unreadable: bool = False) -> None:
+        """Find what shows without decoding: images that are not RGB, videos that do not open or end early.
+
+        Of images the first of each episode is looked at.
+
+        Args:
+            skip_unreadable: Leave what cannot be read to `chunks`.
+
+        Raises:
+            DatasetError: an image is not RGB.
+            DecodeError: a file cannot be opened, or a video ends before an episode's last frame.
+        """
+        ends: dict[Path, float | None] = {}
+        for episode in episodes:
+            rows = self._rows(episode)
+            try:
+                if self._is_video:
+                    self._refuse_early_end(episode, rows, ends)
+                else:
+                    self._refuse_other_images(rows[:1], [self._unread_image(rows[0])])
+            except DatasetError:
+                raise
+            except Exception as error:  # decoders raise almost anything on damaged files
+                if not skip_unreadable:
+                    raise self._error(episode, 0, len(rows), error) from error
+
+    def _refuse_early_end(self, episode: int, rows: range, ends: dict[Path, float | None]) -> None:
+        path = file_of(self._dataset, self._camera_key, episode)
+        last = self._timestamps(self._dataset.meta.episodes[episode], rows[-1:])[0]
+        end = ends[path] if path in ends else ends.setdefault(path, end_of(path))
+        if end is not None and last > end + self._dataset.tolerance_s:
+            raise ValueError(
+                f"it ends at {end:.3f} s, and by meta/episodes the episode's last frame is at {last:.3f} s"
+            )
+
+    def _unread_image(self, row: int) -> Image.Image:
+        """Of which only the header is read."""
+        stored = self._dataset.hf_dataset.data.column(self._camera_key).slice(row, 1)[0].as_py()
+        return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
 
     def chunks(self, episode: int) -> Iterator[Tensor]:
         """Consecutive frames, uint8 `(T, 3, H, W)` with T at most `CHUNK_FRAMES`.
@@ -84,28 +172,41 @@ class EpisodeFrames:
         Raises:
             DecodeError: a frame cannot be read.
         """
-        bounds = self._dataset.meta.episodes[episode]
-        length = bounds["dataset_to_index"] - bounds["dataset_from_index"]
-        first_row = self._first_rows[episode] if self._first_rows else bounds["dataset_from_index"]
-        for start in range(0, length, self._chunk_frames):
-            stop = min(start + self._chunk_frames, length)
-            rows = range(first_row + start, first_row + stop)
+        rows = self._rows(episode)
+        for start in range(0, len(rows), self._chunk_frames):
+            stop = min(start + self._chunk_frames, len(rows))
             try:
-                yield self._video(bounds, episode, rows) if self._is_video else self._images(rows)
+                yield (
+                    self._video(episode, rows[start:stop])
+                    if self._is_video
+                    else self._images(rows[start:stop])
+                )
+            except DatasetError:
+                raise
             except Exception as error:  # decoders raise almost anything on damaged files
-                raise DecodeError(
-                    f"frames {start} to {stop - 1} of episode {episode} of dataset {self._dataset.repo_id!r} "
-                    f"cannot be read from {self._file(episode)} ({_reason(error)}). Fetch or repair the "
-                    "file, or pass --on_error=skip to record such episodes as missing"
-                ) from error
+                raise self._error(episode, start, stop, error) from error
 
-    def _video(self, bounds: dict, episode: int, rows: range) -> Tensor:
-        # Timestamps as `DatasetReader._query_videos` shifts them: a float32 column plus the episode's offset
-        # in its video file.
+    def _rows(self, episode: int) -> range:
+        """Of `hf_dataset`."""
+        bounds = self._dataset.meta.episodes[episode]
+        first, end = (int(bounds[f"dataset_{name}_index"]) for name in ("from", "to"))
+        first_row = self._first_rows[episode] if self._first_rows else first
+        return range(first_row, first_row + end - first)
+
+    def _error(self, episode: int, start: int, stop: int, error: Exception) -> DecodeError:
+        frames = f"frames {start} to {stop - 1}"
+        return decode_error(self._dataset, frames, self._camera_key, episode, error)
+
+    def _timestamps(self, bounds: dict, rows: range) -> list[float]:
+        # As `DatasetReader._query_videos` shifts them: a float32 column plus the episode's offset in its
+        # video file.
         offset = bounds[f"videos/{self._camera_key}/from_timestamp"]
         seconds = self._dataset.hf_dataset.data.column("timestamp").slice(rows.start, len(rows)).to_numpy()
-        timestamps = [offset + float(t) for t in seconds]
-        path = self._file(episode)
+        return [offset + float(t) for t in seconds]
+
+    def _video(self, episode: int, rows: range) -> Tensor:
+        timestamps = self._timestamps(self._dataset.meta.episodes[episode], rows)
+        path = file_of(self._dataset, self._camera_key, episode)
         if self._decoder == "torchcodec":
             return decode_video_frames_torchcodec(
                 path, timestamps, self._dataset.tolerance_s, decoder_cache=self._decoders, return_uint8=True
@@ -122,15 +223,23 @@ class EpisodeFrames:
     def _images(self, rows: range) -> Tensor:
         if self._pictures is None:  # a view costs more than the frames of a short episode
             self._pictures = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
-        pixels = [np.asarray(picture) for picture in self._pictures[rows.start : rows.stop][self._camera_key]]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        pictures = self._pictures[rows.start : rows.stop][self._camera_key]
+        self._refuse_other_images(rows, pictures)
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
-    def _file(self, episode: int) -> Path:
-        """Where the episode's frames lie."""
-        meta = self._dataset.meta
-        if self._is_video:
-            return self._dataset.root / meta.get_video_file_path(episode, self._camera_key)
-        return self._dataset.root / meta.get_data_file_path(episode)
+    def _refuse_other_images(self, rows: range, pictures: Sequence[Image.Image]) -> None:
+        """Whatever `info.json` says of the camera, the files decide."""
+        sizes = {picture.size for picture in pictures}
+        if len(sizes) > 1:
+            (a, b), (c, d) = sorted(sizes)[:2]
+            raise ValueError(f"its images have different sizes, {a} x {b} and {c} x {d} pixels")
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.mode != "RGB":
+                raise DatasetError(
+                    f"frame {row} of camera {self._camera_key} of dataset {self._dataset.repo_id!r} is an "
+                    f"image of mode {picture.mode} ({len(picture.getbands())} channels), and a LAM looks at "
+                    "RGB. Convert the dataset's images to RGB, or name another camera"
+                )
 
     def _close(self) -> None:
         if self._open is not None:

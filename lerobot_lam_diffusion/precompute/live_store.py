@@ -13,6 +13,7 @@ from lerobot_lam_diffusion.precompute.origin import decoder_version
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
 from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
 from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -104,6 +105,7 @@ def store_of_live_cache(
         tables.episode_from,
         tables.episode_to,
         covered,
+        episode_hashes(dataset.meta, camera),
     )
     return LiveStore(store, incomplete, other_pixels, encoded)
 
@@ -119,7 +121,7 @@ def _values_of(
         missing += int(unknown.sum())
         if lam is not None and unknown.any():
             tokens = lam.encode_pairs(batch.prev[unknown], batch.cur[unknown])
-            computed = tokens.indices if cache.provenance.token_kind == VQ else tokens.continuous
+            computed = tokens.stored(cache.provenance.token_kind == VQ)
             found.values[unknown] = computed.cpu().to(found.values.dtype)
         values[batch.rows - first] = found.values
     return values, missing

@@ -6,19 +6,21 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.files import write_atomically
 from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, Plan, PlanError, identity_of
 from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
+from lerobot_lam_diffusion.problems import ExtractionError
+from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, sha256_of, unfinished_folder
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import index_dtype
@@ -38,6 +40,7 @@ class Extraction:
         provenance: Of the store to be; hash, error and skipped episodes are still open.
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, of all the dataset's episodes.
+        episode_hash: uint8 `(E, 16)`, of their frames.
         plan: Its shards.
     """
 
@@ -45,13 +48,19 @@ class Extraction:
     codebook: Tensor
     episode_from: Tensor
     episode_to: Tensor
+    episode_hash: Tensor
     plan: Plan
 
     def settle(self, folder: Path) -> "Extraction":
         """Leave this in `folder`, or go on with what lies there; see `Plan.settle`."""
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN_FILE).exists():
-            named = {"codebook": self.codebook, "from": self.episode_from, "to": self.episode_to}
+            named = {
+                "codebook": self.codebook,
+                "from": self.episode_from,
+                "to": self.episode_to,
+                "hash": self.episode_hash,
+            }
             tables = save({name: tensor.contiguous() for name, tensor in named.items()})
             digest = hashlib.sha256(tables).hexdigest()
             write_atomically(_tables_file(folder, digest), tables)  # other inputs, another name
@@ -59,7 +68,18 @@ class Extraction:
             replace(self.plan, origin=origin).settle(folder)
         else:
             self.plan.settle(folder)
-        return Extraction.read(folder)
+        there = Extraction.read(folder)
+        changed = differing_episodes(self.episode_hash, there.episode_hash)
+        if changed:
+            raise PlanError(
+                f"{folder} holds the unfinished work on other frames: episodes {_some(changed)} have changed "
+                "since. Remove the folder and start again, or choose another --output_dir"
+            )
+        # Files that were missing or damaged when the work began may be whole now.
+        dataset = replace(there.provenance.dataset, frames=self.provenance.dataset.frames)
+        return replace(
+            there, provenance=replace(there.provenance, dataset=dataset), episode_hash=self.episode_hash
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Extraction":
@@ -79,11 +99,11 @@ class Extraction:
         try:
             if sha256_of(path) != digest:
                 raise ValueError("its SHA-256 is not the plan's")
-            with safe_open(path, framework="pt") as file:
-                codebook, start, stop = (file.get_tensor(name) for name in ("codebook", "from", "to"))
-        except (SafetensorError, OSError, ValueError) as error:
+            tables = load(path.read_bytes())
+            codebook, start, stop, hashes = (tables[name] for name in ("codebook", "from", "to", "hash"))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(path, str(error)) from error
-        return cls(provenance, codebook, start, stop, plan)
+        return cls(provenance, codebook, start, stop, hashes, plan)
 
     def shards(self, folder: Path) -> ShardFolder:
         lam = self.provenance.lam
@@ -91,6 +111,10 @@ class Extraction:
             return ShardFolder(folder, self.plan, (lam.num_learned_tokens,), index_dtype(lam.num_codes))
         width = lam.num_learned_tokens * lam.action_latent_dim
         return ShardFolder(folder, self.plan, (width,), torch.float32)
+
+
+def _some(episodes: Sequence[int]) -> str:
+    return ", ".join(map(str, episodes[:5])) + (", …" if len(episodes) > 5 else "")
 
 
 def _tables_file(folder: Path, digest: str) -> Path:
@@ -117,6 +141,8 @@ def merge_shards(extraction: Extraction, folder: Path, output_dir: Path) -> Toke
         The store; None: another process is at it.
 
     Raises:
+        ExtractionError: every token was skipped; the shards are removed, so that the same command extracts
+            them once the files are repaired.
         ShardError: a shard is damaged; extract again, which makes that shard anew.
         OSError: the disk is full or not writable.
     """
@@ -190,6 +216,10 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
     covered = torch.zeros(len(extraction.episode_from), dtype=torch.bool)
     covered[plan.episodes] = True
     covered[list(skipped)] = False
+    lengths = extraction.episode_to - extraction.episode_from
+    if skipped and not bool((covered & (lengths > extraction.provenance.frame_stride)).any()):
+        remove_shards(shards.path)  # else the next run would find its work done
+        raise nothing_readable(skipped)
     reasons = {str(episode): skipped[episode] for episode in sorted(skipped)}
     return write_store(
         output_dir,
@@ -199,6 +229,16 @@ def _write(extraction: Extraction, shards: ShardFolder, output_dir: Path) -> Tok
         extraction.episode_from,
         extraction.episode_to,
         covered,
+        extraction.episode_hash,
+    )
+
+
+def nothing_readable(skipped: dict[int, str]) -> ExtractionError:
+    """Of an extraction that skipped every episode that has tokens."""
+    first = min(skipped)
+    return ExtractionError(
+        f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "
+        f"{skipped[first]}). There is no store; repair the files and run the same command again"
     )
 
 

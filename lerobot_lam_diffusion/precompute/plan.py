@@ -15,9 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lerobot_lam_diffusion.precompute.files import partial_name, write_durably
+from lerobot_lam_diffusion.precompute.files import write_durably
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.tokens.provenance import Provenance
+from lerobot_lam_diffusion.utils.files import partial_name
 
 FORMAT = "lerobot_lam_diffusion.extraction_plan"
 FORMAT_VERSION = 1
@@ -26,9 +27,10 @@ LARGEST_PLAN = 256 << 20  # bytes: some ten million episodes
 
 NOT_IDENTITY = {
     "versions", "tensors_sha256", "max_error", "skipped",
-    "dataset.repo_id", "dataset.revision", "lam.path", "lam.revision",
+    "dataset.repo_id", "dataset.revision", "dataset.frames", "lam.path", "lam.revision",
 }  # fmt: skip
-"""Fields of a store's provenance that may differ between runs that give the same tokens."""
+"""Fields of a store's provenance that may differ between runs that give the same tokens. Frames are compared
+by episode: one that could not be read may have been repaired since."""
 
 FOLLOWS = {"stride_seconds"}
 """Fields that differ only where others do."""

@@ -56,5 +56,9 @@ class Process:
     @property
     def cores(self) -> int:
         """Processor cores for this process."""
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, usable // self.local_size)
+        return max(1, usable_cores() // self.local_size)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lerobot.datasets.video_utils import decode_video_frames
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
+from lerobot_lam_diffusion.precompute.frames import decode_error, file_of
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.pair_cache import LiveCacheError, PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
@@ -57,7 +59,7 @@ def recompute_sample(
 
     Raises:
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
-        UserError: it is not known which camera to look at.
+        UserError: it is not known which camera to look at, or a frame cannot be read.
     """
     refuse_other_lam(store, lam)
     camera = _camera(store, dataset, camera_key)
@@ -101,9 +103,31 @@ def recompute_kept(
 
 def _frames(dataset: Any, camera: str, index: Tensor, device: torch.device) -> Tensor:
     """Frames of absolute indices by LeRobot's own random access, uint8 `(B, 3, H, W)`."""
+    return torch.stack([as_uint8(_item(dataset, camera, i)[camera]) for i in index.tolist()]).to(device)
+
+
+def _item(dataset: Any, camera: str, index: int) -> dict[str, Any]:
     relative = dataset.absolute_to_relative_idx
-    rows = [i if relative is None else relative[i] for i in index.tolist()]
-    return torch.stack([as_uint8(dataset[row][camera]) for row in rows]).to(device)
+    try:
+        return dataset[index if relative is None else relative[index]]
+    except Exception as error:  # decoders raise almost anything on damaged files
+        starts = torch.tensor(list(dataset.meta.episodes["dataset_from_index"]))
+        episode = int(torch.searchsorted(starts, index, right=True)) - 1
+        frame = index - int(starts[episode])
+        key = _undecodable(dataset, episode, frame) or camera
+        raise decode_error(dataset, f"frame {frame}", key, episode, error) from error
+
+
+def _undecodable(dataset: Any, episode: int, frame: int) -> str | None:
+    """Which of the cameras kept as video it is: LeRobot decodes all of them for an item."""
+    for key in dataset.meta.video_keys:
+        seconds = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"] + frame / dataset.fps
+        path, backend = file_of(dataset, key, episode), dataset._video_backend
+        try:
+            decode_video_frames(path, [seconds], dataset.tolerance_s, backend, return_uint8=True)
+        except Exception:
+            return key
+    return None
 
 
 def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0) -> Agreement:

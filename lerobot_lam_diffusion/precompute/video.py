@@ -11,10 +11,27 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from lerobot.datasets.video_utils import FrameTimestampError
 from torch import Tensor
 
 SEEK_AHEAD_S = 2.0
 """Frames up to so far ahead are decoded and dropped; a farther one is sought."""
+
+
+def end_of(path: Path) -> float | None:
+    """When a video ends, in seconds, by its header alone; None: it does not say.
+
+    Raises:
+        av.error.FFmpegError: no video there.
+    """
+    container = av.open(str(path))
+    try:
+        stream = container.streams.video[0]
+        if stream.duration is None or stream.time_base is None:
+            return None
+        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    finally:
+        container.close()
 
 
 type _Frame = tuple[float, av.VideoFrame]  # with its time in seconds
@@ -46,7 +63,7 @@ class SequentialVideo:
             tolerance_s: How far a frame may lie from its timestamp.
 
         Raises:
-            ValueError: no frame is that near.
+            FrameTimestampError: no frame is that near.
             av.error.FFmpegError: the file is damaged.
         """
         pictures = [self._nearest(timestamp, tolerance_s) for timestamp in timestamps]
@@ -63,7 +80,7 @@ class SequentialVideo:
         nearest = int(np.argmin(distances)) if candidates else 0
         if not candidates or not distances[nearest] < tolerance_s:
             at = f"the nearest is at {candidates[nearest][0]:.4f} s" if candidates else "there are no more"
-            raise ValueError(f"no frame within {tolerance_s:g} s of {timestamp:.4f} s: {at}")
+            raise FrameTimestampError(f"no frame within {tolerance_s:g} s of {timestamp:.4f} s: {at}")
         return candidates[nearest][1].to_ndarray(format="rgb24")
 
     def _advance_to(self, timestamp: float) -> None:

@@ -16,9 +16,10 @@ from lerobot_lam_diffusion.problems import ColumnError, UserError
 from lerobot_lam_diffusion.scripts.next_step import next_step, training
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.add_column import add_column, missing_files
+from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import TokenColumn, read_column
+from lerobot_lam_diffusion.tokens.dataset_check import absent_files
 from lerobot_lam_diffusion.tokens.provenance import VQ
 
 NEARER = 0.75
@@ -56,7 +57,7 @@ def add_token_column(config: AddColumnConfig) -> None:
         )
     meta = open_metadata(config.dataset)
     store = TokenStore.open(config.store, meta)
-    if missing_files(meta) and config.dataset.root is None:
+    if config.dataset.root is None and absent_files(meta):
         meta = open_dataset(config.dataset).meta  # fetches the rest from the Hub
     made = add_column(store, meta, config.output_dir.expanduser(), config.column, config.copy_videos)
     repo_id = config.new_repo_id or _named_as(made.root, meta.repo_id)
@@ -69,7 +70,7 @@ def add_token_column(config: AddColumnConfig) -> None:
             "The linked videos are the original's own files; to re-encode them in place "
             "(lerobot-edit-dataset --operation.type=reencode_videos), add the column with --copy_videos=true"
         )
-    print(next_step(_train_on_column(repo_id, made.root, config.column)))
+    print(next_step(_train_on_column(repo_id, made.root, config.column), fps=meta.fps))
 
 
 def _train_on_column(repo_id: str, root: Path | str | None, column: str) -> list[str]:
@@ -98,7 +99,7 @@ def verify_dataset(config: Any) -> None:
     meta = open_metadata(source)
     column = _column(meta, config.column)
     lam = None if config.lam is None else _open_lam(config, column, meta)
-    if missing_files(meta) and source.root is None:
+    if source.root is None and absent_files(meta):
         meta = open_dataset(source).meta  # fetches the rest from the Hub
     store = open_column(column, meta)
     codebook = None if lam is None or column.kind != VQ else lam.codebook.float().cpu()
@@ -110,11 +111,13 @@ def verify_dataset(config: Any) -> None:
     )
     print(f"ok  {column.state}" if column.derived is None else f"note  {column.state}")
     if lam is not None:
-        sample = recompute_sample(store, open_dataset(source), lam, config.num_samples, config.seed)
+        sample = recompute_sample(
+            store, open_dataset(source, config.tolerance_s), lam, config.num_samples, config.seed
+        )
         print(_compared(column, sample))
     made_of = column.provenance.dataset.repo_id
     repo_id = _named_as(Path(config.store), made_of) if config.dataset is None else source.repo_id
-    print(next_step(_train_on_column(repo_id, source.root, config.column)))
+    print(next_step(_train_on_column(repo_id, source.root, config.column), fps=meta.fps))
 
 
 def _named_as(root: Path, made_of: str) -> str:

@@ -31,6 +31,11 @@ DASHED = {
     "--batch-size": "batch_size",
     "--learning-rate": "learning_rate",
     "--config-path": "config_path",
+    "--keep-fdm": "keep_fdm",
+    "--image-size": "dims.image_size",
+    "--code-seq-len": "dims.code_seq_len",
+    "--num-heads": "dims.num_heads",
+    "--dino-num-heads": "dims.dino_num_heads",
 }
 SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
 LISTS = {"dataset.episodes"}

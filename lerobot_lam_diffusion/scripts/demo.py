@@ -17,6 +17,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import resolve_lam
 from lerobot_lam_diffusion.problems import DemoError, UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
@@ -174,4 +175,4 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.demo()

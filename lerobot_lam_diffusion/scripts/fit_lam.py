@@ -6,7 +6,6 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 (`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 from tqdm import tqdm
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fingerprint import fingerprint_of
 from lerobot_lam_diffusion.lam.fit.card import write_card
@@ -36,6 +36,7 @@ from lerobot_lam_diffusion.scripts.command_line import run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.tokens.tensor_file import map_array
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -206,8 +207,9 @@ def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: Fi
     nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
     # What it checks, it checks before the frames are decoded.
     data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     source = EpisodeFrames(dataset, camera, config.dataset.video_backend)
+    source.check(episodes.unique_consecutive().tolist())
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     return replace(data, frames=_frames(source, episodes, resolution, config.output_dir / FRAMES_FILE))
 
 
@@ -223,15 +225,14 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
     shape = (len(episodes), 3, resolution, resolution)
     if not path.exists():
         partial = path.with_suffix(".partial")
-        frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        row = 0
-        for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
-            for chunk in source.chunks(episode):
-                frames[row : row + len(chunk)] = resize(chunk, resolution).numpy()
-                row += len(chunk)
-        frames.flush()
-        shutil.move(partial, path)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+        with partial.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
+                for chunk in source.chunks(episode):
+                    file.write(resize(chunk, resolution).contiguous().numpy().data)
+        partial.rename(path)
+    return torch.from_numpy(map_array(path))
 
 
 def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData) -> dict[str, str]:
@@ -276,4 +277,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.fit()

@@ -41,10 +41,8 @@ class Flag:
 
     @property
     def type_name(self) -> str:
-        """As Python writes it."""
-        return (
-            self.kind.__name__ if isinstance(self.kind, type) and not get_args(self.kind) else str(self.kind)
-        )
+        """As an annotation has it."""
+        return _annotation(self.kind)
 
     @property
     def metavar(self) -> str:
@@ -198,6 +196,15 @@ def _told(default: Any) -> str | None:
 
 def _kinds(config_class: type) -> dict[str, Any]:
     return get_type_hints(config_class)
+
+
+def _annotation(kind: Any) -> str:
+    """`str` of a type differs between versions of Python: `pathlib._local.Path | None` is that of 3.13."""
+    arguments = [_annotation(each) for each in get_args(kind)]
+    if _is_union(kind):
+        return " | ".join(arguments)
+    name = "None" if kind is NoneType else getattr(get_origin(kind) or kind, "__name__", repr(kind))
+    return f"{name}[{', '.join(arguments)}]" if arguments else name
 
 
 def _is_union(kind: Any) -> bool:

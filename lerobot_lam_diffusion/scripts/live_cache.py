@@ -66,7 +66,7 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
             next_step(verify_against(cache.provenance, str(folder)), "Next, compare with its dataset and LAM")
         )
         return
-    dataset = open_dataset(config.dataset)
+    dataset = open_dataset(config.dataset, config.tolerance_s)
     check_binding(cache.tables, dataset.meta)
     print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
@@ -106,7 +106,7 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
             "--output_dir is missing: the folder where the store of the cache's tokens will stand"
         )
     refuse_existing(config.output_dir)
-    cache, dataset = PairCache.open(folder), open_dataset(config.dataset)
+    cache, dataset = PairCache.open(folder), open_dataset(config.dataset, config.tolerance_s)
     lam = None if config.lam is None else _open_lam(config.lam, cache, _device_of(cache))
     made = store_of_live_cache(cache, dataset, config.output_dir, lam)
     if made.encoded:

@@ -10,6 +10,7 @@ from textwrap import indent
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
+from lerobot_lam_diffusion.precompute.video_store import VIDEOS
 from lerobot_lam_diffusion.scripts.opening import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
@@ -21,8 +22,12 @@ SMALL_TRAINING = (
 """A network and a training that two CPU cores finish in minutes."""
 
 
-def next_step(command: Sequence[str], why: str = "Next") -> str:
-    """The closing lines: the command, then what the user may have to know of it."""
+def next_step(command: Sequence[str], why: str = "Next", fps: float | None = None) -> str:
+    """The closing lines: the command, then what the user may have to know of it.
+
+    Args:
+        fps: Of the dataset to train on, at which a robot has to run the policy.
+    """
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
         notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
@@ -30,15 +35,16 @@ def next_step(command: Sequence[str], why: str = "Next") -> str:
         notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
     if command[0] == "lerobot-train":
         (run,) = _values(command, "--output_dir")
-        notes.append(f"After it: {_use_of(run, command)}")
+        notes.append(f"After it: {_use_of(run, command, fps)}")
     return "\n".join(["", f"{why}:", indent(shell_text(command), "  "), *notes])
 
 
-def _use_of(run: str, command: Sequence[str]) -> str:
+def _use_of(run: str, command: Sequence[str], fps: float | None) -> str:
     """What to do with the policy that a `lerobot-train` leaves in `run`."""
     policy = f"--policy.path={run}/checkpoints/last/pretrained_model"
     if not any("pusht" in repo_id for repo_id in _values(command, "--dataset.repo_id")):
-        return f"lerobot-rollout {policy} and the flags of your robot"
+        rate = "" if fps is None else f" --fps={fps:g}"
+        return f"lerobot-rollout {policy}{rate} and the flags of your robot"
     few = ["--eval.n_episodes=1", "--eval.batch_size=1", "--policy.num_inference_steps=10"]
     flags = [policy, "--env.type=pusht", *(few if usable_device(None) == "cpu" else [])]
     return shlex.join(["lerobot-eval", *flags])
@@ -61,7 +67,12 @@ def shell_text(argv: Sequence[str], width: int = 100) -> str:
 def train_on(
     store: TokenStore, tokens: str | Path, repo_id: str, root: str | Path | None = None
 ) -> list[str]:
-    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers."""
+    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers.
+
+    Nobody trains on a store of demonstration videos, which have no actions: it guides.
+    """
+    if repo_id.startswith(VIDEOS):
+        return follow(tokens)
     return training(
         repo_id,
         root,
@@ -102,7 +113,14 @@ def without_network() -> list[str]:
 def verify_with_its_lam(store: TokenStore, tokens: str | Path, root: str | Path | None = None) -> list[str]:
     """`verify` with the dataset and the LAM that the store names; `root` is the dataset's, where known."""
     assert store.provenance is not None
+    if store.provenance.dataset.repo_id.startswith(VIDEOS):
+        return follow(tokens)
     return verify_against(store.provenance, tokens, root)
+
+
+def follow(tokens: str | Path) -> list[str]:
+    """`lerobot-eval` of a policy that follows the first demonstration of a store."""
+    return ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={tokens}#0"]
 
 
 def verify_against(told: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:

@@ -3,16 +3,25 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.io_utils import load_info
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import CompatibilityError
+from lerobot.datasets.utils import (
+    DEFAULT_TASKS_PATH,
+    EPISODES_DIR,
+    INFO_PATH,
+    CompatibilityError,
+)
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.device_utils import auto_select_torch_device
 
+from lerobot_lam_diffusion.precompute.dataset import is_local, open_readable, open_whole
 from lerobot_lam_diffusion.problems import DatasetError, UserError
+from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
 
 
 def usable_device(device: str | None) -> str:
@@ -36,40 +45,95 @@ def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
     """The dataset's metadata.
 
     Raises:
-        UserError: it is not there, older than LeRobot's v3, or `--dataset.episodes` names episodes that it
-            does not have.
+        UserError: it is not there, older than LeRobot's v3, contradicts itself, or `--dataset.episodes` names
+            episodes that it does not have.
     """
+    local = config.root is not None and is_local(config.root)
     with _refusing_old_formats(config):
         try:
+            _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
+            if local:
+                _refuse_absent_metadata(config.repo_id, Path(str(config.root)))
             meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
-        except (OSError, ValueError) as error:
+        except (CompatibilityError, NotImplementedError, DatasetError):
+            raise
+        except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            root = config.root or HF_LEROBOT_HOME / config.repo_id
-            if config.root is not None and not Path(config.root).is_dir():
+            root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
+            if config.root is not None and not root.is_dir():
                 raise DatasetError(
                     f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
                     "Hub or in LeRobot's home"
+                ) from error
+            if local and _has_metadata(root):
+                raise DatasetError(
+                    f"the files in {root / 'meta'} of dataset {config.repo_id!r} cannot be read "
+                    f"({reason}); restore them"
                 ) from error
             raise DatasetError(
                 f"dataset {config.repo_id!r} cannot be opened at {root} nor "
                 f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
             ) from error
+    check_metadata(meta)
     _refuse_unknown_episodes(config.episodes, meta)
     return meta
 
 
-def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDataset:
-    """The dataset, or those episodes of it, frames as uint8; `open_metadata` tells first what is wrong."""
-    with _refusing_old_formats(config):
-        return LeRobotDataset(
-            config.repo_id,
-            root=config.root,
-            episodes=config.episodes,
-            revision=config.revision,
-            video_backend=config.video_backend,
-            tolerance_s=tolerance_s,
-            return_uint8=True,
+def _refuse_lance(repo_id: str, root: Path) -> None:
+    if any(root.glob("*.lance")) or any((root / "data").glob("**/*.lance")):
+        raise DatasetError(
+            f"dataset {repo_id!r} at {root} is in the Lance layout (*.lance), which LeRobot 0.6 cannot read: "
+            "name the dataset in LeRobot's own layout that it was converted from"
         )
+
+
+def _has_metadata(root: Path) -> bool:
+    return (root / INFO_PATH).is_file()
+
+
+def _refuse_absent_metadata(repo_id: str, root: Path) -> None:
+    """Of a local dataset in LeRobot's v3; what is no dataset at all may be a folder for one of the Hub."""
+    if not any((root / name).is_dir() for name in ("meta", "data", "videos")):
+        return
+    absent = []
+    if not _has_metadata(root):
+        absent.append(INFO_PATH)
+    elif (info := load_info(root)).codebase_version.startswith("v3"):
+        if info.total_tasks > 0 and not (root / DEFAULT_TASKS_PATH).is_file():
+            absent.append(DEFAULT_TASKS_PATH)
+        if info.total_episodes > 0 and not any((root / EPISODES_DIR).glob("*/*.parquet")):
+            absent.append(f"{EPISODES_DIR}/*/*.parquet")
+    if absent:
+        raise DatasetError(
+            f"dataset {repo_id!r} at {root} is not whole: {' and '.join(absent)} is not there. Restore what "
+            "is missing"
+        )
+
+
+def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDataset:
+    """The dataset, or those episodes of it, frames as uint8.
+
+    Raises:
+        UserError: see `open_metadata` and `precompute.dataset.open_whole`.
+    """
+    return open_whole(open_metadata(config), **_options(config, tolerance_s))
+
+
+def open_readable_dataset(
+    config: DatasetConfig, tolerance_s: float = 1e-4
+) -> tuple[LeRobotDataset, dict[int, str]]:
+    """The same without the episodes whose files are not there; and those, with the reason."""
+    return open_readable(open_metadata(config), **_options(config, tolerance_s))
+
+
+def _options(config: DatasetConfig, tolerance_s: float) -> dict[str, Any]:
+    return {
+        "root": config.root,
+        "episodes": config.episodes,
+        "revision": config.revision,
+        "video_backend": config.video_backend,
+        "tolerance_s": tolerance_s,
+    }
 
 
 @contextmanager

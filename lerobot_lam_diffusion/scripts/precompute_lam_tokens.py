@@ -11,47 +11,77 @@ the tasks of a SLURM array share the work:
 
     torchrun --nproc_per_node=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
     lerobot-lam-precompute … --shard_index=$SLURM_ARRAY_TASK_ID --num_shards=32
+
+Or an engine starts the tasks, records what is finished and merges (SLURM, Ray, processes of this machine):
+
+    lerobot-lam-precompute … --cluster.engine=slurm --cluster.tasks=64 --cluster.partition=gpu \
+        --cluster.time=04:00:00
+Videos become a store whose episodes they are; each then guides a policy as the video itself would:
+    lerobot-lam-precompute --videos=demos --fps=10 --lam.path=microsoft/villa-x --output_dir=demos_lam
+    lerobot-eval --policy.path=… '--policy.lam_guidance=demos_lam#0' …
 """
 
+import math
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import draccus
 import torch
 from lerobot.configs.default import DatasetConfig
 
-from lerobot_lam_diffusion.lam import load_lam, resolve_lam
-from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens
+import lerobot_lam_commands
+from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
+from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
+from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
+from lerobot_lam_diffusion.precompute.engine import Summary, how_to_go_on, precompute_tokens, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
-from lerobot_lam_diffusion.precompute.processes import Process
+from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
+from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.problems import ExtractionError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
-from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
+from lerobot_lam_diffusion.scripts.opening import (
+    open_dataset,
+    open_metadata,
+    open_readable_dataset,
+    usable_device,
+)
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
+from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PrecomputeConfig:
-    """Dataset → token store.
+    """Dataset, or videos → token store.
 
     Args:
         dataset: As in lerobot-train; `--dataset.episodes=[0,1]` extracts those only.
         lam: Which LAM.
         output_dir: Where the store will stand.
+        cluster: Extraction by the tasks of an engine that a cluster runs, through datatrove.
         camera_key: The dataset's camera that the LAM looks at; may be left out if there is only one.
 
+    Videos instead of a dataset:
+        videos: A video, a part of it in seconds (`demo.mp4#t=1.5,9`), or a folder of videos in order.
+        fps: Frames per second of their tokens: that of the dataset which the policy is trained on.
+
     Tokens:
-        frame_stride: Gap of a frame pair, in frames.
-        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false).
+        frame_stride: Gap of a frame pair, in frames; if left out, that on which the LAM was trained where it
+            says so (LAPA 0.6 s, UniVLA 0.9 s), else 1.
+        use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false); if left out, true
+            where the LAM has a codebook.
         dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
 
@@ -66,17 +96,23 @@ class PrecomputeConfig:
         on_error: What to do with an episode that cannot be read: "fail", or "skip" and record it as missing.
 
     Going on and many processes:
+        extend: Token store of an earlier version of the dataset: episodes whose frames are the very same are
+            copied from it, the others encoded.
         shard_frames: Frames of a shard at least; what is lost by a crash. 1/256 of all if left out.
         shard_index: Which task of a job array this is, from 0.
         num_shards: How many tasks the job array has.
     """
 
-    dataset: DatasetConfig
+    # Not `DatasetConfig | None`: draccus would not say which of its fields is wrong.
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(repo_id=""))
     lam: LamSource
     output_dir: Path
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     camera_key: str | None = None
-    frame_stride: int = 1
-    use_vq_tokens: bool = True
+    videos: str | None = None
+    fps: float | None = None
+    frame_stride: int | None = None
+    use_vq_tokens: bool | None = None
     dtype: str = "float32"
     storage_dtype: str = "float32"
     batch_size: int | None = None
@@ -85,13 +121,14 @@ class PrecomputeConfig:
     device: str | None = None
     tolerance_s: float = 1e-4
     on_error: str = "fail"
+    extend: str | None = None
     shard_frames: int | None = None
     shard_index: int = 0
     num_shards: int = 1
 
     def __post_init__(self) -> None:
         problems = []
-        if self.frame_stride < 1:
+        if self.frame_stride is not None and self.frame_stride < 1:
             problems.append(f"--frame_stride={self.frame_stride} must be at least 1")
         for name, least in (("batch_size", 1), ("num_workers", 0), ("shard_frames", 1)):
             value = getattr(self, name)
@@ -107,22 +144,59 @@ class PrecomputeConfig:
             problems.append(
                 f"--storage_dtype={self.storage_dtype} must be one of {', '.join(CONTINUOUS_STORAGE)}"
             )
-        elif self.use_vq_tokens and self.storage_dtype != "float32":
+        elif self.use_vq_tokens is not False and self.storage_dtype != "float32":
             problems.append(
                 f"--storage_dtype={self.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
                 "tokens are kept as code indices, exactly"
             )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
-        if self.dataset.streaming:
-            problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
-        if self.dataset.episodes == []:
-            problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
-        if self.dataset.video_backend not in VIDEO_BACKENDS:
-            problems.append(
-                f"--dataset.video_backend={self.dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
-            )
+        problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
+        problems += _dataset_problems(self.dataset) if self.has_dataset else self._video_problems()
+        if self.has_dataset and self.videos is not None:
+            problems.append("--dataset.repo_id and --videos are two sources of frames; leave one out")
+        elif self.has_dataset and self.fps is not None:
+            problems.append(f"--fps={self.fps:g} is for --videos; a dataset has its own, leave it out")
         raise_problems("these flags do not work", problems)
+
+    @property
+    def has_dataset(self) -> bool:
+        """Whether a dataset is named, and not videos."""
+        return bool(self.dataset.repo_id)
+
+    def _video_problems(self) -> list[str]:
+        if self.videos is None:
+            return [
+                "--dataset-repo-id or --dataset.repo_id is missing: the dataset, or --videos=<file or folder>"
+            ]
+        problems = []
+        if self.fps is None or not 0 < self.fps < math.inf:
+            told = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
+            problems.append(f"--fps{told}: how many frames per second the policy's dataset has")
+        if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
+            problems.append(
+                "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
+            )
+        if self.extend is not None:
+            problems.append("--extend is not for --videos; leave it out")
+        if self.cluster.engine is not None:
+            problems.append("--cluster.engine is not for --videos; leave it out")
+        if self.on_error != "fail":
+            problems.append("--on_error=skip is not for --videos: take the file that cannot be read away")
+        return problems
+
+
+def _dataset_problems(dataset: DatasetConfig) -> list[str]:
+    problems = []
+    if dataset.streaming:
+        problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
+    if dataset.episodes == []:
+        problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
+    if dataset.video_backend not in VIDEO_BACKENDS:
+        problems.append(
+            f"--dataset.video_backend={dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
+        )
+    return problems
 
 
 COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
@@ -130,14 +204,34 @@ COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
 
 def precompute(config: PrecomputeConfig) -> None:
     """Check everything that can be checked quickly, then extract, then say what was made."""
+    if not config.has_dataset:
+        print(_precompute_videos(config))
+    elif config.cluster.engine is not None:
+        _by_cluster(config)
+    else:
+        print(report(_extract(config), config))
+
+
+def _extract(
+    config: PrecomputeConfig,
+    process: Process | None = None,
+    merge: bool = True,
+    show_progress: bool = True,
+) -> Summary:
     output_dir = config.output_dir.expanduser()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
-    resolve_lam(config.lam.path, config.lam.revision)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
-    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
-    process = Process.launched(device, config.shard_index, config.num_shards)
-    dataset = open_dataset(config.dataset, config.tolerance_s)
+    metadata = open_metadata(config.dataset)
+    camera_key = choose_camera(metadata, config.camera_key)
+    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, metadata.fps)
+    process = process or Process.launched(device, config.shard_index, config.num_shards)
+    unreadable: dict[int, str] = {}
+    if config.on_error == "skip":
+        dataset, unreadable = open_readable_dataset(config.dataset, config.tolerance_s)
+    else:
+        dataset = open_dataset(config.dataset, config.tolerance_s)
     lam = load_lam(
         config.lam.path,
         revision=config.lam.revision,
@@ -145,22 +239,26 @@ def precompute(config: PrecomputeConfig) -> None:
         dtype=getattr(torch, config.dtype),
     )
     try:
-        summary = precompute_tokens(
+        return precompute_tokens(
             dataset,
             lam,
             output_dir,
             camera_key=camera_key,
             lam_path=recorded_path(config.lam.path),
-            frame_stride=config.frame_stride,
-            use_vq_tokens=config.use_vq_tokens,
+            frame_stride=frame_stride,
+            use_vq_tokens=use_vq_tokens,
             storage_dtype=config.storage_dtype,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             compile=config.compile,
             shard_frames=config.shard_frames,
             skip_unreadable=config.on_error == "skip",
+            unreadable=unreadable,
             video_backend=config.dataset.video_backend,
             process=process,
+            extend=[] if config.extend is None else [TokenStore.open(config.extend)],
+            merge=merge,
+            show_progress=show_progress,
         )
     except torch.OutOfMemoryError as error:
         raise ExtractionError(
@@ -170,8 +268,124 @@ def precompute(config: PrecomputeConfig) -> None:
         told = None if isinstance(error, FileExistsError) else how_to_go_on(output_dir)
         if told:
             print(f"Stopped. {told}.", file=sys.stderr)
+        if isinstance(error, DecodeError):
+            raise DecodeError(
+                error.what,
+                f"{error.remedy}, or pass --on_error=skip to record such episodes as missing",
+            ) from error
         raise
-    print(report(summary, config))
+
+
+def _by_cluster(config: PrecomputeConfig) -> None:
+    """Check what this machine can check, then have the tasks of an engine extract."""
+    output_dir = config.output_dir.expanduser().absolute()
+    if (output_dir / PROVENANCE_FILE).is_file():
+        raise ExtractionError(
+            f"{output_dir} holds a finished token store, so nothing was submitted; lerobot-lam-tokens info "
+            "tells what it holds. Choose another --output_dir, or remove it to extract again"
+        )
+    refuse_existing(output_dir)
+    resolve_lam(config.lam.path, config.lam.revision)
+    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    needed = ("datatrove", "ray") if config.cluster.engine == "ray" else ("datatrove",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ExtractionError(
+            f"--cluster.engine={config.cluster.engine} needs {' and '.join(missing)}, not installed here: "
+            "pip install 'lerobot_policy_diffusion_lam[cluster]'"
+        )
+    from lerobot_lam_diffusion.precompute.cluster import submit
+
+    told = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
+    print(told or report(summary_of(output_dir), config))
+
+
+def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
+    """Names, paths and numbers for `extract_share`; tasks run in other folders, so paths are absolute."""
+    flags = draccus.encode(config)
+    del flags["cluster"]
+    flags["camera_key"] = camera_key
+    flags["output_dir"] = str(config.output_dir.expanduser().absolute())
+    flags["lam"]["path"] = recorded_path(config.lam.path)
+    if config.dataset.root is not None:
+        flags["dataset"]["root"] = str(Path(config.dataset.root).expanduser().absolute())
+    if config.cluster.engine == "local":
+        flags["device"] = usable_device(config.device)
+    elif config.cluster.gpus_per_task == 0:
+        flags["device"] = config.device or "cpu"
+    else:
+        flags["device"] = config.device or "cuda"  # a node whose GPU is broken fails, and mixes no tokens
+    return flags
+
+
+def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> int:
+    """What task `rank` of `tasks` does with `cpus` cores; the pairs that it encoded. Merges nothing."""
+    config = draccus.decode(PrecomputeConfig, flags)
+    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
+    return _extract(config, process, merge=False, show_progress=False).encoded
+
+
+def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
+    """Frame stride, and whether VQ tokens are wanted; the LAM decides what the user leaves out."""
+    use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
+    return config.frame_stride or _proposed_stride(lam, fps), use_vq_tokens
+
+
+def _proposed_stride(lam: TokenShape, fps: float) -> int:
+    """The stride where the user names none; told, since it decides what the tokens mean."""
+    stride = proposed_stride([lam], fps)
+    if stride is None:
+        return 1
+    print(
+        f"--frame_stride={stride} is taken: the LAM was trained on pairs {lam.stride_seconds:g} s apart, "
+        f"which is {counted(stride, 'frame')} at {fps:g} fps."
+    )
+    return stride
+
+
+def _precompute_videos(config: PrecomputeConfig) -> str:
+    """The videos' store, and what to say of it."""
+    assert config.videos is not None
+    assert config.fps is not None
+    output_dir = config.output_dir.expanduser()
+    refuse_existing(output_dir)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
+    device = usable_device(config.device)
+    videos = videos_in(config.videos)
+    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, config.fps)
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=device, dtype=getattr(torch, config.dtype)
+    )
+    if config.compile:
+        lam.compile()
+    store = precompute_videos(
+        videos,
+        lam,
+        output_dir,
+        fps=config.fps,
+        camera_key=config.camera_key or VIDEO_CAMERA,
+        lam_path=recorded_path(config.lam.path),
+        frame_stride=frame_stride,
+        use_vq_tokens=use_vq_tokens,
+        storage_dtype=config.storage_dtype,
+        batch_size=config.batch_size or PAIRS_AT_A_TIME,
+    )
+    lengths = (store.episode_to - store.episode_from).tolist()
+    lines = [
+        f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
+        f"tokens    {store.kind}, {store.token_dim} numbers a frame",
+        f"store     {store.path.resolve()}",
+        *(
+            f"#{number:<8} {length / config.fps:6.1f} s  {video.name}"
+            for number, (length, video) in enumerate(zip(lengths, videos, strict=True))
+        ),
+    ]
+    return "\n".join(
+        [
+            *lines,
+            next_step(follow(store.path.resolve()), "Follow one of them (or lerobot-rollout, on a robot)"),
+        ]
+    )
 
 
 def recorded_path(lam_path: str) -> str:
@@ -197,14 +411,16 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         f"missing   {summary.missing} tokens: the first {counted(store.frame_stride, 'frame')} of an episode "
         "have none",
         f"tokens    {store.kind}, {store.token_dim} numbers a frame, camera {store.provenance.camera_key}",
-        *_times(summary),
+        *(_times(summary) if config.cluster.engine is None else []),
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",
     ]
+    if summary.copied:
+        lines.insert(1, f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}")
     if usage:
         of = store.provenance.lam.num_codes
         lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
-    if summary.shards_total < config.num_shards:
+    if 0 < summary.shards_total < config.num_shards:
         idle = counted(config.num_shards - summary.shards_total, "task")
         lines.append(
             f"shards    {summary.shards_total} in all, so {idle} of {config.num_shards} had nothing to do; "
@@ -213,7 +429,7 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
     for episode, reason in store.skipped.items():
         lines.append(f"SKIPPED   episode {episode}: {reason}")
     training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)
-    return "\n".join([*lines, next_step(training, "Train on it")])
+    return "\n".join([*lines, next_step(training, "Train on it", store.provenance.dataset.fps)])
 
 
 def _times(summary: Summary) -> list[str]:
@@ -244,4 +460,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.precompute()

@@ -31,9 +31,12 @@ from typing import Any
 
 import torch
 from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.recompute import recompute_sample
 from lerobot_lam_diffusion.problems import FlagError, UserError
@@ -63,6 +66,7 @@ from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.scripts.report import ReportConfig, report
 from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.export import export_store
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
@@ -95,6 +99,7 @@ class VerifyConfig:
         camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
         num_samples: Tokens in that sample.
         seed: Of the sample.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
         device: Where the LAM runs; the best there is if left out.
     """
 
@@ -105,6 +110,7 @@ class VerifyConfig:
     camera_key: str | None = None
     num_samples: int = 64
     seed: int = 0
+    tolerance_s: float = 1e-4
     device: str | None = None
 
 
@@ -119,11 +125,14 @@ class MergeConfig:
         dataset: With a live cache: the dataset that it was filled from, whose pixels are compared.
         lam: With a live cache: the LAM that filled it encodes what is missing; if left out, the store has the
             complete episodes only.
+        tolerance_s: With a live cache, as in lerobot-train: how far a frame may lie from its timestamp, in
+            seconds.
     """
 
     output_dir: Path | None = None
     dataset: DatasetConfig | None = None
     lam: LamSource | None = None
+    tolerance_s: float = 1e-4
     stores: list[str] = field(default_factory=list)
 
 
@@ -228,9 +237,13 @@ def verify(config: VerifyConfig) -> None:
                 next_step(verify_with_its_lam(store, config.store), "Next, compare with its dataset and LAM")
             )
         return
-    dataset = open_dataset(config.dataset)
+    dataset = open_dataset(config.dataset, config.tolerance_s)
     if store.provenance is not None:
-        TokenStore.open(store.path, dataset.meta)
+        try:
+            check_binding(store, dataset.meta)
+        except TokenStoreError:
+            _refuse_damaged_files(dataset, store.provenance.camera_key)
+            raise
         print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
         print(_train_next(config, store))
@@ -255,10 +268,17 @@ def verify(config: VerifyConfig) -> None:
     print(_train_next(config, store))
 
 
+def _refuse_damaged_files(dataset: LeRobotDataset, camera_key: str) -> None:
+    """Name the file that cannot be read, if that is why the dataset's frames are not the store's."""
+    if camera_key in dataset.meta.camera_keys:
+        EpisodeFrames(dataset, camera_key).check(range(dataset.meta.total_episodes))
+
+
 def _train_next(config: VerifyConfig, store: TokenStore) -> str:
     assert config.store is not None
     assert config.dataset is not None
-    return next_step(train_on(store, config.store, config.dataset.repo_id, config.dataset.root))
+    training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
+    return next_step(training, fps=store.provenance.dataset.fps if store.provenance else None)
 
 
 def _read_again(config: VerifyConfig) -> TokenStore:
@@ -406,4 +426,4 @@ def _with_flags(words: list[str], config_class: type) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.tokens()

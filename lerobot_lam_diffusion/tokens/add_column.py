@@ -16,8 +16,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +33,18 @@ from lerobot.datasets.io_utils import (
     write_stats,
     write_table_one_row_group_per_episode,
 )
-from lerobot.datasets.utils import DATA_DIR, EPISODES_DIR, INFO_PATH, STATS_PATH
+from lerobot.datasets.utils import EPISODES_DIR, INFO_PATH, STATS_PATH
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import ColumnError, DatasetError, raise_problems
+from lerobot_lam_diffusion.problems import ColumnError, raise_problems
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
+from lerobot_lam_diffusion.tokens.dataset_check import absent_files, read_frames, video_files
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
+from lerobot_lam_diffusion.utils.files import partial_folder, spread_mode
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,6 @@ class NewDataset:
     root: Path
     linked: int
     copied: int
-
-
-def missing_files(meta: Any) -> list[Path]:
-    """Data and video files that the dataset names and that are not on this machine."""
-    return [path for path in (*_data_files(meta), *_video_files(meta)) if not (meta.root / path).is_file()]
 
 
 def add_column(
@@ -105,26 +100,17 @@ def add_column(
     )
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    partial = partial_folder(output)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         _write_dataset(store, meta, partial, key)
         for path in partial.rglob("*"):
             fsync(path)
         linked, copied = _bring_videos(meta, partial, copy_videos)
-        _into_place(partial, output)
+        into_place(partial, output)
+        fsync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return NewDataset(output, linked, copied)
-
-
-def _into_place(partial: Path, output: Path) -> None:
-    try:
-        partial.rename(output)
-    except OSError:
-        refuse_existing(output)  # something else was written there meanwhile: it stays
-        raise
-    fsync(output.parent)
 
 
 def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:
@@ -153,27 +139,13 @@ def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:
         problems.append(
             f"--column={key!r} is a name by which LeRobot knows cameras or states; choose another"
         )
-    missing = missing_files(meta)
-    if missing:
+    absent = list(absent_files(meta))
+    if absent:
         problems.append(
-            f"{len(missing)} files of dataset {meta.repo_id!r} are not in {meta.root}, the first is "
-            f"{missing[0]}; download or restore them"
+            f"{len(absent)} files of dataset {meta.repo_id!r} are not in {meta.root}, the first: "
+            f"{absent[0]}. Download or restore them"
         )
     return problems
-
-
-def _data_files(meta: Any) -> list[Path]:
-    """Data files, relative to the dataset's root."""
-    places = set(zip(meta.episodes["data/chunk_index"], meta.episodes["data/file_index"], strict=True))
-    return [Path(meta.data_path.format(chunk_index=chunk, file_index=file)) for chunk, file in sorted(places)]
-
-
-def _video_files(meta: Any) -> Iterator[Path]:
-    """Video files of all cameras, relative to the dataset's root."""
-    for key in meta.video_keys:
-        chunks, files = (meta.episodes[f"videos/{key}/{name}_index"] for name in ("chunk", "file"))
-        for chunk, file in sorted(set(zip(chunks, files, strict=True))):
-            yield Path(meta.video_path.format(video_key=key, chunk_index=chunk, file_index=file))
 
 
 def _write_dataset(store: TokenStore, meta: Any, root: Path, key: str) -> None:
@@ -193,6 +165,7 @@ def _write_dataset(store: TokenStore, meta: Any, root: Path, key: str) -> None:
         root / "meta",
         ignore=lambda folder, _: ignore if Path(folder) == meta.root / "meta" else [],
     )
+    spread_mode(root)  # the original may be read-only
     stats = _write_data(store, meta, root, key, info.features)
     _write_episodes(meta, root, key, stats)
     write_info(info, root)
@@ -206,12 +179,11 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
     """Write the data files with the column; the column's statistics for each episode."""
     arrow = get_hf_features_from_features(features).arrow_schema
     stats: dict[int, Stats] = {}
-    seen = torch.zeros(store.num_frames, dtype=torch.bool)
-    for source in sorted((meta.root / DATA_DIR).glob("*/*.parquet")):
-        table = pq.ParquetFile(source).read()
-        index = torch.from_numpy(table["index"].to_numpy().copy())
-        tokens = store.window(index, [0])[:, 0].numpy()  # (rows, n·a)
-        seen[index] = True
+    orphans = 0
+    for source, table, frames in read_frames(meta):
+        tokens = np.zeros((len(table), store.token_dim), np.float32)
+        tokens[: len(frames)] = store.window(torch.arange(frames.start, frames.stop), [0])[:, 0].numpy()
+        orphans += len(table) - len(frames)
         table = table.append_column(arrow.field(key), _as_column(tokens, arrow.field(key).type))
         known = table.schema.metadata or {}
         if HUGGINGFACE in known:  # what `datasets` reads the types from
@@ -219,14 +191,16 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
         target = root / source.relative_to(meta.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_table_one_row_group_per_episode(table.replace_schema_metadata(known), target)
-        episodes = table["episode_index"].to_numpy()
+        episodes = table["episode_index"].to_numpy()[: len(frames)]
         for episode in np.unique(episodes):
-            rows = {key: tokens[episodes == episode]}
+            rows = {key: tokens[: len(frames)][episodes == episode]}
             stats[int(episode)] = compute_episode_stats(rows, features)[key]
-    if not seen.all():
-        raise DatasetError(
-            f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of "
-            f"{store.num_frames}; download or restore the dataset"
+    if orphans:
+        logger.warning(
+            "The data files of %s hold %d rows beyond the last episode, which LeRobot never reads: their "
+            "tokens are zeros.",
+            meta.root,
+            orphans,
         )
     return stats
 
@@ -255,7 +229,7 @@ def _write_episodes(meta: Any, root: Path, key: str, stats: dict[int, Stats]) ->
 def _bring_videos(meta: Any, root: Path, copy: bool) -> tuple[int, int]:
     """Link or copy the video files; how many of each."""
     linked = copied = 0
-    for path in _video_files(meta):
+    for path in video_files(meta):
         # The Hub's cache consists of symbolic links, and os.link would link those.
         source, target = (meta.root / path).resolve(), root / path
         target.parent.mkdir(parents=True, exist_ok=True)

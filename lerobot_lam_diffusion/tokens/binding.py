@@ -1,12 +1,15 @@
 """Bind a store to the dataset that it was made of.
 
-Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. The digest
+Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. Where all
+of a camera's files are on this machine, `frames_digest` tells whether its frames are the store's. Where they
+are not (streaming, some of the episodes), or the store is older than that, `dataset_digest` has to do. It
 covers every episode's boundaries, the statistics of its actions, states and pictures, and how the video is
-encoded, and reads only `meta/episodes`, so that it is cheap at every start of a training.
+encoded, and reads only `meta/episodes`.
 """
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lerobot_lam_diffusion.problems import DatasetError, raise_problems
+from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 
 if TYPE_CHECKING:
+    from lerobot_lam_diffusion.tokens.provenance import DatasetOrigin
     from lerobot_lam_diffusion.tokens.store import TokenStore
+
+logger = logging.getLogger(__name__)
 
 BOUNDARIES = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
 STATISTICS = ("count", "min", "max", "mean", "std")
@@ -64,10 +71,15 @@ def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
         )
     wanted = [*BOUNDARIES]
     wanted += [f"stats/{feature}/{name}" for feature in (*FEATURES, camera_key) for name in STATISTICS]
-    present = set(pq.read_schema(files[0]).names)
-    columns = [name for name in wanted if name in present]
-    table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
-    table = table.sort_by("episode_index")
+    tables = [_numbers(file, wanted) for file in files]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive").sort_by("episode_index")
+    except (pa.ArrowException, KeyError) as error:
+        raise DatasetError(
+            f"the columns of {files[0].parent} and of the other files in {meta.root}/meta/episodes do not "
+            f"fit together ({error}); restore the dataset"
+        ) from error
+    columns = [name for name in wanted if name in table.column_names]
     digest = hashlib.sha256()
     for name in columns:
         values = _flat(table[name].combine_chunks())
@@ -80,11 +92,30 @@ def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
     return digest.hexdigest(), frames
 
 
+def _numbers(file: Path, wanted: list[str]) -> pa.Table:
+    """Those of the columns that a file has, as float64 or lists of it, whatever types its writer chose."""
+    parquet = pq.ParquetFile(file)
+    table = parquet.read(columns=[name for name in wanted if name in set(parquet.schema_arrow.names)])
+    return pa.table({name: table[name].cast(_as_float64(table[name].type)) for name in table.column_names})
+
+
+def _as_float64(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(_as_float64(kind.value_type))
+    return pa.float64()
+
+
 def _flat(column: pa.Array) -> np.ndarray:
     """A column of numbers or (nested) lists of numbers as one flat array."""
-    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    while pa.types.is_large_list(column.type):
         column = column.flatten()
     return column.to_numpy(zero_copy_only=False)
+
+
+def same_frames(meta: Any, camera_key: str, origin: "DatasetOrigin") -> bool | None:
+    """Whether a camera's frames are those of `origin`; None where the files that would tell are not here."""
+    here = frames_digest(meta, camera_key) if origin.frames and camera_key in meta.camera_keys else None
+    return None if here is None else here == origin.frames
 
 
 def check_binding(store: "TokenStore", meta: Any) -> None:
@@ -109,7 +140,7 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
     camera = store.provenance.camera_key
     if camera not in meta.camera_keys:
         problems.append(f"its camera {camera!r} is not among the dataset's cameras {list(meta.camera_keys)}")
-    elif not problems and not has_digest(meta, camera, origin.digest):
+    elif not problems and not _is_of(store, meta):
         problems.append(
             "the dataset's episodes differ from those that the tokens were made of (edited, re-recorded, "
             "video encoded again, or another dataset with as many frames)"
@@ -121,3 +152,25 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
         problems,
         TokenStoreError,
     )
+
+
+def _is_of(store: "TokenStore", meta: Any) -> bool:
+    """Whether the dataset's frames are the store's, as far as it can be told here."""
+    assert store.provenance is not None
+    camera, origin = store.provenance.camera_key, store.provenance.dataset
+    same = same_frames(meta, camera, origin)
+    if same is not None:
+        return same
+    known = has_digest(meta, camera, origin.digest)
+    if known and not origin.frames and store.name not in _told:
+        _told.add(store.name)
+        logger.warning(
+            "Token store %s is bound to its dataset by lengths and statistics only, for it was made before "
+            "the frames themselves were compared. Check it with lerobot-lam-tokens verify, or extract the "
+            "tokens again with lerobot-lam-precompute.",
+            store.name,
+        )
+    return known
+
+
+_told: set[str] = set()

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from huggingface_hub import DatasetCard
 
 from lerobot_lam_diffusion.problems import PushError
@@ -101,7 +101,7 @@ def _facts(store: TokenStore, provenance: Provenance) -> dict[str, str]:
         "LAM": _code(lam.path) + (f", revision {_code(lam.revision)}" if lam.revision else ""),
         "LAM fingerprint": _code(lam.fingerprint),
         "tokens": f"{provenance.token_kind}, {lam.num_learned_tokens} × {lam.action_latent_dim} numbers "
-        f"(codebook of {lam.num_codes})",
+        + (f"(codebook of {lam.num_codes})" if lam.num_codes else "(no codebook)"),
         "context": provenance.context,
         "encoded in": f"{provenance.dtype} on {provenance.device}",
         "stored as": f"{provenance.storage_dtype}, largest error {provenance.max_error:.2g}",

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.problems import ColumnError, DatasetError, raise_problems
+from lerobot_lam_diffusion.problems import ColumnError, raise_problems
 from lerobot_lam_diffusion.tokens.column import TokenColumn
-from lerobot_lam_diffusion.tokens.layout import not_finite
+from lerobot_lam_diffusion.tokens.dataset_check import read_frames
+from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 
@@ -29,26 +29,8 @@ def open_column(column: TokenColumn, meta: Any) -> TokenStore:
         torch.tensor(list(meta.episodes[f"dataset_{end}_index"]), dtype=torch.int64) for end in ("from", "to")
     )
     values = torch.zeros(meta.total_frames, column.token_dim)
-    seen = torch.zeros(meta.total_frames, dtype=torch.bool)
-    for path in sorted((Path(meta.root) / "data").glob("*/*.parquet")):
-        index, within, tokens = _read(path, column)
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < meta.total_frames:
-            raise DatasetError(f"{path} has frames beyond the dataset's {meta.total_frames}; restore it")
-        episode = torch.searchsorted(start, index, right=True) - 1
-        wrong = (index - start[episode] != within).nonzero()
-        if len(wrong):
-            row = int(wrong[0, 0])
-            raise DatasetError(
-                f"{path} calls frame {int(index[row])} of the dataset frame {int(within[row])} of its "
-                f"episode, meta/episodes frame {int((index - start[episode])[row])}; restore the dataset"
-            )
-        values[index] = tokens
-        seen[index] = True
-    if not seen.all():
-        raise DatasetError(
-            f"the data files of {meta.root} lack frame {int((~seen).nonzero()[0, 0])} of the dataset's "
-            f"{meta.total_frames}; download or restore it"
-        )
+    for path, table, frames in read_frames(meta, [column.key]):
+        values[frames.start : frames.stop] = _tokens(path, table, column)[: len(frames)]
     return TokenStore(
         path=Path(meta.root),
         provenance=column.provenance,
@@ -60,12 +42,12 @@ def open_column(column: TokenColumn, meta: Any) -> TokenStore:
         episode_from=start,
         episode_to=stop,
         episode_row=start,
+        episode_hash=unknown_hashes(len(start)),
     )
 
 
-def _read(path: Path, column: TokenColumn) -> tuple[Tensor, Tensor, Tensor]:
-    """Absolute frame indices, frame indices within the episodes, and tokens `(rows, n·a)` of a file."""
-    table = pq.ParquetFile(path).read(columns=["index", "frame_index", column.key])
+def _tokens(path: Path, table: pa.Table, column: TokenColumn) -> Tensor:
+    """Tokens `(rows, n·a)` of a file."""
     rows = table[column.key].combine_chunks()
     flat = rows
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
@@ -76,8 +58,7 @@ def _read(path: Path, column: TokenColumn) -> tuple[Tensor, Tensor, Tensor]:
             "lerobot-lam-tokens add-column"
         )
     tokens = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(rows), column.token_dim)
-    index, within = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("index", "frame_index"))
-    return index, within, torch.from_numpy(tokens)
+    return torch.from_numpy(tokens)
 
 
 def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None = None) -> int:
@@ -88,7 +69,7 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
         codebook: float32 `(K, a)` of the LAM that made VQ tokens, if it is at hand.
 
     Returns:
-        Missing tokens: rows with `frame_index < frame_stride`, all of them zero.
+        Missing tokens: the first `frame_stride` rows of each episode, all of them zero.
 
     Raises:
         UserError: NaN or Inf; a zero row where there should be a token, or a row with numbers where there is

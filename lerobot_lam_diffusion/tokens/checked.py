@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from lerobot.utils.constants import HF_LEROBOT_HOME
+
+from lerobot_lam_diffusion.utils.files import partial_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,30 +35,36 @@ def stamp_of(*files: Path) -> str:
 def is_checked(folder: Path, stamp: str) -> bool:
     """Whether the store `folder` was found whole when it looked like `stamp`."""
     place = _place(folder)
-    if _checked_here.get(place) == stamp:
-        return True
-    try:
-        return place.read_text(encoding="utf-8") == stamp
-    except (OSError, ValueError):  # ValueError: not UTF-8
-        return False
+    return _checked_here.get(place) == stamp or read_note(place) == stamp
 
 
 def remember(folder: Path, stamp: str) -> None:
     """Note that the store `folder`, which looks like `stamp`, is whole."""
     place = _place(folder)
     _checked_here[place] = stamp
+    write_note(place, stamp)
+
+
+def read_note(place: Path) -> str | None:
+    """What `write_note` wrote there, or None."""
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # ValueError: not UTF-8
+        return None
+
+
+def write_note(place: Path, text: str) -> None:
+    """Write a small file whole or not at all; one that cannot be written is no error."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{place.name[:16]}-", dir=place.parent)
+        partial = partial_name(place)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(stamp)
-            os.replace(partial, place)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        logger.debug("%s will be checked again by the next process: %s", folder, error)
+        logger.debug("%s cannot be kept for the next process: %s", place, error)
 
 
 def _place(folder: Path) -> Path:

@@ -9,7 +9,7 @@ What belongs to one dataset alone (its digest, all else that its token store kne
 was encoded) stands in `meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or is
 not true of the dataset any more, the column is *derived*. Its rows still are those of their frames.
 
-There is no list of missing tokens: they are the rows with `frame_index < frame_stride`, and zero.
+There is no list of missing tokens: they are the first `frame_stride` rows of each episode, and zero.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.reading import UnreadableError, read_json
-from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, video_info
+from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, same_frames, video_info
 from lerobot_lam_diffusion.tokens.provenance import (
     DOCUMENT_BYTES,
     FORMAT,
@@ -29,6 +29,7 @@ from lerobot_lam_diffusion.tokens.provenance import (
 )
 
 COLUMN_FORMAT = "lerobot_lam_diffusion.token_column"
+COLUMN_FORMAT_VERSION = 2  # of a provenance: what `info` tells of one has not changed since
 ORIGINS_FILE = Path("meta/lam_tokens.json")
 IDENTITY = (
     "lam",
@@ -80,7 +81,7 @@ def column_info(provenance: Provenance) -> dict[str, Any]:
     """What the feature's `info` says about tokens of a store with this provenance."""
     document = json.loads(provenance.to_json())
     identity = {name: document[name] for name in IDENTITY}
-    return {"format": COLUMN_FORMAT, "format_version": document["format_version"], **identity}
+    return {"format": COLUMN_FORMAT, "format_version": COLUMN_FORMAT_VERSION, **identity}
 
 
 def read_column(meta: Any, key: str) -> TokenColumn | None:
@@ -141,9 +142,12 @@ def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
     except ProvenanceError as error:
         return dataclasses.replace(column, derived=str(error))
     video = document.get("video")
-    if not has_digest(meta, origin.camera_key, origin.dataset.digest, video):
+    same = same_frames(meta, origin.camera_key, origin.dataset)
+    as_told = has_digest(meta, origin.camera_key, origin.dataset.digest, video)
+    encoded_again = video != video_info(meta, origin.camera_key)
+    if not (as_told if same is None else same or (as_told and encoded_again)):
         reason = f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r}"
-    elif video != video_info(meta, origin.camera_key):
+    elif encoded_again and not same:
         reason = f"the video of {origin.camera_key} was encoded again"
     elif column_info(origin) != column_info(column.provenance):
         reason = f"{ORIGINS_FILE} contradicts the column's info"

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import ColumnError
+from lerobot_lam_diffusion.problems import ColumnError, DatasetError
 from lerobot_lam_diffusion.streaming import StreamingError
 from lerobot_lam_diffusion.tokens.joined import JoinedStores, join_stores, open_stores
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -22,7 +22,7 @@ class LamTokenDataset(Dataset):
         path: Token store made of that dataset (or the opened store); checked here, before any item is read.
             A list of them: their tokens stand side by side.
         deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
-            frame's own token.
+            frame's own token. With offsets above 0, a frame after the episode's last one has no token: zeros.
         key: Item key of the tokens.
 
     An item's tokens are float32 `(len(deltas), token_dim)`.
@@ -43,6 +43,11 @@ class LamTokenDataset(Dataset):
                 "LamTokenDataset wraps map-style datasets; a streamed one needs no wrapper: build the policy "
                 "by LeRobot's make_policy with --policy.lam_tokens_path, which joins the tokens in forward()"
             )
+        if not hasattr(dataset, "meta"):
+            raise DatasetError(
+                f"LamTokenDataset wraps a LeRobotDataset, not a {type(dataset).__name__}, whose frames may "
+                "be of several datasets: wrap each dataset with its own store, then concatenate them"
+            )
         if key in dataset.meta.features:
             raise ColumnError(
                 f"the dataset has a column {key!r} already: train on that column, or drop it with "
@@ -61,7 +66,7 @@ class LamTokenDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         item = self.dataset[position]
         index = torch.as_tensor(item["index"]).reshape(1)
-        return {**item, self.key: self.store.window(index, self.deltas)[0]}
+        return {**item, self.key: self.store.window(index, self.deltas, ahead=max(self.deltas) > 0)[0]}
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # while unpickling, before the instance has its fields

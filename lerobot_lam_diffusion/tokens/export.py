@@ -25,7 +25,7 @@ from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
+from lerobot_lam_diffusion.tokens.tensor_file import fsync, map_array
 
 PARQUET_PROVENANCE = b"lerobot_lam_diffusion.provenance"
 
@@ -82,7 +82,7 @@ def _write_pt(store: TokenStore, path: Path) -> None:
     assert store.provenance is not None
     rows = path.with_name("tokens.npy")
     _write_npy(store, rows)
-    mapped = np.load(rows, mmap_mode="c")  # torch.save writes it page by page
+    mapped = map_array(rows)  # torch.save writes it page by page
     torch.save({"tokens": torch.from_numpy(mapped), "metadata": _metadata(store.provenance)}, path)
 
 

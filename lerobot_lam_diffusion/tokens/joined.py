@@ -32,9 +32,9 @@ class JoinedStores:
         """Numbers in one frame's token, of all stores."""
         return sum(store.token_dim for store in self.stores)
 
-    def window(self, index: Tensor, deltas: Sequence[int]) -> Tensor:
+    def window(self, index: Tensor, deltas: Sequence[int], *, ahead: bool = False) -> Tensor:
         """Tokens of the frames `index + deltas`, float32 `(B, T, token_dim)`; see `TokenStore.window`."""
-        return torch.cat([store.window(index, deltas) for store in self.stores], dim=-1)
+        return torch.cat([store.window(index, deltas, ahead=ahead) for store in self.stores], dim=-1)
 
 
 def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> list[TokenStore]:

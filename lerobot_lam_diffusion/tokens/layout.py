@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import logging
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,17 +13,21 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.problems import TokenStoreError
 from lerobot_lam_diffusion.reading import is_file, open_regular, shown
-from lerobot_lam_diffusion.safetensors_header import read_header
+from lerobot_lam_diffusion.safetensors_header import Entry, read_header, read_tensor
 from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance, ProvenanceError
 from lerobot_lam_diffusion.tokens.storage import row_tensors
 from lerobot_lam_diffusion.tokens.tensor_file import read_blocks
 
+logger = logging.getLogger(__name__)
+
 TENSORS_FILE = "lam_tokens.safetensors"
 PROVENANCE_FILE = "lam_tokens.json"
+EPISODE_HASH = "episode_hash"  # absent in stores of format version 1 and 2
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
-HEADER_BYTES = 1 << 16  # of at most five tensors
+HEADER_BYTES = 1 << 16  # of at most six tensors
+HASH_BYTES = 16
 
 
 def unfinished_folder(folder: Path) -> Path:
@@ -94,15 +100,26 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     path = folder / TENSORS_FILE
     try:
         with open_regular(path) as opened:
-            read_header(opened, HEADER_BYTES, for_map=True)  # stricter than what `safe_open` believes
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Stricter than what `safe_open` believes.
+            entries = read_header(opened, HEADER_BYTES, for_map=True)
+            tensors = _tensors(path, opened, entries)
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:
         raise _damaged(path, "; ".join(problems))
     return provenance, tensors
+
+
+def _tensors(path: Path, opened: BinaryIO, entries: dict[str, Entry]) -> dict[str, Tensor]:
+    """Mapped, or read where the file system cannot map files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        tensors = {name: read_tensor(opened, entry) for name, entry in entries.items()}
+        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
+        return tensors
 
 
 def _damaged(path: Path, what: str) -> TokenStoreError:
@@ -114,6 +131,7 @@ def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tup
     lam = provenance.lam
     table = (torch.int64, (provenance.dataset.total_episodes,))
     tensors: dict[str, tuple[torch.dtype, tuple]] = dict.fromkeys(EPISODE_TABLE, table)
+    tensors |= {EPISODE_HASH: (torch.uint8, (provenance.dataset.total_episodes, HASH_BYTES))}
     if provenance.token_kind == VQ:
         tensors |= {"codebook": (torch.float32, (lam.num_codes, lam.action_latent_dim))}
     rows = row_tensors(
@@ -122,9 +140,15 @@ def tensor_layout(provenance: Provenance, num_rows: int | None) -> dict[str, tup
     return tensors | {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in rows.items()}
 
 
+def unknown_hashes(num_episodes: int) -> Tensor:
+    """Hashes uint8 `(E, 16)` of episodes whose frames are not known."""
+    return torch.zeros(num_episodes, HASH_BYTES, dtype=torch.uint8)
+
+
 def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[str]:
     expected = tensor_layout(provenance, None)
-    problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
+    required = expected.keys() - {EPISODE_HASH}
+    problems = [f"tensor {name} is missing" for name in expected if name in required - tensors.keys()]
     unexpected = sorted(tensors.keys() - expected.keys())
     problems += [f"unexpected tensor {shown(name)}" for name in unexpected[:10]]
     for name in sorted(expected.keys() & tensors.keys()):

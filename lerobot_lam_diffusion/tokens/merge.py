@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.problems import UserError, raise_problems
+from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.layout import TokenStoreError
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.storage import StoredRows
@@ -47,7 +48,14 @@ def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:
     covered = source >= 0
     provenance = _merged(stores, covered)
     return write_rows(
-        folder, provenance, _rows(stores, source), codebook, first.episode_from, first.episode_to, covered
+        folder,
+        provenance,
+        _rows(stores, source),
+        codebook,
+        first.episode_from,
+        first.episode_to,
+        covered,
+        _hashes(stores),
     )
 
 
@@ -90,6 +98,9 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
             for name, value in _identity(other).items()
             if value != expected[name]
         ]
+        frames = {_provenance(store).dataset.frames for store in (first, other)} - {""}
+        if len(frames) > 1:
+            problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):
             problems.append(f"{other.path} has another codebook than {first.path}")
         if _bytes_differ(first.episode_from, other.episode_from):
@@ -114,6 +125,15 @@ def _refuse_contradictions(stores: Sequence[TokenStore], source: Tensor) -> None
                         f"of episode {episode}. Find out which is right with lerobot-lam-tokens verify "
                         "--dataset.repo_id=… --lam.path=…, and extract the other one again"
                     )
+
+
+def _hashes(stores: Sequence[TokenStore]) -> Tensor:
+    """Of each episode's frames, as far as any of the stores knows them."""
+    hashes = stores[0].episode_hash.clone()
+    for store in stores[1:]:
+        unknown = ~are_known(hashes)
+        hashes[unknown] = store.episode_hash[unknown]
+    return hashes
 
 
 def _bytes_differ(one: Tensor | None, other: Tensor | None) -> bool:

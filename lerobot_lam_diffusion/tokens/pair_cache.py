@@ -14,10 +14,8 @@ and counts as not there; so the file needs no lock, and may be left at any momen
 """
 
 import contextlib
-import errno
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,8 +30,9 @@ from torch import Tensor
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TokenStoreError, not_finite
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import write_store
+from lerobot_lam_diffusion.tokens.tensor_file import NOT_SUPPORTED, fsync
+from lerobot_lam_diffusion.tokens.writer import into_place, write_store
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 TABLES = "tables"
 PAIRS_FILE = "pairs.bin"
@@ -107,9 +106,8 @@ class PairCache:
                 os.utime(folder / PAIRS_FILE)
             return cls.open(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        partial = partial_folder(folder)
         try:
-            partial.chmod(0o755)  # mkdtemp makes private folders
             nothing = torch.zeros(len(episode_from), dtype=torch.bool)
             provenance = replace(provenance, storage_dtype="")
             tables = write_store(
@@ -119,7 +117,7 @@ class PairCache:
             os.truncate(partial / PAIRS_FILE, tables.num_frames * _record_of(tables).itemsize)
             fsync(partial / PAIRS_FILE)
             try:
-                partial.rename(folder)
+                into_place(partial, folder)
             except OSError:
                 if not is_pair_cache(folder):  # else another process was faster
                     raise
@@ -313,7 +311,7 @@ def _lock(file: FileIO, *, exclusive: bool) -> bool:
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+        return error.errno in NOT_SUPPORTED
     return True
 
 

@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.reading import UnreadableError, read_json, shown
 
 FORMAT = "lerobot_lam_diffusion.token_store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PACKAGE = "lerobot_policy_diffusion_lam"
 
 VQ = "vq"
@@ -35,7 +35,11 @@ class ProvenanceError(UserError):
 
 @dataclass(frozen=True)
 class DatasetOrigin:
-    """The dataset whose frames the LAM looked at. `digest`: see `binding.dataset_digest`."""
+    """The dataset whose frames the LAM looked at.
+
+    `digest`: of its statistics, see `binding.dataset_digest`. `frames`: of the frames themselves, see
+    `frames_digest.frames_digest`; empty before format version 3, and where the files were not all there.
+    """
 
     repo_id: str
     revision: str | None
@@ -43,13 +47,15 @@ class DatasetOrigin:
     total_episodes: int
     fps: float
     digest: str
+    frames: str = ""
 
 
 @dataclass(frozen=True)
 class LamOrigin:
     """The LAM that made the tokens, and their shape.
 
-    `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows.
+    `token_scale` is the RMS of the codebook's entries, `num_codes` its K rows; of a LAM without a codebook,
+    `num_codes` is 0 and the LAM itself tells its scale.
     """
 
     path: str
@@ -136,8 +142,7 @@ class Provenance:
                 "again with lerobot-lam-precompute"
             )
         _refuse_newer(document, name)
-        if document["format_version"] == 1:
-            document = _upgraded(document)
+        document = _upgraded(document)
         problems: list[str] = []
         provenance = _decode(cls, document, "", problems)
         problems += _value_problems(provenance) if not problems else []
@@ -165,7 +170,12 @@ def _refuse_newer(document: dict, name: str) -> None:
 
 
 def _upgraded(document: dict) -> dict:
-    """A document of version 1 with what version 2 tells besides."""
+    """A document with what later versions tell besides."""
+    dataset = document.get("dataset")
+    if document["format_version"] < 3 and isinstance(dataset, dict):
+        document = {**document, "dataset": {**dataset, "frames": ""}}
+    if document["format_version"] > 1:
+        return document
     lam = document.get("lam")
     num_codes = lam.get("num_codes") if isinstance(lam, dict) else None
     wide = isinstance(num_codes, int) and num_codes > 256
@@ -226,7 +236,6 @@ def _value_problems(provenance: Provenance) -> list[str]:
         "frame_stride": provenance.frame_stride,
         "lam.num_learned_tokens": provenance.lam.num_learned_tokens,
         "lam.action_latent_dim": provenance.lam.action_latent_dim,
-        "lam.num_codes": provenance.lam.num_codes,
         "dataset.total_frames": provenance.dataset.total_frames,
         "dataset.total_episodes": provenance.dataset.total_episodes,
     }
@@ -235,6 +244,10 @@ def _value_problems(provenance: Provenance) -> list[str]:
         for name, value in counts.items()
         if not 0 < value < 2**63
     ]
+    least = 1 if provenance.token_kind == VQ else 0
+    if not least <= provenance.lam.num_codes < 2**63:
+        expected = "a positive integer" if least else "0 (no codebook) or a positive integer"
+        problems.append(f"lam.num_codes is {shown(provenance.lam.num_codes)}, expected {expected}")
     scale = provenance.lam.token_scale
     if scale <= 0:
         problems.append(f"lam.token_scale is {scale}, expected a positive number")

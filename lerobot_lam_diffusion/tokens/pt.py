@@ -1,19 +1,20 @@
 """Read a user's own `lam_tokens.pt`: a dict with `tokens (N, n·a)` and, perhaps, metadata.
 
-Nothing in such a file tells which LAM, dataset or camera it was made with, so it is used with a warning.
+Nothing in such a file says which LAM, dataset or camera it was made with, so it is used with a warning.
 """
 
 import logging
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lerobot_lam_diffusion.reading import UnreadableError, shown
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite
+from lerobot_lam_diffusion.reading import shown
+from lerobot_lam_diffusion.tokens.layout import TokenStoreError, not_finite, unknown_hashes
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
-from lerobot_lam_diffusion.tokens.pt_file import open_pt_file
-from lerobot_lam_diffusion.tokens.pt_pickle import Other, TensorInFile
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 WIDEST_TOKEN = 1 << 16
@@ -24,29 +25,20 @@ logger = logging.getLogger(__name__)
 def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
     """Open a `.pt` file as an (unverified) store of `dataset_meta`'s frames.
 
-    The file is read as data (see `pt_file`): what would execute code is refused, and so is the format of
-    torch before 1.6. Memory is bounded by the file's size. Rows that have no token by the rule "frame
-    i - stride lies in another episode" are zeroed.
+    The file is memory-mapped and read by `torch.load(weights_only=True)`, which executes no code; the format
+    of torch before 1.6 is refused. Rows that have no token by the rule "frame i - stride lies in another
+    episode" are zeroed.
 
     Raises:
         TokenStoreError: missing, damaged, not a dict of tensors, code inside, wrong shape, NaN or Inf, or
             another number of rows than the dataset has frames.
     """
-    try:
-        with open_pt_file(path) as file:
-            document = file.document
-            place = _tokens(document, path)
-            _check_rows(place, path, dataset_meta)
-            tokens = file.tensor(place).float().contiguous()
-    except UnreadableError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise TokenStoreError(
-                f"no token file at {path}; make a store with lerobot-lam-precompute"
-            ) from None
-        raise TokenStoreError(
-            f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
-            f"({error}). Save it again with torch.save, or make a store with lerobot-lam-precompute"
-        ) from error
+    if not os.path.exists(path):  # False, not an error, where the name itself is impossible
+        raise TokenStoreError(f"no token file at {path}; make a store with lerobot-lam-precompute")
+    document = _load(path)
+    tokens = _tokens(document, path)
+    _check_rows(tokens, path, dataset_meta)
+    tokens = tokens.detach().float().clone(memory_format=torch.contiguous_format)  # off the mapped file
     problem = not_finite(tokens, "token")  # after the conversion: float64's large numbers become Inf
     if problem:
         raise TokenStoreError(f"{path}: {problem}; extract the tokens again with lerobot-lam-precompute")
@@ -75,32 +67,67 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
         episode_from=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
         episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
         episode_row=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
+        episode_hash=unknown_hashes(len(dataset_meta.episodes["dataset_from_index"])),
     )
     _warn(store)
     return store
 
 
-def _tokens(document: Any, path: Path) -> TensorInFile:
+def _load(path: Path) -> Any:
+    try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged files make torch raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TokenStoreError(
+            f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
+            f"({shown(reason)}). Save it again with torch.save, or make a store with lerobot-lam-precompute"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """What `torch.load` does not: it would map compressed entries as they lie, and compares no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its entries are compressed, torch.save compresses nothing")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} differs")
+
+
+def _tokens(document: Any, path: Path) -> Tensor:
+    """The tokens, checked before memory is taken for them."""
     tokens = document.get("tokens") if isinstance(document, dict) else None
-    if isinstance(tokens, TensorInFile):
-        if len(tokens.shape) == 2 and 0 < tokens.shape[1] <= WIDEST_TOKEN and tokens.dtype.is_floating_point:
+    if isinstance(tokens, Tensor):
+        if _is_dense_matrix(tokens):
             return tokens
-        found = f"tokens {shown(tokens.shape)} of {tokens.dtype}"
-    elif isinstance(tokens, Other):
-        found = f"{tokens.name} as tokens"
+        layout = "" if tokens.layout == torch.strided else f", {tokens.layout}"
+        found = f"tokens {shown(tuple(tokens.shape))} of {tokens.dtype} on {tokens.device}{layout}"
     elif isinstance(document, dict):
         found = f"a dict with {shown(list(document))}"
-    elif isinstance(document, TensorInFile):
-        found = "Tensor"
     else:
-        found = document.name if isinstance(document, Other) else type(document).__name__
+        found = type(document).__name__
     raise TokenStoreError(
-        f"{path} is not a token file: found {found}, expected a dict with a float tensor 'tokens' (N, n*a). "
-        "Make a store with lerobot-lam-precompute"
+        f"{path} is not a token file: found {found}, expected a dict with a float tensor 'tokens' (N, n*a) "
+        "that holds every one of its values. Make a store with lerobot-lam-precompute"
     )
 
 
-def _check_rows(tokens: TensorInFile, path: Path, dataset_meta: Any) -> None:
+def _is_dense_matrix(tokens: Tensor) -> bool:
+    """Whether these are float tokens `(N, n·a)` whose values all lie in the file: a view repeats none."""
+    return (
+        tokens.layout == torch.strided
+        and tokens.device.type == "cpu"
+        and tokens.dtype.is_floating_point
+        and tokens.ndim == 2
+        and 0 < tokens.shape[1] <= WIDEST_TOKEN
+        and tokens.numel() * tokens.element_size() <= tokens.untyped_storage().nbytes()
+    )
+
+
+def _check_rows(tokens: Tensor, path: Path, dataset_meta: Any) -> None:
     if dataset_meta is None:
         raise TokenStoreError(
             f"{path} does not say where episodes begin; open it together with its dataset, or make a store "

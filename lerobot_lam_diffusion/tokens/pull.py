@@ -1,14 +1,14 @@
 """A token store on the Hub → a folder of one's own."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, check_content, stamp_of
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import fsync
-from lerobot_lam_diffusion.tokens.writer import refuse_existing
+from lerobot_lam_diffusion.tokens.writer import into_place, refuse_existing
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 
 def pull_store(hub_id: str, folder: Path) -> TokenStore:
@@ -30,16 +30,15 @@ def pull_store(hub_id: str, folder: Path) -> TokenStore:
     store = TokenStore.open(hub_id if hub_id.startswith("hf:") else f"hf://datasets/{hub_id}")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    partial = partial_folder(folder)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         for name in (TENSORS_FILE, PROVENANCE_FILE):
             shutil.copyfile(store.path / name, partial / name)
             fsync(partial / name)
         check_content(partial)
         stamp = stamp_of(partial)
         refuse_existing(folder)  # fetching may have taken long
-        partial.rename(folder)
+        into_place(partial, folder)
         fsync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

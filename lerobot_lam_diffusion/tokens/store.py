@@ -4,7 +4,8 @@ A store is a folder with two files, never a pickle:
 
     lam_tokens.safetensors   VQ: `indices` uint8/uint16 (N, n), `codebook` float32 (K, a)
                              continuous: `tokens` (N, n·a), as float32 or smaller (see `storage.py`)
-                             both: `episode_from`, `episode_to`, `episode_row` int64 (E,)
+                             both: `episode_from`, `episode_to`, `episode_row` int64 (E,),
+                             `episode_hash` uint8 (E, 16), since format version 3
     lam_tokens.json          provenance (see `provenance.py`)
 
 The E rows of the three tables are the dataset's episodes in order: episode e holds the absolute frames
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.layout import (
+    EPISODE_HASH,
     TENSORS_FILE,
     TokenStoreError,
     check_content,
     find_folder,
     map_store,
+    unknown_hashes,
 )
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
@@ -58,6 +61,7 @@ class TokenStore:
         token_dim: n * a, numbers in one token.
         values: Rows as stored. VQ: `(N, n)` code indices. Continuous: `(N, n·a)`; `decode` gives the tokens.
         codebook: VQ: `(K, a)` float32, else None.
+        episode_hash: uint8 `(E, 16)`, of each episode's frames (see `episode_hashes.py`); zeros: not known.
         row_scale: int8 storage: `(N,)` float32, else None.
         readahead: Of a mapped file: told which rows a batch is going to need.
         hub_id: `user/name@commit` of a store that came from the Hub, else None.
@@ -73,6 +77,7 @@ class TokenStore:
     episode_from: Tensor
     episode_to: Tensor
     episode_row: Tensor
+    episode_hash: Tensor
     row_scale: Tensor | None = None
     readahead: Readahead | None = None
     hub_id: str | None = None
@@ -134,6 +139,7 @@ class TokenStore:
             episode_from=tensors["episode_from"],
             episode_to=tensors["episode_to"],
             episode_row=tensors["episode_row"],
+            episode_hash=tensors.get(EPISODE_HASH, unknown_hashes(len(tensors["episode_row"]))),
             row_scale=tensors.get("row_scale"),
             readahead=Readahead(folder / TENSORS_FILE, ("indices", "tokens", "row_scale")),
             hub_id=hub_id,
@@ -184,7 +190,7 @@ class TokenStore:
             told += f"; extraction skipped {', '.join(skipped[:3])}{more}"
         return told
 
-    def window(self, index: Tensor, deltas: Sequence[int]) -> Tensor:
+    def window(self, index: Tensor, deltas: Sequence[int], *, ahead: bool = False) -> Tensor:
         """Tokens of the frames `index + deltas`: the one join.
 
         Frames outside the episode are clamped to its first or last one, exactly as LeRobot clamps
@@ -193,6 +199,7 @@ class TokenStore:
         Args:
             index: Absolute frame indices, int64 `(B,)`, as in a batch's `index`.
             deltas: Frame offsets, e.g. `[-1, 0]`.
+            ahead: A frame after the episode's last one has no token: zeros, instead of the last one's.
 
         Returns:
             float32 `(B, T, token_dim)` on the device of `index`.
@@ -208,12 +215,16 @@ class TokenStore:
         first = self.episode_from[episode].unsqueeze(1)
         last = self.episode_to[episode].unsqueeze(1) - 1
         offsets = torch.tensor([operator.index(delta) for delta in deltas], dtype=torch.int64)
-        frame = (index.unsqueeze(1) + offsets).clamp(first, last)  # (B, T)
+        wanted = index.unsqueeze(1) + offsets  # (B, T)
+        frame = wanted.clamp(first, last)
         rows = self.episode_row[episode].unsqueeze(1) + frame - first
         if self.readahead is not None and rows.numel() <= READAHEAD_ROWS:
             self.readahead.expect(rows)
         tokens = self.decode(rows)
-        tokens = tokens.masked_fill((frame - first < self.frame_stride).unsqueeze(-1), 0.0)
+        missing = frame - first < self.frame_stride
+        if ahead:
+            missing |= wanted > last
+        tokens = tokens.masked_fill(missing.unsqueeze(-1), 0.0)
         return tokens.to(device)
 
     def code_perplexity(self) -> list[float]:

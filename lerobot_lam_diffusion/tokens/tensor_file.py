@@ -4,7 +4,10 @@ safetensors' own `save_file` holds all of a file in memory; a store of 100 milli
 beside a training. The bytes are those that `save_file` would write.
 """
 
+import contextlib
+import errno
 import json
+import logging
 import math
 import mmap
 import os
@@ -14,8 +17,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 NAMES = {
     torch.uint8: "U8",
@@ -29,6 +35,8 @@ NAMES = {
 ORDER = list(NAMES)
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 ALIGNMENT = 8
+NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What file systems answer to a call that they do not have."""
 BLOCK_BYTES = 1 << 22
 
 Shape = tuple[int, ...]
@@ -154,10 +162,12 @@ class Readahead:
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._file: mmap.mmap | None = None
         with path.open("rb") as file:
             header = file.read(8)
             header += file.read(struct.unpack("<Q", header)[0])
-            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with contextlib.suppress(OSError):  # a file system that maps nothing: rows are merely read
+                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         entries = [entry for name, entry in _entries(header).items() if name in set(names)]
         self._regions = [
             (
@@ -169,7 +179,7 @@ class Readahead:
 
     def expect(self, rows: Tensor) -> None:
         """Rows int64, of any shape, that exist in each of the tensors."""
-        if not hasattr(self._file, "madvise"):  # Windows
+        if self._file is None or not hasattr(self._file, "madvise"):  # Windows has no madvise
             return
         for start, row_bytes in self._regions:
             first = (rows.flatten() * row_bytes + start) // mmap.PAGESIZE
@@ -178,10 +188,44 @@ class Readahead:
                 self._file.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, (end + 1 - page) * mmap.PAGESIZE)
 
 
+def map_array(path: Path) -> np.ndarray:
+    """The array in a `.npy` file, mapped (changes stay in memory), or read where files cannot be mapped."""
+    try:
+        return np.load(path, mmap_mode="c")
+    except OSError as error:
+        array = np.load(path)
+        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
+        return array
+
+
 def fsync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's entries, before anything relies on them."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the disk hold a file's bytes, or a folder's entries, before anything relies on them.
+
+    Folders are synced where the file system can (CIFS and some FUSE file systems cannot).
+
+    Raises:
+        OSError: the disk did not take a file's bytes.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            sync_file(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir():
+            raise
+        logger.debug("folder %s cannot be synced: %s", path, error)
+
+
+def sync_file(handle: int) -> None:
+    """`os.fsync`, where the file system has it.
+
+    Raises:
+        OSError: the disk did not take the bytes.
+    """
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise

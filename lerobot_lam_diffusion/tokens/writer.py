@@ -1,10 +1,8 @@
 """Write a token store so that it appears whole or not at all."""
 
 import glob
-import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,14 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.checked import remember
 from lerobot_lam_diffusion.tokens.layout import (
+    EPISODE_HASH,
     PROVENANCE_FILE,
     TENSORS_FILE,
     TokenStoreError,
     sha256_of,
     stamp_of,
     tensor_layout,
+    unknown_hashes,
 )
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import (
@@ -30,6 +30,7 @@ from lerobot_lam_diffusion.tokens.storage import (
 )
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.tensor_file import TensorFileWriter, fsync
+from lerobot_lam_diffusion.utils.files import partial_folder
 
 
 def refuse_existing(folder: Path) -> None:
@@ -60,6 +61,7 @@ def write_store(
     episode_from: Tensor,
     episode_to: Tensor,
     covered: Tensor,
+    episode_hash: Tensor | None = None,
 ) -> TokenStore:
     """Write tokens, block by block, as a store: two files beside `folder`, renamed into place.
 
@@ -73,6 +75,7 @@ def write_store(
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
         covered: bool `(E,)`, which of them `blocks` hold.
+        episode_hash: uint8 `(E, 16)`, see `episode_hashes.py`; None: not known.
 
     Returns:
         The store, opened.
@@ -92,7 +95,7 @@ def write_store(
     else:
         rows = (encode_tokens(part, storage) for part in parts)
     provenance = replace(provenance, storage_dtype=storage, max_error=0.0)
-    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered)
+    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered, episode_hash)
 
 
 def write_rows(
@@ -103,6 +106,7 @@ def write_rows(
     episode_from: Tensor,
     episode_to: Tensor,
     covered: Tensor,
+    episode_hash: Tensor | None = None,
 ) -> TokenStore:
     """`write_store` of rows that are encoded already; `provenance.max_error` is what they cost so far."""
     refuse_existing(folder)
@@ -112,6 +116,7 @@ def write_rows(
         "episode_from": episode_from,
         "episode_to": episode_to,
         "episode_row": torch.where(covered, torch.cumsum(lengths, 0) - lengths, -1),
+        EPISODE_HASH: unknown_hashes(len(covered)) if episode_hash is None else episode_hash,
     }
     if provenance.token_kind == VQ:
         known["codebook"] = codebook.float().cpu()
@@ -119,9 +124,8 @@ def write_rows(
             raise TokenStoreError("the LAM's codebook holds NaN or Inf; its weights are damaged")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    partial = partial_folder(folder)
     try:
-        partial.chmod(0o755)  # mkdtemp makes private folders
         shapes = tensor_layout(provenance, int(lengths.sum()))
         max_error = _write_tensors(partial / TENSORS_FILE, shapes, known, rows)
         provenance = replace(
@@ -131,10 +135,9 @@ def write_rows(
         )
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
         for name in (TENSORS_FILE, PROVENANCE_FILE):
-            (partial / name).chmod(0o644)
             fsync(partial / name)
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-        _into_place(partial, folder)
+        into_place(partial, folder)
         fsync(folder.parent)
     except OSError as error:
         if error.errno and error.filename is None:  # a write does not say of which file
@@ -164,12 +167,21 @@ def _write_tensors(
     return max_error
 
 
-def _into_place(partial: Path, folder: Path) -> None:
+def into_place(partial: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, where nothing or an empty folder is.
+
+    Raises:
+        FileExistsError: something was written there meanwhile, and stays.
+        OSError: it cannot be renamed.
+    """
     try:
         partial.rename(folder)
     except OSError:
-        refuse_existing(folder)  # another process was faster: its store stays
-        raise
+        refuse_existing(folder)
+        if not folder.exists():
+            raise
+        folder.rmdir()  # some file systems rename nothing onto an empty folder
+        partial.rename(folder)
 
 
 def remove_partial(folder: Path) -> None:
@@ -177,8 +189,3 @@ def remove_partial(folder: Path) -> None:
     folder = folder.resolve()
     for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def codebook_scale(codebook: Tensor) -> float:
-    """RMS of the codebook's entries (1 for a codebook of zeros): what the policy divides tokens by."""
-    return math.sqrt(float(codebook.double().square().mean())) or 1.0

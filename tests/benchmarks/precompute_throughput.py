@@ -2,8 +2,8 @@
 
     python tests/benchmarks/precompute_throughput.py --height=480 --width=640 --lam_path=pusht-compact
     python tests/benchmarks/precompute_throughput.py --height=96 --width=96 --lam_path=pusht-compact
-    python tests/benchmarks/precompute_throughput.py --villa_x --max_pairs=16 --batch_size=4 --rounds=1
-    python tests/benchmarks/precompute_throughput.py --device=cuda --villa_x --dtype=bfloat16
+    python tests/benchmarks/precompute_throughput.py --family=villa_x --max_pairs=16 --batch_size=4 --rounds=1
+    python tests/benchmarks/precompute_throughput.py --device=cuda --family=lapa --dtype=bfloat16
 
 "naive" is the loop that one writes first: `dataset[i - 1]`, `dataset[i]` of a dataset opened as LeRobot opens
 it, the LAM called on a stacked batch. "ours" is `precompute_tokens`. "decode alone" reads every frame once,
@@ -30,18 +30,19 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.demo.console import output_to
-from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
+from lerobot_lam_diffusion.lam import LatentActionModel, load_lam, write_lam
+from lerobot_lam_diffusion.lam.lapa import LapaLam
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.univla import UniVlaLam
+from lerobot_lam_diffusion.lam.villa_x import VillaXLam
 from lerobot_lam_diffusion.precompute.encode import find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.precompute.parallel import work_ahead
 
 CAMERA = "observation.images.top"
-GFLOP_PER_PAIR = 122.3  # of the default villa-X configuration
+GFLOP_PER_PAIR = {"villa_x": 122.3, "lapa": 52.9, "univla": 214.5}  # of the published sizes
+FAMILIES: dict[str, type[LatentActionModel]] = {"villa_x": VillaXLam, "lapa": LapaLam, "univla": UniVlaLam}
 
 
 def arguments() -> argparse.Namespace:
@@ -58,7 +59,10 @@ def arguments() -> argparse.Namespace:
         "--clip", type=Path, help="an animated picture file whose frames are recorded instead"
     )
     parser.add_argument("--lam_path", default="pusht-compact")
-    parser.add_argument("--villa_x", action="store_true", help="the default villa-X size, random weights")
+    parser.add_argument(
+        "--family", choices=FAMILIES, help="a LAM of the published size of that family, random weights"
+    )
+    parser.add_argument("--villa_x", dest="family", action="store_const", const="villa_x")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the LAM")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch_size", type=int, help="of ours; found out if left out")
@@ -111,6 +115,18 @@ def _clip(args: argparse.Namespace) -> list[np.ndarray]:
     return [np.asarray(frame.convert("RGB").resize((args.width, args.height))) for frame in frames]
 
 
+def write_random(folder: Path, family: type[LatentActionModel]) -> None:
+    """A model of the family's default dimensions."""
+    config = family.config_class()
+    modules = family.build_modules(config)
+    for parameter in (each for module in modules.values() for each in module.parameters()):
+        torch.nn.init.normal_(parameter, std=0.02)
+    state = {
+        f"{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()
+    }
+    write_lam(folder, family, config, state)
+
+
 def naive(dataset: LeRobotDataset, lam, num_pairs: int, batch_size: int) -> float:
     """Pairs a second of random access and plain batches."""
     dataset = LeRobotDataset(
@@ -123,7 +139,7 @@ def naive(dataset: LeRobotDataset, lam, num_pairs: int, batch_size: int) -> floa
         some = frames[first : first + batch_size]
         prev = torch.stack([dataset[i - 1][CAMERA] for i in some]).to(lam.device)
         cur = torch.stack([dataset[i][CAMERA] for i in some]).to(lam.device)
-        lam.encode_pairs(as_uint8(prev), as_uint8(cur)).indices.cpu()
+        lam.encode_pairs(as_uint8(prev), as_uint8(cur)).continuous.cpu()
     return len(frames) / (time.perf_counter() - started)
 
 
@@ -152,7 +168,7 @@ def lam_alone(lam, batch_size: int, at_least_s: float = 2.0) -> float:
     threads = len(os.sched_getaffinity(0)) if lam.device.type == "cpu" else 1
     started = time.perf_counter()
     tasks = itertools.takewhile(lambda _: time.perf_counter() - started < at_least_s, itertools.count())
-    encode = lambda _: [lam.encode_pairs(prev, cur).indices.cpu()]  # noqa: E731
+    encode = lambda _: [lam.encode_pairs(prev, cur).continuous.cpu()]  # noqa: E731
     batches = sum(1 for _ in work_ahead(tasks, lambda: encode, threads, threads))
     return batches * batch_size / (time.perf_counter() - started)
 
@@ -177,11 +193,10 @@ def main() -> None:
         work_dir = Path(folder)
         with output_to(work_dir / "record.log"):
             dataset = record(work_dir / "data", args)
-        if args.villa_x:
-            config = LamConfig()
-            save_lam(work_dir / "lam", config, Encoder(config), Quantizer(config), Decoder(config))
+        if args.family:
+            write_random(work_dir / "lam", FAMILIES[args.family])
         lam = load_lam(
-            work_dir / "lam" if args.villa_x else args.lam_path,
+            work_dir / "lam" if args.family else args.lam_path,
             device=args.device,
             dtype=getattr(torch, args.dtype),
         )
@@ -212,7 +227,7 @@ def main() -> None:
 
 def tell(args, rates, spent, batch_size: int, workers: int, cores: int) -> None:
     median = {name: statistics.median(values) for name, values in rates.items()}
-    what = "villa-X size" if args.villa_x else args.lam_path
+    what = f"{args.family} at its published size" if args.family else args.lam_path
     print(
         f"\n{args.height} x {args.width}, {args.backend}, {what} in {args.dtype} on {args.device}, "
         f"batch {batch_size}, {workers} decoding threads, {cores} cores, {args.rounds} rounds"
@@ -228,8 +243,8 @@ def tell(args, rates, spent, batch_size: int, workers: int, cores: int) -> None:
     print(
         f"a million frames: {1e6 / median['ours'] / 3600:.2f} h; naive {1e6 / median['naive'] / 3600:.1f} h"
     )
-    if args.villa_x:
-        used = median["LAM alone"] * GFLOP_PER_PAIR / 1e3
+    if args.family:
+        used = median["LAM alone"] * GFLOP_PER_PAIR[args.family] / 1e3
         best = matrix_rate(args.device, getattr(torch, args.dtype))
         print(f"encoder: {used:.2f} TFLOP/s of {best:.2f} of a matrix product here ({used / best:.0%})")
 

@@ -33,10 +33,10 @@ from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamConfig
 from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
+from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 
 VARIANTS = ("stock", "precomputed", "on the fly, compact", "on the fly, villa-X size")

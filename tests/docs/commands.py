@@ -21,7 +21,7 @@ from lerobot.scripts.lerobot_rollout import RolloutConfig
 from torch.distributed.run import get_args_parser
 
 from lerobot_lam_diffusion import DiffusionLamConfig
-from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.scripts.command_line import DASHED, SWITCHES, normalise
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +182,7 @@ def _nothing_to_check(words: list[str]) -> object:
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "lerobot-lam-precompute": _ours(precompute_lam_tokens.PrecomputeConfig),
     "lerobot-lam-fit": _ours(fit_lam.FitLamConfig),
+    "lerobot-lam-convert": _ours(convert_lam.ConvertConfig, convert_lam.with_flags),
     "lerobot-lam-demo": _ours(demo.DemoConfig, demo.normalise),
     "lerobot-lam-tokens": _tokens,
     "lerobot-train": _train,
@@ -201,6 +202,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 MODULES = {
     "precompute_lam_tokens": "lerobot-lam-precompute",
     "fit_lam": "lerobot-lam-fit",
+    "convert_lam": "lerobot-lam-convert",
     "tokens": "lerobot-lam-tokens",
     "demo": "lerobot-lam-demo",
 }
@@ -214,6 +216,7 @@ def known_flags() -> set[str]:
         EditDatasetConfig,
         precompute_lam_tokens.PrecomputeConfig,
         fit_lam.FitLamConfig,
+        convert_lam.ConvertConfig,
         demo.DemoConfig,
         *(config_class for config_class, _ in tokens.COMMANDS.values()),
     ]
@@ -236,8 +239,10 @@ def mentioned_flags(page: Path) -> set[str]:
 
 
 def stand_in_checkpoint(folder: Path) -> Path:
-    """The folder of a checkpoint that has a config and nothing else."""
+    """The folder of a checkpoint that has a config and nothing else; a video may guide it."""
     folder.mkdir()
-    config = DiffusionLamConfig(use_precomputed_lam_tokens=True, push_to_hub=False)
+    config = DiffusionLamConfig(
+        use_precomputed_lam_tokens=True, push_to_hub=False, lam_token_offsets=[0, 1], lam_token_dropout=0.5
+    )
     config._save_pretrained(folder)
     return folder

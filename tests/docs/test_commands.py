@@ -29,6 +29,9 @@ from tests.test_lerobot_train import train
 
 PRECOMPUTE = "precompute_lam_tokens"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CLUSTERS = ("slurm", "ray")
+"""Configs that need a cluster."""
+
 OTHERS_FLAGS = {
     "--policy.path", "--env", "--force-reinstall", "--no-deps", "--cpu", "--cpus-per-task", "--gres",
     "--array",
@@ -202,6 +205,9 @@ def test_the_readmes_story_and_the_guides_commands_on_its_store(execute, capsys,
     tokens.main(["export", "./data/pusht_lam", "--format=pt", "--output=pusht_lam.pt"])  # the guide has one
     for _, commands in blocks(ROOT / "docs" / "PRECOMPUTED_LAM_TOKENS.md"):
         for words in commands:
+            shows_a_video = any(word.startswith(("--videos=", "--policy.lam_guidance=")) for word in words)
+            if shows_a_video:  # tests/test_lerobot_eval.py has them, with a video
+                continue
             if words[0].startswith("lerobot-") and not NOT_HERE & set(words[:2]) and words not in done:
                 run(words)
     assert len(done) >= 12
@@ -237,7 +243,7 @@ def test_the_config_that_fitted_the_shipped_lam(pusht, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stem", sorted({path.stem.partition("_")[2] for path in CONFIGS} - {"", "pusht_compact"})
+    "stem", sorted({path.stem.partition("_")[2] for path in CONFIGS} - {"", "pusht_compact", *CLUSTERS})
 )
 def test_configs_run_offline(stem, execute, tmp_path):
     """As they are, but for the LAM of the Hub and the flags of `SHORT`."""
@@ -257,6 +263,15 @@ def test_configs_run_offline(stem, execute, tmp_path):
         named = [f"{flag}={offline}" for ours, offline in OFFLINE.items() if ours in text]
         run(words, *named, *(["--num_episodes=2"] if words[0] == "lerobot-lam-demo" else []))
     assert list(tmp_path.glob("outputs/*/checkpoints/last/pretrained_model/model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CLUSTERS)
+def test_configs_of_a_cluster_would_be_submitted(engine, execute, capsys):
+    run, _ = execute
+    (words,) = config_comment(ROOT / "configs" / f"precompute_{engine}.yaml")
+    run(words, "--lam.path=pusht-compact", "--cluster.dry_run=true")
+    assert "cpus" in capsys.readouterr().out
 
 
 def test_elided_commands_are_whole(checkpoint, at_the_root):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
-from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens.export import FORMATS
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 
@@ -52,6 +52,7 @@ def test_help_names_the_choices():
 MAINS = {
     "precompute": (precompute_lam_tokens.main, []),
     "fit": (fit_lam.main, []),
+    "convert": (convert_lam.main, []),
     "tokens": (tokens.main, ["cache", "prune"]),
     "demo": (demo.main, []),
 }

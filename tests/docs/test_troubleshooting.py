@@ -32,6 +32,8 @@ def test_rows_are_found_in_messages():
         "invalid choice: 'diffusion_lam'",
         "unrecognized arguments: …",
         "No such file or directory: '….yaml'",
+        "libxcb.so.1: cannot open shared object file",
+        "No working C++ compiler found",
         "Output directory … already exists and resume is False",
         "Repo id must be in the form",
         "offline mode is enabled",

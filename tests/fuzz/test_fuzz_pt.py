@@ -1,42 +1,145 @@
 """A `.pt` file that is damaged or hostile: its tokens, or one clear error; nothing in it is ever called."""
 
-import contextlib
+import builtins
 import io
 import itertools
-import warnings
+import os
+import pickle
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch._utils import _rebuild_meta_tensor_no_storage, _rebuild_parameter, _rebuild_tensor_v2
 
-from lerobot_lam_diffusion.reading import UnreadableError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
-from lerobot_lam_diffusion.tokens.pt_pickle import read_pickle
-from tests.fuzz import mutations, pickles
+from tests.fuzz import mutations
 from tests.fuzz.conftest import check_refusal
 
+ROWS, WIDTH = 6, 4
+NUMBERS = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)) + 1
 META = SimpleNamespace(
     repo_id="local/x",
-    total_frames=pickles.ROWS,
-    episodes={"dataset_from_index": [0, 4], "dataset_to_index": [4, pickles.ROWS]},
+    total_frames=ROWS,
+    episodes={"dataset_from_index": [0, 4], "dataset_to_index": [4, ROWS]},
 )
 
 
-class Reader:
-    """Opens one file after another; what is opened is what `torch.load` reads, where it reads the file.
+class Call:
+    """Pickles as a call of `function`."""
 
-    It does not where the archive is damaged beside what we need, or something unread does not fit.
-    """
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.arguments
+
+
+class View:
+    """Pickles as a tensor over the file's one storage, without torch's own checks."""
+
+    def __init__(self, storage_size: int, shape: tuple, stride: tuple, offset: int = 0) -> None:
+        self.storage = torch.UntypedStorage(storage_size if storage_size < 1 << 10 else 4)
+        self.arguments = (offset, shape, stride, False, {})
+
+    def __reduce__(self) -> tuple:
+        typed = torch.storage.TypedStorage(wrap_storage=self.storage, dtype=torch.float32, _internal=True)
+        return _rebuild_tensor_v2, (typed, *self.arguments)
+
+
+def saved(document: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(document, buffer, **options)
+    return buffer.getvalue()
+
+
+def good() -> Iterator[tuple[str, bytes]]:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        yield f"good, {dtype}", saved({"tokens": NUMBERS.to(dtype)})
+    yield "good, transposed", saved({"tokens": NUMBERS.T.contiguous().T})
+    yield "good, part of a larger tensor", saved({"tokens": torch.cat([NUMBERS, NUMBERS])[ROWS:]})
+    metadata = {"n": None, "list": [1, 2.5, "x", (1,)], "size": torch.Size([2]), "other": torch.arange(3)}
+    yield "good, metadata", saved({"tokens": NUMBERS, "metadata": metadata, "frame_stride": 2})
+    yield "good, parameter", saved({"tokens": torch.nn.Parameter(NUMBERS)})
+
+
+def code(canary: Path) -> Iterator[tuple[str, bytes]]:
+    """Files that make the file `canary` where anything of them is called."""
+    calls = {
+        "os.system": Call(os.system, f"touch {canary}"),
+        "eval": Call(builtins.eval, f"open({str(canary)!r}, 'w')"),
+        "exec": Call(builtins.exec, f"open({str(canary)!r}, 'w')"),
+        "Popen": Call(subprocess.Popen, ["touch", str(canary)]),
+        "Path.touch": Call(Path.touch, canary),
+        "open": Call(builtins.open, str(canary), "w"),
+        "getattr": Call(builtins.getattr, 1, "real"),
+        "torch.load": Call(torch.load, str(canary)),
+    }
+    for name, call in calls.items():
+        hook = Call(_rebuild_parameter, NUMBERS, False, call)
+        places = {
+            "alone": call,
+            "tokens": {"tokens": call},
+            "metadata": {"tokens": NUMBERS, "metadata": [call]},
+            "hook": {"tokens": hook},
+        }
+        for (place, document), protocol in itertools.product(places.items(), (2, 4)):
+            yield f"{name}, {place}, protocol {protocol}", saved(document, pickle_protocol=protocol)
+        yield f"{name}, legacy", saved({"tokens": call}, _use_new_zipfile_serialization=False)
+        yield f"{name}, bare pickle", pickle.dumps(call)
+
+
+def hostile() -> Iterator[tuple[str, bytes]]:
+    """Files that ask for memory, or whose parts do not fit."""
+    storage = ROWS * WIDTH * 4
+    tokens = {
+        "one number as 10^12": View(4, (10**6, 10**6), (0, 0)),
+        "one row as all rows": View(WIDTH * 4, (ROWS, WIDTH), (0, 1)),
+        "more rows than bytes": View(storage, (ROWS, WIDTH + 1), (WIDTH + 1, 1)),
+        "offset past the end": View(storage, (ROWS, WIDTH), (WIDTH, 1), offset=1),
+        "negative stride": View(storage, (ROWS, WIDTH), (-WIDTH, 1)),
+        "no columns": View(storage, (ROWS, 0), (1, 1)),
+        "meta": Call(_rebuild_meta_tensor_no_storage, torch.float32, (ROWS, 10**12), (1, 1), False),
+        "bytearray": Call(bytearray, 10**11),
+        "expanded": NUMBERS[:1].clone().expand(ROWS, WIDTH),
+        "sparse": NUMBERS.to_sparse(),
+        "complex": NUMBERS.to(torch.complex64),
+        "integers": NUMBERS.long(),
+        "not finite": NUMBERS.double() * 1e300,
+        "scalar": NUMBERS[0, 0],
+        "text": "x",
+    }
+    for name, value in tokens.items():
+        yield f"tokens: {name}", saved({"tokens": value})
+    for stride in (0, -1, 1.0, "3", None, 2**70):
+        yield f"stride: {stride!r}", saved({"tokens": NUMBERS, "frame_stride": stride})
+    whole = saved({"tokens": NUMBERS})
+    yield from {
+        "empty": b"",
+        "legacy": saved({"tokens": NUMBERS}, _use_new_zipfile_serialization=False),
+    }.items()
+    yield from ((f"first {length} bytes", whole[:length]) for length in range(1, len(whole), 97))
+
+
+def damaged(seeds: range) -> Iterator[tuple[str, bytes]]:
+    for name, whole in good():
+        start = whole.index(b"\x80\x02")
+        pickled = range(start, whole.index(b".PK", start) + 1)
+        directory = range(whole.index(b"PK\x01\x02"), len(whole))
+        for change, content in mutations.damaged(whole, seeds, [pickled, directory, range(start)]):
+            yield f"{name}, {change}", content
+
+
+class Reader:
+    """Opens one file after another; whatever opens has the tokens that were saved."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lam_tokens.pt"
         self.canary = folder / "executed"
-        contents = [content for _, content in pickles.good()] + [pickles.archived(pickles.PLAIN)]
-        documents = [torch.load(io.BytesIO(content), weights_only=True) for content in contents]
+        documents = [torch.load(io.BytesIO(content), weights_only=True) for _, content in good()]
         self.possible = [document["tokens"].detach().float() for document in documents]
 
     def check(self, content: bytes) -> str:
@@ -44,20 +147,11 @@ class Reader:
         try:
             store = TokenStore.open(self.path, META)
         except TokenStoreError as error:
-            assert not self.canary.exists()
             return check_refusal(error, TokenStoreError)
-        assert not self.canary.exists()
-        window = store.window(torch.arange(pickles.ROWS), [-1, 0])
-        assert window.shape == (pickles.ROWS, 2, store.token_dim)
-        assert torch.isfinite(window).all()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                expected = torch.load(self.path, weights_only=True)["tokens"].detach().float()
-        except Exception:
-            assert any(torch.equal(store.values, tokens) for tokens in self.possible)
-            return "opened without torch"
-        assert torch.equal(store.values, expected)
+        finally:
+            assert not self.canary.exists()
+        missing = ~store.values.any(1)
+        assert any(torch.equal(store.values[~missing], tokens[~missing]) for tokens in self.possible)
         return "opened"
 
 
@@ -66,59 +160,33 @@ def reader(tmp_path_factory) -> Reader:
     return Reader(tmp_path_factory.mktemp("pt"))
 
 
-def damaged(seeds: range) -> Iterator[tuple[str, bytes]]:
-    for name, whole in pickles.good():
-        start = whole.index(b"\x80\x02")
-        pickle = range(start, whole.index(b".PK", start) + 1)
-        directory = range(whole.index(b"PK\x01\x02"), len(whole))
-        for told, content in mutations.damaged(whole, seeds, [pickle, directory, range(start)]):
-            yield f"{name}, {told}", content
-
-
-def damaged_pickles(seeds: range) -> Iterator[tuple[str, bytes]]:
-    """The pickle inside is damaged, the zip around it is whole."""
-    document = {"tokens": pickles.GOOD, "metadata": {"frame_stride": 2, "list": [1, 2.5, None, ("x",)]}}
-    for told, content in mutations.damaged(pickles.pickled(document), seeds):
-        yield f"pickle, {told}", pickles.archived(content)
-
-
 def test_tokens_open(reader, fuzz):
-    assert fuzz("pt", pickles.good(), reader.check) == {"opened": 10}
+    counts = fuzz("pt", good(), reader.check)
+    assert counts["opened"] == counts.total()
 
 
 def test_code_is_refused(reader, fuzz):
-    counts = fuzz("pt", pickles.code(reader.canary), reader.check)
-    assert counts["refused"] == counts.total() > 400
-    assert not reader.canary.exists()
+    counts = fuzz("pt", code(reader.canary), reader.check)
+    assert counts["refused"] == counts.total()
 
 
 def test_the_canary_is_alive(reader):
-    """What is refused would have been executed by a plain `pickle.load` or `torch.load`."""
-    content = dict(pickles.code(reader.canary))["code os.system, metadata, protocol 2"]
+    """What is refused would have been executed by a plain `torch.load`."""
+    content = dict(code(reader.canary))["os.system, metadata, protocol 2"]
     torch.load(io.BytesIO(content), weights_only=False)
     assert reader.canary.exists()
     reader.canary.unlink()
 
 
-def test_hostile_files(reader, fuzz):
-    counts = fuzz("pt", pickles.hostile(), reader.check)
-    assert counts["refused"] > 100
+def test_hostile_files_are_refused(reader, fuzz):
+    counts = fuzz("pt", hostile(), reader.check)
+    assert counts["refused"] == counts.total()
 
 
 def test_damaged_files(reader, fuzz):
-    counts = fuzz("pt", itertools.chain(damaged(range(40)), damaged_pickles(range(400))), reader.check)
-    assert counts["refused"] > 400
-    assert counts["opened"] > 10
+    assert fuzz("pt", damaged(range(40)), reader.check)["refused"] > 250
 
 
 @pytest.mark.slow
 def test_many_damaged_files(reader, fuzz):
     fuzz("pt", damaged(range(1000, 2000)), reader.check)
-    fuzz("pt", damaged_pickles(range(1000, 11_000)), reader.check)
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=200))
-def test_no_bytes_are_a_pickle_that_fails_otherwise(content):
-    with contextlib.suppress(UnreadableError):
-        read_pickle(b"\x80\x02" + content + b".")

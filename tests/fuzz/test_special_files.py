@@ -19,10 +19,9 @@ from lerobot_lam_diffusion.reading import UnreadableError, open_regular, parse_j
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import VQ
-from tests.fuzz import pickles
 from tests.fuzz.conftest import check_refusal
 from tests.fuzz.test_fuzz_lam import Reader as LamReader
-from tests.fuzz.test_fuzz_pt import META
+from tests.fuzz.test_fuzz_pt import META, NUMBERS, saved
 from tests.fuzz.test_fuzz_store import write
 
 BEYOND_MEMORY = 1 << 40
@@ -63,7 +62,7 @@ def good(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("good")
     write(folder / "store", VQ, "uint8")
     (folder / "pt").mkdir()
-    (folder / "pt" / "tokens.pt").write_bytes(pickles.archived(pickles.PLAIN))
+    (folder / "pt" / "tokens.pt").write_bytes(saved({"tokens": NUMBERS}))
     return {"LAM": LamReader(folder).good, "store": folder / "store", "pt": folder / "pt"}
 
 

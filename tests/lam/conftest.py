@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from lerobot_lam_diffusion.lam import LamConfig, save_lam
-from lerobot_lam_diffusion.lam.decoder import Decoder
-from lerobot_lam_diffusion.lam.encoder import Encoder
 from lerobot_lam_diffusion.lam.quantizer import Quantizer
+from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
+from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 
 DATA = Path(__file__).parent / "data"
 

@@ -111,6 +111,13 @@ def test_bad_frames(lam, prev, cur, message):
         lam.encode_pairs(prev, cur)
 
 
+def test_the_scale_of_a_token_is_the_codebooks_root_mean_square(lam):
+    lam.vq.embedding.weight.data = torch.tensor([[3.0, 0.0], [4.0, 5.0]])
+    assert lam.token_scale == pytest.approx((50 / 4) ** 0.5)
+    lam.vq.embedding.weight.data.zero_()
+    assert lam.token_scale == 1.0
+
+
 def test_bad_clips_and_latents(lam, make_frames):
     with pytest.raises(LamError, match="at least 2"):
         lam.encode_clip(make_frames(1, 1, 3, 16, 16))

@@ -179,3 +179,13 @@ def test_what_is_being_built_is_not_removed(server, cache, store):
         process.join(60)
     assert entry.builder() is None
     assert entry.remove() > 0
+
+
+def test_a_cache_without_locks_is_used_all_the_same(cache, store, dataset, without_locks, caplog):
+    entry = CacheEntry(cache, building.NAME)
+    opened = entry.open(dataset.meta, lambda folder: shutil.copytree(store.path, folder))
+    assert opened.num_tokens == PAIRS
+    assert "cannot be locked" in caplog.text
+    assert entry.builder() is None
+    assert entry.remove()
+    assert not entry.folder.exists()

@@ -338,7 +338,7 @@ def damaged(tmp_path):
 
 def test_an_episode_that_cannot_be_read_stops_the_run_or_is_skipped(damaged, extract, lam):
     dataset, frames, in_file = damaged
-    with pytest.raises(DecodeError, match=r"of episode \d .*--on_error=skip"):
+    with pytest.raises(DecodeError, match=r"of episode \d .* cannot be read from .*Fetch or repair"):
         extract(of=dataset, shard_frames=1)
     store = extract(of=dataset, shard_frames=1, skip_unreadable=True).store
     skipped = sorted(store.skipped)
@@ -449,3 +449,67 @@ def test_a_slow_first_batch_does_not_decide_the_batch_size(lam, monkeypatch):
     monkeypatch.setattr(encode, "time", SimpleNamespace(perf_counter=lambda: now))
     assert find_batch_size(Wrapped(lam, slow_at_first), 10_000) == LARGEST_BATCH["cpu"]
     assert sizes[0] < sizes[1]  # the slow one warms up
+
+
+def all_bytes(store: TokenStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.iterdir()}
+
+
+@pytest.mark.parametrize("lacking", ["without_maps", "without_folder_sync", "without_locks"])
+@pytest.mark.parametrize("use_vq_tokens", [True, False])
+def test_file_systems_that_lack_something(extract, make_store, dataset, request, lacking, use_vq_tokens):
+    expected = make_store(dataset, use_vq_tokens=use_vq_tokens)
+    request.getfixturevalue(lacking)
+    made = extract(use_vq_tokens=use_vq_tokens, shard_frames=1).store
+    assert torch.equal(made.values, expected.values)
+    index = torch.arange(60)
+    again = TokenStore.open(made.path, dataset.meta)
+    assert torch.equal(again.window(index, [-1, 0]), expected.window(index, [-1, 0]))
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """A dataset whose only video is a git-lfs pointer; and the video."""
+    recorded = record_dataset(tmp_path / "data", (5, 3))
+    path = recorded.root / recorded.meta.get_video_file_path(0, TOP)
+    video = path.read_bytes()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    return recorded, path, video
+
+
+@pytest.mark.parametrize("shard_frames", [1, None])
+def test_nothing_but_skipped_episodes_is_a_failure_and_extracts_once_repaired(
+    unreadable, extract, tmp_path, shard_frames
+):
+    dataset, path, video = unreadable
+    options = {"of": dataset, "skip_unreadable": True, "shard_frames": shard_frames}
+    with pytest.raises(UserError, match=r"all 2 episodes .* were skipped \(episode 0: .*Fetch or repair"):
+        extract(**options)
+    assert os.listdir(tmp_path) == ["data"]  # no store, and no shards that would pass for finished work
+    path.write_bytes(video)
+    assert extract(**options).store.num_tokens == 4 + 2
+
+
+def test_the_task_of_a_job_array_that_skips_everything(unreadable, extract, tmp_path):
+    dataset, path, video = unreadable
+    options = {"of": dataset, "skip_unreadable": True, "shard_frames": 1}
+    first, second = (Process(shard_index=task, num_shards=2) for task in range(2))
+    assert extract(**options, process=first).store is None
+    path.write_bytes(video)
+    store = extract(**options, process=second).store  # the others' tokens are worth a store
+    assert list(store.skipped) == store.missing_episodes
+    assert store.num_tokens in (4, 2)
+
+
+def test_the_last_task_of_a_job_array_says_that_all_was_skipped(unreadable, extract, tmp_path):
+    options = {"of": unreadable[0], "skip_unreadable": True, "shard_frames": 1}
+    first, second = (Process(shard_index=task, num_shards=2) for task in range(2))
+    assert extract(**options, process=first).store is None
+    with pytest.raises(UserError, match="all 2 episodes"):
+        extract(**options, process=second)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_episodes_too_short_for_a_token_are_no_reason_for_a_store(unreadable, extract):
+    with pytest.raises(UserError, match="all 1 episodes"):  # episode 1 has no token anyway
+        extract(of=unreadable[0], skip_unreadable=True, frame_stride=3)

@@ -1,14 +1,19 @@
 """The frames that the LAM sees are those of LeRobot's random access, each once and in order."""
 
+from io import BytesIO
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from PIL import Image
 
 from lerobot_lam_diffusion.precompute import frames as frames_module
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
-from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames, choose_camera
+from lerobot_lam_diffusion.problems import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
 
 WRIST = "observation.images.wrist"
@@ -48,11 +53,8 @@ def test_frames_are_those_of_random_access(two_cameras, camera_key, return_uint8
     assert all(not torch.equal(*pair) for pair in zip(chunk[1:], chunk[:-1], strict=True))
 
 
+@pytest.mark.torchcodec
 def test_frames_by_torchcodec_are_those_of_its_random_access(two_cameras):
-    try:
-        import torchcodec  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        pytest.skip("torchcodec needs FFmpeg's shared libraries")
     dataset = LeRobotDataset(
         two_cameras.repo_id, root=two_cameras.root, video_backend="torchcodec", return_uint8=True
     )
@@ -86,8 +88,69 @@ def test_image_transforms_of_training_do_not_reach_the_lam(two_cameras):
     assert torch.equal(next(EpisodeFrames(augmented, TOP).chunks(1)), plain)
 
 
+def images_in(root, change) -> LeRobotDataset:
+    """A dataset of images, each changed by `change` in the data files."""
+    recorded = record_dataset(root, (3, 2), use_videos=False)
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    stored = []
+    for number, image in enumerate(table[TOP].to_pylist()):
+        file = BytesIO()
+        change(number, Image.open(BytesIO(image["bytes"]))).save(file, "PNG")
+        stored.append({**image, "bytes": file.getvalue()})
+    at = table.column_names.index(TOP)
+    field = table.schema.field(at)
+    pq.write_table(table.set_column(at, field, pa.array(stored, field.type)), path)
+    return LeRobotDataset(recorded.repo_id, root=root)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("P", 1), ("I;16", 1)])
+@pytest.mark.parametrize("first", [0, 4])
+def test_images_that_are_not_rgb(tmp_path, mode, channels, first):
+    def change(number, image):
+        if number < first:
+            return image
+        return Image.fromarray(np.zeros((48, 48), np.uint16)) if mode == "I;16" else image.convert(mode)
+
+    frames = EpisodeFrames(images_in(tmp_path / "data", change), TOP)
+    told = rf"frame {first} of camera {TOP} .* is an image of mode {mode} \({channels} channels\)"
+    if first == 0:
+        with pytest.raises(DatasetError, match=told):
+            frames.check([0, 1], skip_unreadable=True)
+    else:  # not the first of its episode: told as soon as it is read, and never skipped
+        frames.check([0, 1])
+        with pytest.raises(DatasetError, match=told):
+            list(frames.chunks(1))
+
+
+def test_images_of_different_sizes(tmp_path):
+    dataset = images_in(tmp_path / "data", lambda number, image: image.resize((20, 20 + number)))
+    with pytest.raises(DecodeError, match=r"different sizes, 20 x 20 and 20 x 21 pixels"):
+        list(EpisodeFrames(dataset, TOP).chunks(0))
+
+
+def test_an_episode_beyond_the_end_of_its_video_is_found_before_decoding(tmp_path):
+    dataset = record_dataset(tmp_path / "data", (6, 5))
+    (path,) = (tmp_path / "data" / "meta" / "episodes").rglob("*.parquet")
+    table = pq.read_table(path)
+    name = f"videos/{TOP}/from_timestamp"
+    at = table.column_names.index(name)
+    pq.write_table(table.set_column(at, name, pa.array([0.0, 60.0])), path)
+    frames = EpisodeFrames(reopened(dataset), TOP)
+    frames.check([0])
+    with pytest.raises(DecodeError, match=r"it ends at 1.100 s, and by meta/episodes .* is at 60.400 s"):
+        frames.check([0, 1])
+    frames.check([0, 1], skip_unreadable=True)
+
+
 def meta(cameras=(TOP, WRIST), depth=()):
-    return SimpleNamespace(repo_id="local/x", camera_keys=[*cameras, *depth], depth_keys=[*depth])
+    shapes = {**dict.fromkeys(cameras, (48, 48, 3)), **dict.fromkeys(depth, (48, 48, 1))}
+    features = {
+        key: {"shape": shape, "names": ["height", "width", "channels"]} for key, shape in shapes.items()
+    }
+    return SimpleNamespace(
+        repo_id="local/x", camera_keys=[*cameras, *depth], depth_keys=[*depth], features=features
+    )
 
 
 DEPTH = "observation.images.depth"

@@ -1,5 +1,7 @@
 """`lerobot-lam-fit` on a real (small) LeRobot dataset with video, in this process."""
 
+import shutil
+
 import pytest
 
 from lerobot_lam_diffusion.lam import load_lam
@@ -55,6 +57,21 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
         assert fact in card
     assert "lerobot-lam-precompute" in printed
     assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
+
+
+def test_fits_where_files_cannot_be_mapped(arguments, tmp_path, without_maps, without_folder_sync):
+    main(arguments(steps=2))
+    assert load_lam(tmp_path / "lam")
+
+
+def test_a_damaged_video_is_told_before_any_work_and_with_flags_that_fit_has(arguments, dataset, tmp_path):
+    root = shutil.copytree(dataset.root, tmp_path / "data")
+    video = next(root.rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:300])
+    told = complaint(arguments(dataset__root=root))
+    assert str(video) in told
+    assert "--on_error" not in told
+    assert not (tmp_path / "lam").exists()
 
 
 @pytest.mark.slow

@@ -61,6 +61,12 @@ def test_a_column_leads_to_training_and_so_does_its_check(store, flags, tmp_path
     assert parse(after_writing, tmp_path).policy.use_precomputed_lam_tokens
 
 
+def test_the_rollout_runs_at_the_datasets_rate():
+    on_a_robot = training("user/data", None)
+    assert " --fps=10 and the flags of your robot" in next_step(on_a_robot, fps=10.0)
+    assert "--fps" not in next_step(on_a_robot)  # where it is not known
+
+
 def test_trainings_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = []

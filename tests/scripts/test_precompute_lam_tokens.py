@@ -384,3 +384,36 @@ def refusal_of_damage(argv) -> str:
     with pytest.raises(SystemExit) as stop:
         main(argv)
     return str(stop.value.code)
+
+
+@pytest.mark.parametrize("gone", ["meta/info.json", "meta/tasks.parquet", "meta/episodes", "data", "videos"])
+def test_a_file_of_a_local_dataset_that_is_missing_is_named(flags, dataset, tmp_path, gone):
+    copy = shutil.copytree(dataset.root, tmp_path / "data")
+    path = copy / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    told = refusal(flags(dataset__root=copy), tmp_path)
+    assert f"at {copy} is not whole: {gone}" in told
+    assert "is not there" in told
+    assert "Hub" not in told
+
+
+def test_metadata_that_cannot_be_read(flags, dataset, tmp_path):
+    copy = shutil.copytree(dataset.root, tmp_path / "data")
+    info = json.loads((copy / "meta" / "info.json").read_text())
+    (copy / "meta" / "info.json").write_text(json.dumps({**info, "fps": 0}))
+    told = refusal(flags(dataset__root=copy), tmp_path)
+    assert f"the files in {copy / 'meta'} of dataset 'local/squares' cannot be read (fps must be" in told
+
+
+def test_episodes_of_a_missing_file_are_skipped(flags, tmp_path, capsys, lam):
+    recorded = record_dataset(tmp_path / "data", (5, 6, 8, 3), file_size_mb=0.008)
+    videos = [recorded.meta.get_video_file_path(episode, TOP) for episode in range(4)]
+    frames = torch.stack([recorded[i][TOP] for i in range(5)])
+    gone = [episode for episode in range(4) if videos[episode] == videos[3]]
+    (recorded.root / videos[3]).unlink()
+    main(flags(dataset__root=recorded.root, on_error="skip"))
+    assert f"SKIPPED   episode {gone[0]}: {videos[3]} is not there" in capsys.readouterr().out
+    store = TokenStore.open(tmp_path / "store")
+    assert list(store.skipped) == store.missing_episodes == gone
+    expected = lam.encode_pairs(frames[:-1], frames[1:]).quantized
+    assert torch.equal(store.window(torch.arange(1, 5), [0])[:, 0], expected)

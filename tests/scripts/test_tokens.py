@@ -1,11 +1,15 @@
 """`lerobot-lam-tokens`, in this process and once as the installed command."""
 
+import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -158,16 +162,13 @@ def test_verify_refuses_another_lam(store, flags, frames, tmp_path):
     assert "pass the LAM that made it as --lam.path" in told
 
 
-def test_verify_finds_tokens_of_other_pixels(flags, dataset, make_store, tmp_path, monkeypatch):
+def test_verify_finds_tokens_of_other_pixels(flags, store, make_store, tmp_path):
     """A store whose provenance was forged to claim this dataset."""
-    from lerobot_lam_diffusion.tokens.binding import dataset_digest
-
-    other = record_dataset(tmp_path / "other", seed=2)
-    store = make_store(other)
-    json = store.path / "lam_tokens.json"
-    here, there = (dataset_digest(d.meta, "observation.images.top") for d in (dataset, other))
-    json.write_text(json.read_text().replace(there, here))
-    told = refusal(["verify", store.path, *flags])
+    forged = make_store(record_dataset(tmp_path / "other", seed=2))
+    document = json.loads((forged.path / "lam_tokens.json").read_text())
+    document["dataset"] = json.loads((store.path / "lam_tokens.json").read_text())["dataset"]
+    (forged.path / "lam_tokens.json").write_text(json.dumps(document))
+    told = refusal(["verify", forged.path, *flags])
     assert "sampled tokens agree with the LAM" in told
     assert "Extract the tokens again" in told
 
@@ -218,3 +219,41 @@ def test_the_installed_command(store):
     done = subprocess.run([command, "info", store.path], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "60 frames" in done.stdout
+
+
+@pytest.fixture
+def late(dataset, store, tmp_path):
+    """A copy of the dataset whose frames lie 20 ms after their timestamps in the video."""
+    root = shutil.copytree(dataset.root, tmp_path / "late")
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    at = table.column_names.index("timestamp")
+    shifted = pc.subtract(table["timestamp"], pa.scalar(0.02, pa.float32()))
+    pq.write_table(table.set_column(at, table.schema.field(at), shifted), path)
+    return root
+
+
+def on(root, lam_folder):
+    return [
+        "--dataset.repo_id=local/squares", f"--dataset.root={root}", "--dataset.video_backend=pyav",
+        f"--lam.path={lam_folder}", "--device=cpu",
+    ]  # fmt: skip
+
+
+def test_verify_allows_for_late_frames_as_extraction_does(late, make_store, lam_folder, capsys):
+    store = make_store(LeRobotDataset("local/squares", root=late, tolerance_s=0.05, video_backend="pyav"))
+    told = refusal(["verify", store.path, *on(late, lam_folder)])
+    assert "of dataset 'local/squares' cannot be read from" in told
+    assert "--tolerance_s (now 0.0001 s)" in told
+    main(["verify", str(store.path), *on(late, lam_folder), "--tolerance_s=0.05"])
+    assert "55 of 55 sampled tokens agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", 300])
+def test_verify_names_a_video_that_cannot_be_read(dataset, store, lam_folder, tmp_path, content):
+    root = shutil.copytree(dataset.root, tmp_path / "damaged")
+    video = next(root.rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:content] if isinstance(content, int) else content)
+    told = refusal(["verify", store.path, *on(root, lam_folder)])
+    assert video.name in told
+    assert "--on_error" not in told

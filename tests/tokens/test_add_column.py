@@ -5,6 +5,8 @@ import os
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.configs import RGBEncoderConfig
@@ -17,13 +19,14 @@ from lerobot.datasets.dataset_tools import (
     remove_feature,
     split_dataset,
 )
+from lerobot.datasets.io_utils import load_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.scripts.lerobot_edit_dataset import DeleteEpisodesConfig, EditDatasetConfig, edit_dataset
 from torch.utils.data import DataLoader
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.problems import UserError
-from lerobot_lam_diffusion.tokens import TokenStoreError
+from lerobot_lam_diffusion.problems import DatasetError, UserError
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import read_column
@@ -271,7 +274,7 @@ def test_a_dataset_that_is_not_whole(dataset, store, tmp_path):
     copy = shutil.copytree(dataset.root, tmp_path / "copy")
     next(copy.rglob("*.mp4")).unlink()
     meta = LeRobotDatasetMetadata("local/x", root=copy)
-    refused(UserError, r"1 files of dataset .* the first is videos/", store, meta, tmp_path / "x")
+    refused(UserError, r"1 files of dataset .* the first: videos/", store, meta, tmp_path / "x")
 
 
 def test_nothing_is_left_where_the_disk_is_full(dataset, store, tmp_path, monkeypatch):
@@ -313,3 +316,46 @@ def test_bad_values_are_found(added, tmp_path, row, value, message):
 
     with pytest.raises(UserError, match=message):
         checked(changed(added, tmp_path, change))
+
+
+def test_rows_are_those_that_lerobot_reads(dataset, store, tmp_path, caplog):
+    """Rows beyond the last episode, a `frame_index` that never restarts, `data/file_index` of no file."""
+    root = shutil.copytree(dataset.root, tmp_path / "data")
+    (path,) = (root / "data").rglob("*.parquet")
+
+    def put(path, name, values):
+        table = pq.read_table(path)
+        at = table.column_names.index(name)
+        field = table.schema.field(at)
+        pq.write_table(table.set_column(at, field, pa.array(values, field.type)), path)
+
+    put(path, "frame_index", list(range(60)))
+    beyond = path.with_name("file-001.parquet")
+    pq.write_table(pq.read_table(path).slice(0, 4), beyond)
+    put(beyond, "index", [60, 61, 62, 63])
+    put(beyond, "episode_index", [5] * 4)
+    put(next((root / "meta" / "episodes").rglob("*.parquet")), "data/file_index", [0, 0, 0, 2, 2])
+    made = add_column(store, LeRobotDatasetMetadata("local/x", root=root), tmp_path / "column")
+    assert "4 rows beyond the last episode" in caplog.text
+    meta = LeRobotDatasetMetadata("local/column", root=made.root)
+    column = read_column(meta, OBS_LAM_TOKENS)
+    opened_column = open_column(column, meta)
+    assert torch.equal(opened_column.values, store.window(torch.arange(60), [0])[:, 0])
+    assert check_values(column, opened_column) == 5
+    plain = add_column(store, dataset.meta, tmp_path / "plain")
+    for name in ("mean", "std", "count"):
+        there, here = (load_stats(each.root)[OBS_LAM_TOKENS][name] for each in (plain, made))
+        assert (there == here).all()
+
+
+def test_rows_in_another_order_are_refused(dataset, store, tmp_path):
+    root = shutil.copytree(dataset.root, tmp_path / "data")
+    (path,) = (root / "data").rglob("*.parquet")
+    pq.write_table(pq.read_table(path).take([1, 0, *range(2, 60)]), path)
+    meta = LeRobotDatasetMetadata("local/x", root=root)
+    old = shutil.copytree(store.path, tmp_path / "old")  # made before a store knew its dataset's frames
+    document = json.loads((old / "lam_tokens.json").read_text())
+    document["dataset"]["frames"] = ""
+    (old / "lam_tokens.json").write_text(json.dumps(document))
+    refused(DatasetError, r"row 0 of .* is called frame 1", TokenStore.open(old), meta, tmp_path / "x")
+    refused(TokenStoreError, r"does not belong to dataset", store, meta, tmp_path / "x")

@@ -144,13 +144,13 @@ def test_all_problems_are_told_at_once(files):
 
 def test_newer_format_names_the_version_to_install(files):
     def renew(document):
-        document.update(format_version=3, fields_of_the_future={})
+        document.update(format_version=4, fields_of_the_future={})
         document["versions"]["lerobot_policy_diffusion_lam"] = "3.1.0"
 
     files.edit_document(renew)
     told = refusal(files)
-    assert "has format version 3" in told
-    assert "reads versions up to 2" in told
+    assert "has format version 4" in told
+    assert "reads versions up to 3" in told
     assert "pip install --upgrade 'lerobot_policy_diffusion_lam>=3.1.0'" in told
 
 

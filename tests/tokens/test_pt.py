@@ -156,7 +156,9 @@ NOT_TOKENS = {
     "whole numbers": ({"tokens": torch.ones(60, 64, dtype=torch.int64)}, "tokens (60, 64) of torch.int64"),
     "complex numbers": ({"tokens": torch.ones(60, 64, dtype=torch.complex64)}, "of torch.complex64"),
     "another shape": ({"tokens": torch.ones(60, 2, 32)}, "tokens (60, 2, 32)"),
-    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "found a sparse tensor as tokens"),
+    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "torch.sparse_coo"),
+    "without values": ({"tokens": torch.ones(60, 64, device="meta")}, "on meta"),
+    "one row repeated": ({"tokens": torch.ones(1, 64).expand(60, 64)}, "tokens (60, 64) of torch.float32"),
 }
 
 
@@ -211,3 +213,22 @@ def test_a_zip_of_something_else(tmp_path, dataset):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello.txt", "hello")
     assert "is refused" in refusal(path, dataset.meta)
+
+
+def test_a_compressed_file_is_refused(tmp_path, dataset):
+    path = save(tmp_path, {"tokens": tokens_of(), "metadata": {"more": torch.zeros(1000, 64)}})
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert "compressed" in refusal(path, dataset.meta)
+
+
+def test_a_flipped_bit_of_a_token_is_noticed(tmp_path, dataset):
+    tokens = tokens_of()
+    path = save(tmp_path, {"tokens": tokens})
+    content = bytearray(path.read_bytes())
+    content[content.index(tokens[30].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert "checksum" in refusal(path, dataset.meta)

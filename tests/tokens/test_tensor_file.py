@@ -1,5 +1,6 @@
 """A `.safetensors` file, block by block: the very bytes that safetensors itself would write."""
 
+import errno
 import hashlib
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_lam_diffusion.tokens import tensor_file
-from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, read_blocks
+from lerobot_lam_diffusion.tokens.tensor_file import NAMES, Readahead, TensorFileWriter, fsync, read_blocks
 
 TENSORS = {
     "tokens": torch.arange(21).view(7, 3).to(torch.int8),
@@ -80,6 +81,17 @@ def test_rows_that_were_not_announced(tmp_path, rows, expected):
         TensorFileWriter(tmp_path / "x", {"x": (torch.float32, (3, 3))}) as file,
     ):
         file.write("x", rows)
+
+
+def test_a_disk_that_does_not_take_a_files_bytes_is_told(tmp_path, monkeypatch):
+    def broken(_handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = write(tmp_path / "x")
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        fsync(path)
+    fsync(tmp_path)  # a folder's entries are synced where that can be done
 
 
 def test_readahead_takes_the_first_and_the_last_row_of_a_file(tmp_path):

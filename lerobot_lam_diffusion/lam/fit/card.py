@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ..base import LatentActionModel
 from ..loading import WEIGHTS_FILE
-from ..villa_x import LatentActionModel
 from .report import FitReport
 
 _CARD = """\
@@ -33,8 +33,7 @@ def write_card(folder: Path, lam: LatentActionModel, report: FitReport, facts: d
     """
     config = lam.config
     size = (folder / WEIGHTS_FILE).stat().st_size / 1e6
-    parts = [module for module in (lam.encoder, lam.vq, lam.decoder) if module is not None]
-    parameters = sum(p.numel() for module in parts for p in module.parameters())
+    parameters = sum(p.numel() for module in lam.modules.values() for p in module.parameters())
     model = {
         "model": f"{config.resolution} px, patches of {config.patch_size}, {parameters:,} parameters",
         "size": f"{size:.1f} MB",

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoder import Decoder
-from ..encoder import Block, Encoder, SelfAttention
+from ..villa_x.decoder import Decoder
+from ..villa_x.encoder import Block, Encoder, SelfAttention
 
 
 @torch.no_grad()

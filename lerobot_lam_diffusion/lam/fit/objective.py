@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LamConfig
-from ..decoder import Decoder
-from ..encoder import Encoder
 from ..preprocess import normalize_frames
 from ..quantizer import Quantizer
+from ..villa_x.config import LamConfig
+from ..villa_x.decoder import Decoder
+from ..villa_x.encoder import Encoder
 from .data import moving_pixels
 from .recipe import GROUND, QUANTISE, FitRecipe
 

@@ -1,6 +1,6 @@
 """Named model sizes for `lerobot-lam-fit`."""
 
-from ..config import LamConfig
+from ..villa_x.config import LamConfig
 
 _COMPACT = LamConfig(
     resolution=96, patch_size=12, d_t=2, mlp_ratio=2.0,

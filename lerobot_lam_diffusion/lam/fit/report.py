@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..villa_x import LatentActionModel
+from ..base import LatentActionModel
 from .data import FitData, moving_pixels
 
 _PROBE_PAIRS = 8000
@@ -82,15 +82,15 @@ def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> Fi
     for later in tqdm(heldout.split(batch_size), desc="evaluate", unit="batch"):
         prev, cur = (frames.to(lam.device) for frames in data.pair_frames(later))
         encoded = lam.encode_pairs(prev, cur)
-        predicted = lam.predict_next(prev, encoded.quantized)
+        predicted = lam.predict_next(prev, encoded.of_kind(True))
         moving = moving_pixels(prev, cur)
         for name, frames in (("error", predicted), ("copy", prev)):
             square = ((frames.float() - cur.float()) / 255).square().mean(1)  # (B, R, R)
             sums[name] += square.mean((1, 2)).sum().item()
             sums[f"moving_{name}"] += square[moving].sum().item()
         moving_count += int(moving.sum())
-        indices.append(encoded.indices.cpu())
-        tokens.append(encoded.quantized.cpu())
+        indices.append(encoded.stored(True).cpu())
+        tokens.append(encoded.of_kind(True).cpu())
     codes = torch.cat(indices)  # (pairs, n)
     return FitReport(
         episodes=len(data.episodes[heldout].unique()),
@@ -109,7 +109,7 @@ def _probe_data(lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, b
     pairs = data.fit_pairs()
     pairs = pairs[torch.linspace(0, len(pairs) - 1, min(len(pairs), _PROBE_PAIRS)).long()]
     chunks = [
-        lam.encode_pairs(*data.pair_frames(later)).quantized.cpu()
+        lam.encode_pairs(*data.pair_frames(later)).of_kind(True).cpu()
         for later in tqdm(pairs.split(batch_size), desc="probe", unit="batch")
     ]
     changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())

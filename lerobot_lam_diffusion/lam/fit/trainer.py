@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import LamConfig
 from ..errors import LamError
 from ..preprocess import normalize_frames
+from ..villa_x.config import LamConfig
 from .codebook import CodebookAverages, kmeans
 from .data import FitData
 from .motion_init import init_decoder, init_encoder

@@ -1,0 +1,1 @@
+"""Where the policy's tokens come from."""

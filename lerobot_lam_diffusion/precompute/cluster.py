@@ -1,0 +1,273 @@
+"""Extraction by the tasks of SLURM, Ray or this machine, which datatrove starts, records and starts again.
+
+    OUTPUT_DIR.logs/extract/    completions/, logs/, stats/ of the tasks; the sbatch script   (datatrove)
+    OUTPUT_DIR.shards/          finished shards, on a file system that all nodes see          (shards)
+
+Task `rank` of `tasks` makes the shards that a job array's task makes by `--shard_index` and `--num_shards`.
+Shards say what is finished; datatrove's records only spare the start of tasks that have nothing left to do.
+"""
+
+import logging
+import os
+import pkgutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from lerobot_lam_diffusion.precompute.cluster_config import (
+    DEFAULT_CPUS,
+    DEFAULT_MEM_PER_CPU_GB,
+    ClusterConfig,
+)
+from lerobot_lam_diffusion.precompute.merge import Extraction, merge_unfinished
+from lerobot_lam_diffusion.precompute.plan import PLAN_FILE, PlanError, share_of
+from lerobot_lam_diffusion.precompute.processes import usable_cores
+from lerobot_lam_diffusion.precompute.shards import ShardError
+from lerobot_lam_diffusion.problems import ExtractionError
+from lerobot_lam_diffusion.tokens.layout import unfinished_folder
+
+logger = logging.getLogger(__name__)
+
+
+class ExtractShards(PipelineStep):
+    """One task: its share of the plan's shards, by frames, largest first.
+
+    Args:
+        extract: Name of the function that does it, `module:function`. It takes `flags`, the task's rank, the
+            number of tasks and `cpus`, opens dataset and LAM itself, and returns how many pairs it encoded.
+        flags: Names, paths and numbers: all that is pickled.
+        cpus: Cores of a task.
+    """
+
+    type = "LAM tokens"
+    name = "extract shards"
+
+    def __init__(self, extract: str, flags: dict[str, Any], cpus: int) -> None:
+        super().__init__()
+        self.extract, self.flags, self.cpus = extract, flags, cpus
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        with self.track_time("task"):
+            pairs = pkgutil.resolve_name(self.extract)(self.flags, rank, world_size, self.cpus)
+        self.stat_update("pairs", value=pairs, unit="task")
+
+
+class MergeStore(PipelineStep):
+    """The store of shards that are all finished; needs neither dataset nor LAM."""
+
+    type = "LAM tokens"
+    name = "merge store"
+
+    def __init__(self, output_dir: str) -> None:
+        super().__init__()
+        self.output_dir = output_dir
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        with self.track_time("store"):
+            try:
+                merge_unfinished(Path(self.output_dir))
+            except ShardError:
+                _discard_damaged(unfinished_folder(Path(self.output_dir)))
+                raise
+
+
+class _Slurm(SlurmPipelineExecutor):
+    def launch_merge_stats(self) -> None:
+        """A job of its own that would ask for the tasks' GPU to add up a few numbers."""
+
+
+def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_dir: Path) -> str | None:
+    """Run the tasks, or have SLURM run them, and then the merge; finished ones are not run again.
+
+    Args:
+        extract, flags: See `ExtractShards`; paths are absolute.
+        output_dir: Where the store will stand, absolute.
+
+    Returns:
+        What was, or would be, submitted; None: the store is there.
+
+    Raises:
+        ExtractionError: tasks failed; names their logs.
+    """
+    assert cluster.tasks is not None
+    logs = (cluster.logs or output_dir.with_name(f"{output_dir.name}.logs")).expanduser().absolute()
+    if cluster.dry_run:
+        return _described(cluster, extract, flags, output_dir, logs)
+    extraction = _executor(cluster, extract, flags, logs)
+    _forget_unfinished(extraction, output_dir)
+    if isinstance(extraction, SlurmPipelineExecutor):
+        merge = _merge_job(cluster, output_dir, logs, extraction)
+        _forget(merge, [0])
+        merge.run()
+        job = "no job: all of them are finished" if extraction.job_id == -1 else f"job {extraction.job_id}"
+        return (
+            f"Extraction: {job}; merge: job {merge.job_id}, which begins once all tasks have ended well.\n"
+            f"Logs: {logs}. A failed task, or a merge that was cancelled for it: run the same command again "
+            "when no job of this extraction is left in squeue"
+        )
+    extraction.run()
+    failed = extraction.get_incomplete_ranks(skip_completed=True)
+    if failed:
+        named = ", ".join(f"task_{rank:05d}.log" for rank in failed[:5]) + (", …" if failed[5:] else "")
+        raise ExtractionError(
+            f"{len(failed)} of {cluster.tasks} tasks failed, see {named} in {logs / 'extract' / 'logs'}; "
+            "finished shards are safe, run the same command again to go on"
+        )
+    MergeStore(str(output_dir)).run()
+    return None
+
+
+def _executor(
+    cluster: ClusterConfig, extract: str, flags: dict[str, Any], logs: Path
+) -> LocalPipelineExecutor | RayPipelineExecutor | SlurmPipelineExecutor:
+    tasks, workers = cluster.tasks or 1, cluster.workers or -1
+    folder = str(logs / "extract")
+    if cluster.engine == "local":
+        at_a_time = min(tasks, cluster.workers or tasks)
+        step = ExtractShards(extract, flags, max(1, usable_cores() // at_a_time))
+        return LocalPipelineExecutor([step], tasks=tasks, workers=at_a_time, logging_dir=folder)
+    resources = _resources(cluster, flags)
+    step = ExtractShards(extract, flags, resources["cpus_per_task"])
+    if cluster.engine == "ray":
+        _refuse_what_no_node_has(resources)
+        return RayPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=folder, **resources)
+    return _Slurm(
+        [step],
+        tasks=tasks,
+        workers=workers,
+        job_name="lam-extract",
+        logging_dir=folder,
+        **resources,
+        **_slurm_options(cluster),
+    )
+
+
+def _merge_job(
+    cluster: ClusterConfig, output_dir: Path, logs: Path, extraction: SlurmPipelineExecutor
+) -> SlurmPipelineExecutor:
+    options = _slurm_options(cluster)
+    options["sbatch_args"] = {**options["sbatch_args"], "kill-on-invalid-dep": "yes"}
+    return _Slurm(
+        [MergeStore(str(output_dir))],
+        tasks=1,
+        job_name="lam-merge",
+        logging_dir=str(logs / "merge"),
+        mem_per_cpu_gb=DEFAULT_MEM_PER_CPU_GB,
+        depends=extraction,
+        **options,
+    )
+
+
+def _resources(cluster: ClusterConfig, flags: dict[str, Any]) -> dict[str, int]:
+    return {
+        "cpus_per_task": cluster.cpus_per_task or DEFAULT_CPUS,
+        "mem_per_cpu_gb": cluster.mem_per_cpu_gb or DEFAULT_MEM_PER_CPU_GB,
+        "gpus_per_task": 0 if flags["device"] == "cpu" else 1,
+    }
+
+
+def _refuse_what_no_node_has(resources: dict[str, int]) -> None:
+    """Ray waits without end for resources that no node has, since an autoscaler may add such a node.
+
+    Raises:
+        ExtractionError: no node can run a task; only warned of where RAY_ADDRESS names the cluster.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init()
+    cpus = resources["cpus_per_task"]
+    needed = {
+        "CPU": cpus,
+        "memory": (cpus * resources["mem_per_cpu_gb"]) << 30,
+        "GPU": resources["gpus_per_task"],
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+        return
+    found = "; ".join(
+        f"{node.get('CPU', 0):g} cores, {node.get('memory', 0) / 2**30:.0f} GB, {node.get('GPU', 0):g} GPUs"
+        for node in nodes[:5]
+    )
+    memory = cpus * resources["mem_per_cpu_gb"]
+    if "RAY_ADDRESS" in os.environ:
+        logger.warning("No node of this Ray cluster can run a task (nodes: %s): waiting for one.", found)
+        return
+    raise ExtractionError(
+        f"no node of this Ray cluster can run a task of {cpus} cores, {memory} GB and "
+        f"{resources['gpus_per_task']} GPUs (nodes: {found}). Set --cluster.cpus_per_task, "
+        "--cluster.mem_per_cpu_gb and --device=cpu to what a node has; where an autoscaler adds such nodes, "
+        "set RAY_ADDRESS=auto"
+    )
+
+
+def _slurm_options(cluster: ClusterConfig) -> dict[str, Any]:
+    environment = (cluster.venv or Path(sys.prefix)).expanduser().absolute()
+    return {
+        "time": cluster.time,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "env_command": f'export PATH="{environment / "bin"}:$PATH"',
+        "sbatch_args": dict(cluster.sbatch_args),
+    }
+
+
+def _forget_unfinished(extraction: PipelineExecutor, output_dir: Path) -> None:
+    """Drop datatrove's record of each task that has not all its shards: removed, or shared out otherwise."""
+    folder = unfinished_folder(output_dir)
+    present: set[int] = set()
+    sizes: list[int] = []
+    if (folder / PLAN_FILE).is_file():
+        begun = Extraction.read(folder)
+        present, sizes = set(begun.shards(folder).present()), begun.plan.shard_sizes()
+    tasks = extraction.world_size
+    shares = [set(share_of(sizes, range(len(sizes)), rank, tasks)) for rank in range(tasks)]
+    _forget(extraction, [rank for rank, share in enumerate(shares) if not sizes or share - present])
+
+
+def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:
+    for rank in ranks:
+        if executor.logging_dir.isfile(f"completions/{rank:05d}"):
+            executor.logging_dir.rm(f"completions/{rank:05d}")
+
+
+def _discard_damaged(folder: Path) -> None:
+    """Unfinish shards whose bytes were altered, so that the task that made one is run again."""
+    try:
+        shards = Extraction.read(folder).shards(folder)
+    except PlanError:
+        return
+    for shard in set(shards.present()) - set(shards.finished()):
+        shards.discard(shard)
+
+
+def _described(
+    cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_dir: Path, logs: Path
+) -> str:
+    """What would be submitted: for SLURM its scripts, else tasks and resources; leaves nothing behind."""
+    if cluster.engine != "slurm":
+        resources = _resources(cluster, flags) if cluster.engine == "ray" else {}
+        told = {"engine": cluster.engine, "tasks": cluster.tasks, "at a time": cluster.workers or "all"}
+        return yaml.safe_dump(
+            {**told, **resources, "logs": str(logs), "flags": flags}, sort_keys=False, allow_unicode=True
+        )
+    with tempfile.TemporaryDirectory() as there:  # datatrove makes folders as it writes a script
+        extraction = _executor(cluster, extract, flags, Path(there))
+        assert isinstance(extraction, SlurmPipelineExecutor)
+        merge = _merge_job(cluster, output_dir, Path(there), extraction)
+        scripts = [_script(extraction), _script(merge)]
+        return "\n".join(scripts).replace(os.path.realpath(there), str(logs)).replace(there, str(logs))
+
+
+def _script(executor: SlurmPipelineExecutor) -> str:
+    pickled = executor.logging_dir.resolve_paths("executor.pik")
+    return executor.get_launch_file_contents(
+        executor.get_sbatch_args(executor.tasks),
+        f"srun  -l -n {executor.nodes_per_task} launch_pickled_pipeline {pickled}",
+    )

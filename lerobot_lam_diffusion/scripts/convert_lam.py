@@ -1,0 +1,119 @@
+"""Convert a published LAM checkpoint (LAPA, UniVLA) to a LAM folder that every command takes.
+
+    lerobot-lam-convert latent-action-pretraining/LAPA-7B-openx --output_dir=./data/lapa_lam
+    lerobot-lam-convert qwbu/univla-latent-action-model --output_dir=./data/univla_lam
+    lerobot-lam-convert ./laq.pt --dims.image_size=256 --dims.code_seq_len=4 --output_dir=./data/my_lapa
+
+SOURCE is a checkpoint file, one of these Hub ids (the one file is fetched), or owner/name/path/in/it.pt.
+It is opened with weights_only=True: a checkpoint that would run code is refused.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.lam.convert import FAMILIES, Dims, convert_lam, locate_checkpoint
+from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
+from lerobot_lam_diffusion.problems import FlagError, raise_problems
+from lerobot_lam_diffusion.scripts.command_line import refuse, run_command
+from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.next_step import next_step
+from lerobot_lam_diffusion.tokens.writer import refuse_existing
+
+
+@dataclass
+class DimsConfig:
+    """What a checkpoint does not tell of its model.
+
+    Args:
+        image_size: Side of the square that frames are resized to: 256 (LAPA), 224 (UniVLA) if left out.
+        code_seq_len: LAPA: tokens of a pair; 4 if left out.
+        num_heads: UniVLA: attention heads of the LAM's encoder; 12 if left out.
+        dino_num_heads: UniVLA: attention heads of its DINOv2 tower; 12 if left out.
+    """
+
+    image_size: int | None = None
+    code_seq_len: int | None = None
+    num_heads: int | None = None
+    dino_num_heads: int | None = None
+
+
+@dataclass
+class ConvertConfig:
+    """Published checkpoint → LAM folder.
+
+    Args:
+        source: Checkpoint file (.pt, .ckpt), Hub id of published weights, or owner/name/path/in/it.pt.
+        output_dir: The new folder.
+        family: lapa or univla; recognised by its tensors if left out.
+        keep_fdm: LAPA: also keep what predicts the next frame, for pictures (0.55 GB more).
+        revision: Branch, tag or commit, for the Hub.
+        dims: What the file does not tell; the published values if left out.
+    """
+
+    source: str
+    output_dir: Path
+    family: str | None = None
+    keep_fdm: bool = False
+    revision: str | None = None
+    dims: DimsConfig = field(default_factory=DimsConfig)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--dims.{name}={value} must be at least 1"
+            for name, value in vars(self.dims).items()
+            if value is not None and value < 1
+        ]
+        if self.family not in (None, *FAMILIES):
+            problems.append(f"--family={self.family} must be one of {', '.join(FAMILIES)}")
+        raise_problems("cannot convert so", problems)
+
+
+COMMAND = Command("lerobot-lam-convert", ConvertConfig, __doc__, paths="SOURCE")
+
+
+def convert(config: ConvertConfig) -> None:
+    """Find the checkpoint, convert it, say what was made."""
+    output_dir = config.output_dir.expanduser()
+    refuse_existing(output_dir)
+    source = locate_checkpoint(config.source, config.revision)
+    convert_lam(
+        source,
+        output_dir,
+        family=config.family,
+        dims=Dims(**vars(config.dims)),
+        keep_fdm=config.keep_fdm,
+    )
+    lam = load_lam(output_dir)
+    sizes = [path.stat().st_size for path in (output_dir / WEIGHTS_FILE, source.path)]
+    lines = [
+        f"LAM       {output_dir.resolve()}, {sizes[0]:,} bytes (the checkpoint has {sizes[1]:,})",
+        f"family    {lam.architecture}, frames of {lam.config.image_size} × {lam.config.image_size} pixels",
+        f"tokens    {lam.num_learned_tokens} × {lam.action_latent_dim}, {lam.num_codes} codes",
+        f"stride    trained on pairs {lam.stride_seconds:g} s apart; lerobot-lam-precompute proposes "
+        "that many frames",
+        f"source    {source.path.name}, SHA-256 {lam.config.source_sha256[:16]}…, licence "
+        f"{source.licence or 'not known: see where the file is from'}",
+        f"hash      fingerprint {lam.fingerprint[:16]}…",
+    ]
+    print("\n".join(lines))
+    command = ["lerobot-lam-precompute", "--dataset.repo_id=USER/NAME", f"--lam.path={config.output_dir}"]
+    print(next_step([*command, "--output_dir=./data/tokens"], "Next, on a dataset of yours"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(ConvertConfig, convert, with_flags(sys.argv[1:] if argv is None else argv), COMMAND)
+
+
+def with_flags(words: Sequence[str]) -> list[str]:
+    """The SOURCE that stands before the first flag, as a flag."""
+    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    if count > 1:
+        refuse(FlagError(f"expected one SOURCE, found {', '.join(words[:count])}"))
+    return [*(f"--source={word}" for word in words[:count]), *words[count:]]
+
+
+if __name__ == "__main__":
+    main()

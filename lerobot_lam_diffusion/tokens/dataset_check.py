@@ -1,0 +1,285 @@
+"""What is wrong with a dataset, found in its metadata and the names of its files before any work begins."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lerobot_lam_diffusion.problems import DatasetError, raise_problems
+
+RGB_CHANNELS = 3
+LFS_POINTER = b"version https://git-lfs"
+BOUNDARIES = ("episode_index", "dataset_from_index", "dataset_to_index")
+
+type Absent = dict[str, list[int]]
+"""What a dataset lacks, for messages (`videos/…/file-001.mp4 is not there`) → the episodes that need it."""
+
+
+def check_metadata(meta: Any) -> None:
+    """Refuse a dataset whose episodes contradict one another or `meta/info.json`.
+
+    LeRobot takes row e of `meta/episodes` for episode e, and frame i of the dataset for row i of the data
+    files: the episodes have to follow one another without gap or overlap.
+
+    Args:
+        meta: `LeRobotDatasetMetadata`.
+
+    Raises:
+        DatasetError: lists every contradiction.
+    """
+    raise_problems(
+        f"dataset {meta.repo_id!r} at {meta.root} contradicts itself, so it is not known which frames an "
+        "episode has. Restore its meta/episodes and meta/info.json, or convert or record it again",
+        _contradictions(meta),
+        DatasetError,
+    )
+
+
+def _contradictions(meta: Any) -> list[str]:
+    problems: list[str] = []
+    if meta.episodes is None or not len(meta.episodes):
+        problems.append(f"it has no episodes (meta/info.json says total_episodes = {meta.total_episodes})")
+        return problems
+    wanted = [*BOUNDARIES, "data/chunk_index", "data/file_index"]
+    wanted += [
+        f"videos/{key}/{name}"
+        for key in meta.video_keys
+        for name in ("chunk_index", "file_index", "from_timestamp")
+    ]
+    columns = {name: _numbers(meta, name) for name in wanted}
+    unusable = [name for name, values in columns.items() if values is None]
+    if unusable:
+        problems.append(f"meta/episodes lacks a number in {', '.join(unusable)}")
+        return problems
+    number, start, stop = (np.asarray(columns[name]) for name in BOUNDARIES)
+    if len(number) != meta.total_episodes:
+        problems.append(
+            f"meta/episodes has {len(number)} episodes, meta/info.json says total_episodes = "
+            f"{meta.total_episodes}{_lacking_files(meta)}"
+        )
+    rows = np.arange(len(number))
+    if (number != rows).any():
+        row = int((number != rows).argmax())
+        problems.append(
+            f"row {row} of meta/episodes is episode {number[row]}, expected each episode once and in order"
+        )
+        return problems
+    expected = np.concatenate([[0], stop[:-1]])
+    if (start != expected).any():
+        row = int((start != expected).argmax())
+        before = f"where episode {row - 1} ends" if row else "the first frame"
+        problems.append(
+            f"in meta/episodes episode {row} begins with frame {start[row]} (dataset_from_index), expected "
+            f"{expected[row]}, {before}"
+        )
+    elif stop[-1] != meta.total_frames:
+        problems.append(
+            f"the episodes of meta/episodes end at frame {stop[-1]}, meta/info.json says total_frames = "
+            f"{meta.total_frames}"
+        )
+    length = _numbers(meta, "length") if "length" in meta.episodes.column_names else stop - start
+    wrong = np.ones(len(rows), bool) if length is None else (stop <= start) | (length != stop - start)
+    if wrong.any():
+        row = int(wrong.argmax())
+        told = "none" if length is None else f"{length[row]}"
+        problems.append(
+            f"in meta/episodes episode {row} has the frames {start[row]} to {stop[row]} (exclusive) and the "
+            f"length {told}"
+        )
+    return problems
+
+
+def _numbers(meta: Any, name: str) -> np.ndarray | None:
+    """A column of `meta/episodes`, or None where it is absent or does not hold a number for each episode."""
+    if name not in meta.episodes.column_names:
+        return None
+    try:
+        values = meta.episodes.data.column(name).to_numpy()  # 100 x as fast as by item
+    except (ValueError, TypeError, pa.ArrowInvalid):
+        return None
+    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        return None
+    return values
+
+
+def _lacking_files(meta: Any) -> str:
+    """`; file-001.parquet is missing` where the numbers of the files of `meta/episodes` show it."""
+    folders: dict[Path, set[str]] = defaultdict(set)
+    for path in (Path(meta.root) / "meta" / "episodes").glob("*/file-*.parquet"):
+        folders[path.parent].add(path.name)
+    lacking = [
+        str((folder / name).relative_to(meta.root))
+        for folder, names in sorted(folders.items())
+        for name in (f"file-{number:03d}.parquet" for number in range(len(names)))
+        if name not in names
+    ]
+    return f" ({', '.join(lacking[:3])} is not there)" if lacking else ""
+
+
+def not_rgb(meta: Any) -> dict[str, str]:
+    """The dataset's cameras that a LAM cannot look at, and why: `is a depth camera`, `has 1 channel …`."""
+    reasons = {}
+    for key in meta.camera_keys:
+        feature = meta.features[key]
+        channels = channels_of(feature)
+        if key in meta.depth_keys:
+            reasons[key] = "is a depth camera"
+        elif channels != RGB_CHANNELS:
+            plural = "" if channels == 1 else "s"
+            reasons[key] = f"has {channels} channel{plural} (shape {tuple(feature['shape'])}), not RGB's 3"
+    return reasons
+
+
+def channels_of(feature: dict) -> int:
+    """Channels of a camera by its declared shape, channels-last unless its names say otherwise."""
+    shape, names = list(feature["shape"]), feature.get("names")
+    if len(shape) < 3:
+        return 1
+    if isinstance(names, list | tuple) and len(names) == len(shape):
+        named = [n for n, name in enumerate(names) if str(name).lower() in ("channel", "channels", "c")]
+        if len(named) == 1 and shape[named[0]] <= 4:
+            return shape[named[0]]
+    first, last = shape[0], shape[-1]
+    return first if first == RGB_CHANNELS and last > 4 else last
+
+
+def absent_files(meta: Any, episodes: Collection[int] | None = None) -> Absent:
+    """What of the files of a dataset is not on this machine.
+
+    Data files count by the rows that are in them: LeRobot reads all that lie in `data/`, whatever
+    `meta/episodes` calls them.
+
+    Args:
+        meta: `LeRobotDatasetMetadata`, checked by `check_metadata`.
+        episodes: Those that are needed; None: all.
+
+    Raises:
+        DatasetError: a data file cannot be read.
+    """
+    wanted = set(range(len(meta.episodes)) if episodes is None else episodes)
+    absent: Absent = {}
+    recorded = _recorded_episodes(Path(meta.root))
+    for path, needed_by in data_files(meta).items():
+        lacking = [episode for episode in needed_by if episode in wanted and episode not in recorded]
+        if lacking:
+            why = why_absent(Path(meta.root) / path) or "has none of their rows"
+            absent[f"{path} {why}"] = lacking
+    for path, needed_by in video_files(meta).items():
+        lacking = [episode for episode in needed_by if episode in wanted]
+        reason = why_absent(Path(meta.root) / path) if lacking else None
+        if reason:
+            absent[f"{path} {reason}"] = lacking
+    return absent
+
+
+def refuse_absent(meta: Any, absent: Absent, why_not_fetched: str = "") -> None:
+    """Raises:
+    DatasetError: names what is not there, if anything.
+    """
+    if not absent:
+        return
+    what, episodes = next(iter(absent.items()))
+    needed = f"episode {episodes[0]}" + (f" and {len(episodes) - 1} more" if len(episodes) > 1 else "")
+    others = f"; {len(absent) - 1} more files as well" if len(absent) > 1 else ""
+    raise DatasetError(
+        f"dataset {meta.repo_id!r} at {meta.root} is not whole: {what}, which {needed} needs{others}"
+        f"{why_not_fetched}. Restore what is missing"
+    )
+
+
+def data_files(meta: Any) -> dict[Path, list[int]]:
+    """Data files that `meta/episodes` names, relative to the dataset's root → the episodes in them."""
+    return _files(meta, "data", meta.data_path)
+
+
+def video_files(meta: Any) -> dict[Path, list[int]]:
+    """Video files of all cameras, relative to the dataset's root → the episodes in them."""
+    found: dict[Path, list[int]] = {}
+    for key in meta.video_keys:
+        found |= _files(meta, f"videos/{key}", meta.video_path, video_key=key)
+    return found
+
+
+def _files(meta: Any, prefix: str, template: str, **names: str) -> dict[Path, list[int]]:
+    chunks, files = (list(meta.episodes[f"{prefix}/{part}_index"]) for part in ("chunk", "file"))
+    found: dict[Path, list[int]] = defaultdict(list)
+    for episode, (chunk, file) in enumerate(zip(chunks, files, strict=True)):
+        path = template.format(chunk_index=int(chunk), file_index=int(file), **names)
+        found[Path(path)].append(episode)
+    return dict(sorted(found.items()))
+
+
+def parquet_files(root: Path) -> list[Path]:
+    """The data files that LeRobot reads, in its order."""
+    return sorted((root / "data").glob("*/*.parquet"))
+
+
+def read_frames(meta: Any, columns: Collection[str] | None = None) -> Iterator[tuple[Path, pa.Table, range]]:
+    """The data files as LeRobot reads them: one after the other, the frame by the number of the row.
+
+    Rows beyond the dataset's last frame, which an interrupted recording leaves, are no frames.
+
+    Args:
+        columns: Besides `index` and `episode_index`; None: all.
+
+    Yields:
+        A file, its table, and the frames that its first rows are.
+
+    Raises:
+        DatasetError: a row says that it is another frame, or frames are missing.
+    """
+    first, ends = 0, np.asarray(_numbers(meta, "dataset_to_index"))
+    wanted = None if columns is None else ["index", "episode_index", *columns]
+    for path in parquet_files(Path(meta.root)):
+        table = pq.ParquetFile(path).read(columns=wanted)
+        frames = np.arange(first, min(first + len(table), meta.total_frames))
+        index, episode = (table[name].to_numpy()[: len(frames)] for name in ("index", "episode_index"))
+        expected = np.searchsorted(ends, frames, side="right")
+        wrong = (index != frames) | (episode != expected)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise DatasetError(
+                f"row {at} of {path} is called frame {index[at]} (index) of episode {episode[at]} "
+                f"(episode_index), by meta/episodes it is frame {frames[at]} of episode {expected[at]}. "
+                "Restore the dataset, or convert or record it again"
+            )
+        yield path, table, range(first, first + len(frames))
+        first += len(table)
+    if first < meta.total_frames:
+        raise DatasetError(
+            f"the data files of {meta.root} lack frame {first} of the dataset's {meta.total_frames}; "
+            "download or restore the dataset"
+        )
+
+
+def _recorded_episodes(root: Path) -> set[int]:
+    """Episodes that have rows in the data files."""
+    recorded: set[int] = set()
+    for path in parquet_files(root):
+        try:
+            column = pq.ParquetFile(path).read(columns=["episode_index"])["episode_index"]
+        except (OSError, pa.ArrowException, KeyError) as error:
+            reason = why_absent(path) or f"cannot be read ({(str(error).splitlines() or ['damaged'])[0]})"
+            raise DatasetError(f"{path} {reason}. Fetch or repair the file") from error
+        recorded.update(int(episode) for episode in column.unique().to_pylist())
+    return recorded
+
+
+def why_absent(path: Path) -> str | None:
+    """What is wrong with a file from outside; None: it is there."""
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return "is empty"
+        if size < 1024:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return "is a git-lfs pointer, not the file itself (git lfs pull)"
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return "is not there" if absent else f"cannot be read ({error.strerror})"
+    return None

@@ -1,0 +1,266 @@
+"""Which episodes are the same in two datasets: a hash of each one's encoded pictures.
+
+    video    the packets from the keyframe before its first frame to its last frame, and which of them each
+             row shows (LeRobot shows the frame nearest to `from_timestamp + timestamp`)
+    images   the encoded bytes of each row's picture
+
+Neither file names nor offsets nor statistics enter, so an episode keeps its hash in a copy, after a download
+and in a dataset that has grown (LeRobot appends to a video by copying packets); another picture, another
+order or another offset changes it. Nothing is decoded. All of the camera's bytes are read once; the hashes
+are then kept under LeRobot's home for as long as the files keep their sizes and times.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lerobot.utils.constants import HF_LEROBOT_HOME
+from torch import Tensor
+
+from lerobot_lam_diffusion.tokens.checked import read_note, write_note
+from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
+
+logger = logging.getLogger(__name__)
+
+FORMAT = b"episode hashes 1"  # to be changed where the same frames would get another hash
+TOLD_BYTES = 1 << 30  # reading that much takes seconds
+_ROWS_AT_ONCE = 256
+
+_known_here: dict[Path, tuple[str, Tensor]] = {}
+
+
+def episode_hashes(meta: Any, camera_key: str) -> Tensor:
+    """A hash of each episode's frames of one camera.
+
+    Args:
+        meta: `LeRobotDatasetMetadata`.
+        camera_key: The dataset's name of an RGB camera.
+
+    Returns:
+        uint8 `(E, 16)`; zeros where an episode's files are not on this machine, or cannot be read.
+    """
+    root = Path(meta.root)
+    files = _files(root, camera_key)
+    stamp = _stamp(root, camera_key, files)
+    place = _place(root, camera_key)
+    known = _known_here.get(place)
+    if known is None or known[0] != stamp:
+        table = _read(place, stamp, meta.total_episodes)
+        if table is None:
+            size = sum(stat.st_size for _, stat in files)
+            if size > TOLD_BYTES:
+                logger.info("Reading %.1f GB of %s once, to know its frames again.", size / 1e9, root)
+            table = _hash_all(meta, camera_key)
+            write_note(place, json.dumps([stamp, table.numpy().tobytes().hex()]))
+        _known_here[place] = known = (stamp, table)
+    return known[1].clone()
+
+
+def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
+    """Episodes whose frames are known to differ: hashes uint8 `(E, 16)`, unlike and neither unknown."""
+    return (are_known(one) & are_known(other) & (one != other).any(1)).nonzero().flatten().tolist()
+
+
+def are_known(hashes: Tensor) -> Tensor:
+    """Which of the hashes are not the zeros of an episode that could not be read, bool `(E,)`."""
+    return hashes.any(1)
+
+
+def _files(root: Path, camera_key: str) -> list[tuple[Path, os.stat_result]]:
+    """All files that decide which frames there are."""
+    folders = [root / "meta" / "episodes", root / "data", root / "videos" / camera_key]
+    found = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return [(file, file.stat()) for file in sorted(found)]
+
+
+def _stamp(root: Path, camera_key: str, files: Iterable[tuple[Path, os.stat_result]]) -> str:
+    digest = hashlib.sha256(FORMAT + camera_key.encode())
+    for file, stat in files:
+        seen = (file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        digest.update(repr(seen).encode())
+    return digest.hexdigest()
+
+
+def _place(root: Path, camera_key: str) -> Path:
+    name = hashlib.sha256(os.fsencode(root.resolve()) + b"\0" + camera_key.encode()).hexdigest()
+    return HF_LEROBOT_HOME / "lam_tokens" / "episodes" / name
+
+
+def _read(place: Path, stamp: str, num_episodes: int) -> Tensor | None:
+    """The hashes that were noted for files that look like `stamp`."""
+    note = json.loads(read_note(place) or "null")
+    if not isinstance(note, list) or note[:1] != [stamp]:
+        return None
+    table = bytearray.fromhex(note[1])
+    if len(table) != num_episodes * HASH_BYTES:
+        return None
+    return torch.frombuffer(table, dtype=torch.uint8).view(num_episodes, HASH_BYTES)
+
+
+def _hash_all(meta: Any, camera_key: str) -> Tensor:
+    table = torch.zeros(meta.total_episodes, HASH_BYTES, dtype=torch.uint8)
+    if camera_key in meta.video_keys:
+        hashes = _hash_videos(meta, camera_key)
+    else:
+        hashes = _hash_images(meta, camera_key)
+    for episode, digest in hashes.items():
+        table[episode] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    return table
+
+
+def _hash_videos(meta: Any, camera_key: str) -> dict[int, bytes]:
+    rows = _rows(meta, ["timestamp"])
+    by_file: dict[Path, list[int]] = defaultdict(list)
+    template, root = meta.video_path, Path(meta.root)
+    chunks, numbers, starts = (
+        list(meta.episodes[f"videos/{camera_key}/{name}"])
+        for name in ("chunk_index", "file_index", "from_timestamp")
+    )
+    for episode in range(meta.total_episodes):
+        where = {"chunk_index": int(chunks[episode]), "file_index": int(numbers[episode])}
+        by_file[root / template.format(video_key=camera_key, **where)].append(episode)
+
+    def hash_file(item: tuple[Path, list[int]]) -> dict[int, bytes]:
+        path, episodes = item
+        try:
+            video = _Packets(path)
+        except (OSError, ValueError, av.FFmpegError, IndexError):  # absent or damaged: nothing is known
+            return {}
+        return {
+            episode: video.hash(
+                [starts[episode] + float(t) for t in rows[episode]["timestamp"]], rows[episode]
+            )
+            for episode in episodes
+            if episode in rows
+        }
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {
+            episode: digest
+            for part in pool.map(hash_file, by_file.items())
+            for episode, digest in part.items()
+        }
+
+
+class _Packets:
+    """The packets of a video file, in the order in which they are stored."""
+
+    def __init__(self, path: Path) -> None:
+        self.digests: list[bytes] = []
+        self.seconds: list[float] = []
+        self.keyframes: list[int] = []
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            codec = stream.codec_context
+            looks = (
+                codec.name,
+                codec.width,
+                codec.height,
+                codec.pix_fmt,
+                codec.color_range,
+                codec.colorspace,
+            )
+            self.codec = repr(looks).encode() + bytes(codec.extradata or b"")
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None:
+                    if packet.is_keyframe:
+                        self.keyframes.append(len(self.digests))
+                    self.digests.append(hashlib.sha256(packet).digest())
+                    self.seconds.append(float(packet.pts * packet.time_base))
+        if not self.digests:
+            raise ValueError("no frames")
+        self._by_time = sorted(range(len(self.seconds)), key=self.seconds.__getitem__)
+        self._times = np.array([self.seconds[packet] for packet in self._by_time])
+
+    def hash(self, seconds: list[float], rows: dict[str, np.ndarray]) -> bytes:
+        """Of the rows that show the frames nearest to `seconds`."""
+        times = np.array(seconds)
+        after = np.clip(np.searchsorted(self._times, times), 1, max(1, len(self._times) - 1))
+        before = after - 1
+        after = np.minimum(after, len(self._times) - 1)
+        nearest = np.where(times - self._times[before] <= self._times[after] - times, before, after)
+        shown = np.array(self._by_time)[nearest]
+        first = (
+            self.keyframes[max(0, bisect_right(self.keyframes, int(shown.min())) - 1)]
+            if self.keyframes
+            else 0
+        )
+        digest = hashlib.sha256(b"video" + self.codec)
+        digest.update(b"".join(self.digests[first : int(shown.max()) + 1]))
+        digest.update((shown - first).astype("<i8").tobytes())
+        digest.update(rows["index"].astype("<i8").tobytes())
+        return digest.digest()[:HASH_BYTES]
+
+
+def _hash_images(meta: Any, camera_key: str) -> dict[int, bytes]:
+    rows = _rows(meta, [camera_key], root=Path(meta.root))
+    hashes = {}
+    for episode, columns in rows.items():
+        digest = hashlib.sha256(b"images")
+        digest.update(columns[camera_key].tobytes())
+        digest.update(columns["index"].astype("<i8").tobytes())
+        hashes[episode] = digest.digest()[:HASH_BYTES]
+    return hashes
+
+
+def _rows(meta: Any, names: list[str], root: Path | None = None) -> dict[int, dict[str, np.ndarray]]:
+    """Columns of each episode whose rows are all here, and `index`, counted from the episode's start.
+
+    Args:
+        root: Of the dataset, where the columns are pictures; each is given as its SHA-256, uint8 `(32,)`.
+    """
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ["index", *names]}
+    for file in sorted((Path(meta.root) / "data").glob("*/*.parquet")):
+        try:
+            read = pq.ParquetFile(file)
+            for batch in read.iter_batches(_ROWS_AT_ONCE if root else 1 << 16, columns=[*columns]):
+                for name in columns:
+                    column = batch.column(name)
+                    is_picture = root is not None and name != "index"
+                    columns[name].append(
+                        _picture_digests(column, root)
+                        if is_picture and root
+                        else column.to_numpy(zero_copy_only=False)
+                    )
+        except (OSError, pa.ArrowException, KeyError):  # damaged: what is unread stays unknown
+            continue
+    joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
+    if len(joined) < len(columns) or len({len(column) for column in joined.values()}) != 1:
+        return {}
+    found = {}
+    first, end = (np.asarray(list(meta.episodes[f"dataset_{side}_index"])) for side in ("from", "to"))
+    starts = np.searchsorted(joined["index"], first)
+    for episode, (start, length) in enumerate(zip(starts.tolist(), (end - first).tolist(), strict=True)):
+        if start + length <= len(joined["index"]) and joined["index"][start] == first[episode]:
+            part = {name: column[start : start + length] for name, column in joined.items()}
+            found[episode] = part | {"index": part["index"] - first[episode]}
+    return found
+
+
+def _picture_digests(column: pa.Array, root: Path) -> np.ndarray:
+    digests = [hashlib.sha256(_picture(picture, root)).digest() for picture in column.to_pylist()]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 32)
+
+
+def _picture(picture: Any, root: Path) -> bytes:
+    """A picture's encoded bytes, or those of the file that it names."""
+    if not isinstance(picture, dict):
+        return repr(picture).encode()
+    if picture.get("bytes") is not None:
+        return picture["bytes"]
+    try:
+        return (root / str(picture.get("path"))).read_bytes()
+    except OSError:
+        return repr(picture).encode()

@@ -1,0 +1,151 @@
+"""What the frames of one camera are: a digest that follows from their files, not from statistics of them.
+
+It covers the episodes' boundaries, which rows and timestamps the data files hold, and either the encoded
+images in them, or which video file each episode lies in, from where on, and what those files contain.
+Video files count by their content and the order in which episodes come to them, so that a copy, a download or
+another numbering is the same dataset. All images are read; of a video file larger than `WHOLE_BYTES` its
+size, its start, its end, which hold the table of its frames, and blocks in between.
+
+The contents are read once per machine: what was found is noted under LeRobot's home, and believed while the
+files keep their size and times.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lerobot.datasets.io_utils import load_episodes
+from lerobot.utils.constants import HF_LEROBOT_HOME
+
+from lerobot_lam_diffusion.tokens.checked import read_note, write_note
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "frames-1"
+WHOLE_BYTES = 4 << 20
+EDGE_BYTES = 1 << 20
+BLOCK_BYTES = 64 << 10
+BLOCKS = 32
+ROWS = ("index", "episode_index", "timestamp")
+_AS_READ = {"timestamp": "<f4"}  # LeRobot casts it; the others are int64
+_BOUNDARIES = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
+
+
+def frames_digest(meta: Any, camera_key: str) -> str | None:
+    """SHA-256 of what and where a camera's frames are; None where not all of its files are on this machine.
+
+    Args:
+        meta: `LeRobotDatasetMetadata`.
+        camera_key: A camera of it, kept as video or as images.
+
+    A file that cannot be read counts as missing: who needs its frames says what is wrong with it.
+    """
+    try:
+        return _digest(meta, camera_key)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        logger.debug("the frames of %s cannot be told: %s", meta.root, error)
+        return None
+
+
+def _digest(meta: Any, camera_key: str) -> str | None:
+    root = Path(meta.root)
+    episodes = meta.episodes if meta.episodes is not None else load_episodes(root)
+    is_video = camera_key in meta.video_keys
+    names = [name for name in _BOUNDARIES if name in episodes.column_names]
+    told = {name: _column(episodes, name, "<i8") for name in names}
+    videos: list[Path] = []
+    if is_video:
+        place = f"videos/{camera_key}/"
+        pairs = np.stack([_column(episodes, f"{place}{name}_index", "<i8") for name in ("chunk", "file")], 1)
+        numbers, first, which = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # files in the order in which episodes come to them
+        told["file"] = np.argsort(order)[which.reshape(-1)].astype("<i8")
+        told["from"] = _column(episodes, f"{place}from_timestamp", "<f8")
+        videos = [
+            root / meta.video_path.format(video_key=camera_key, chunk_index=chunk, file_index=file)
+            for chunk, file in numbers[order].tolist()
+        ]
+    content = _content(root, camera_key, videos, is_video, int(meta.total_frames))
+    if content is None:
+        return None
+    digest = hashlib.sha256(f"{SCHEME}:{'video' if is_video else 'images'}:{content}".encode())
+    for name, values in told.items():
+        digest.update(f"{name}:{len(values)}:".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _column(episodes: Any, name: str, dtype: str) -> np.ndarray:
+    return np.asarray(episodes.with_format("arrow")[name].to_numpy()).astype(dtype)
+
+
+def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, rows: int) -> str | None:
+    """Digest of what the data and video files hold, as noted or found; None: some are missing."""
+    data = sorted((root / "data").glob("*/*.parquet"))
+    try:
+        stats = [file.stat() for file in (*data, *videos)]
+    except FileNotFoundError:
+        return None
+    stamp = hashlib.sha256(f"{SCHEME}:{is_video}:{rows}".encode())
+    for file, stat in zip((*data, *videos), stats, strict=True):
+        looks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        stamp.update(os.fsencode(file.relative_to(root)) + repr(looks).encode())
+    name = hashlib.sha256(os.fsencode(root.resolve()) + b"\0" + camera_key.encode()).hexdigest()
+    note = HF_LEROBOT_HOME / "lam_tokens" / "frames" / name
+    known = json.loads(read_note(note) or "null")
+    if isinstance(known, list) and len(known) == 2 and known[0] == stamp.hexdigest():
+        return str(known[1])
+    columns = [hashlib.sha256() for _ in ROWS]
+    pictures = hashlib.sha256()
+    found = 0
+    for file in data:
+        parquet = pq.ParquetFile(file)
+        found += parquet.metadata.num_rows
+        table = parquet.read(columns=list(ROWS))
+        for name, column in zip(ROWS, columns, strict=True):
+            column.update(table[name].to_numpy().astype(_AS_READ.get(name, "<i8")).tobytes())
+        if not is_video:
+            for picture in _pictures(parquet, camera_key, root):
+                pictures.update(len(picture).to_bytes(8, "little") + picture)
+    if found != rows:
+        return None
+    total = hashlib.sha256(b"".join(part.digest() for part in (*columns, pictures)))
+    for file in videos:
+        total.update(_file_digest(file))
+    write_note(note, json.dumps([stamp.hexdigest(), total.hexdigest()]))
+    return total.hexdigest()
+
+
+def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path) -> Iterator[bytes]:
+    """The encoded images of a data file, in order, a few at a time."""
+    for batch in parquet.iter_batches(batch_size=64, columns=[camera_key]):
+        for picture in pa.Table.from_batches([batch])[camera_key].to_pylist():
+            if picture.get("bytes") is not None:
+                yield picture["bytes"]
+            else:
+                yield (root / picture["path"]).read_bytes()
+
+
+def _file_digest(path: Path) -> bytes:
+    """Of a file's size and content; of a large one, of parts at fixed places."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+            return digest.digest()
+        for block in range(BLOCKS):
+            file.seek(size * block // BLOCKS)
+            digest.update(file.read(BLOCK_BYTES))
+        for edge in (0, size - EDGE_BYTES):
+            file.seek(edge)
+            digest.update(file.read(EDGE_BYTES))
+    return digest.digest()

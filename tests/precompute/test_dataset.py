@@ -1,0 +1,107 @@
+"""What is opened to be read from end to end: whole or refused by name, row for row as LeRobot reads it."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
+from lerobot_lam_diffusion.problems import DatasetError, UserError
+from tests.conftest import TOP, record_dataset
+from tests.hub_server import connect, serve
+
+LENGTHS = (5, 6, 8, 3, 4, 6, 7, 7, 5, 9)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """Ten episodes in several video files."""
+    root = tmp_path_factory.mktemp("several") / "data"
+    record_dataset(root, LENGTHS, file_size_mb=0.012)
+    return root
+
+
+@pytest.fixture
+def root(recorded, tmp_path) -> Path:
+    return shutil.copytree(recorded, tmp_path / "data")
+
+
+def meta_of(root: Path) -> LeRobotDatasetMetadata:
+    return LeRobotDatasetMetadata("local/x", root=root)
+
+
+def data_file(root: Path) -> Path:
+    return next((root / "data").rglob("*.parquet"))
+
+
+def put(path: Path, **columns: list) -> None:
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    pq.write_table(table, path)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that can be reached and has nothing."""
+    with serve() as server:
+        connect(monkeypatch, server.url, tmp_path / "cache")
+        yield server
+
+
+def test_a_missing_video_is_named_without_asking_the_hub(root, hub):
+    meta = meta_of(root)
+    video = meta.get_video_file_path(4, TOP)
+    (root / video).unlink()
+    with pytest.raises(
+        DatasetError, match=rf"'local/x' at {root} is not whole: {video} is not there"
+    ) as error:
+        open_whole(meta, root=root, video_backend="pyav")
+    assert "Hub" not in str(error.value)
+    dataset, unreadable = open_readable(meta, root=root, video_backend="pyav")
+    in_file = [episode for episode in range(10) if meta.get_video_file_path(episode, TOP) == video]
+    assert list(unreadable) == in_file
+    assert dataset.episodes == [episode for episode in range(10) if episode not in in_file]
+    others = open_whole(meta, root=root, episodes=dataset.episodes[:2], video_backend="pyav")
+    assert others.num_episodes == 2
+    with pytest.raises(UserError, match=f"all {len(in_file)} episodes .* were skipped"):
+        open_readable(meta, root=root, episodes=in_file)
+    assert hub.log == []
+
+
+def test_a_missing_data_file_is_named(root):
+    meta = meta_of(root)
+    data_file(root).unlink()
+    with pytest.raises(DatasetError, match=r"is not whole: data/chunk-000/file-000.parquet is not there"):
+        open_whole(meta, root=root)
+
+
+@pytest.mark.parametrize("column", ["index", "episode_index"])
+def test_rows_that_are_other_frames(root, column):
+    path = data_file(root)
+    values = pq.read_table(path)[column].to_pylist()
+    values[5:19] = values[18:4:-1]
+    put(path, **{column: values})
+    with pytest.raises(DatasetError, match=r"row \d+ of the data files .* is called frame \d+ \(index\)"):
+        open_whole(meta_of(root), root=root)
+
+
+def test_rows_that_are_missing(root):
+    path = data_file(root)
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, len(table) - 2), path)
+    with pytest.raises(DatasetError, match=r"have 58 rows, the episodes in meta/episodes 60"):
+        open_whole(meta_of(root), root=root)
+
+
+def test_rows_beyond_the_last_episode_and_any_frame_index_are_lerobots_own_business(root):
+    path = data_file(root)
+    put(path, frame_index=list(range(60)))
+    beyond = path.with_name("file-001.parquet")
+    pq.write_table(pq.read_table(path).slice(0, 4), beyond)
+    put(beyond, index=[60, 61, 62, 63], episode_index=[10] * 4)
+    check_dataset(open_whole(meta_of(root), root=root))

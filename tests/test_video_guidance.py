@@ -1,0 +1,346 @@
+"""Guidance at deployment: what comes next is read off a store's episode or a video, tick by tick."""
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.rollout.inference.sync import SyncInferenceEngine
+
+from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.policy.guidance import GuidanceError, Guide, Track, open_guide
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
+from lerobot_lam_diffusion.problems import TrainingError, UserError
+from tests.conftest import EPISODE_LENGTHS, FPS, TOP, write_lam
+from tests.policies import build, lam_config
+from tests.videos import write_video
+
+NEXT = [1, 2, 3, 4]
+STARTS = np.cumsum([0, *EPISODE_LENGTHS]).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(dataset, store, tmp_path_factory):
+    """Trained for offsets → folder of a checkpoint."""
+    made = {}
+
+    def checkpoint(*offsets, **fields):
+        key = (offsets, *sorted(fields.items()))
+        if key not in made:
+            config = lam_config(
+                lam_tokens_path=str(store.path),
+                lam_token_offsets=list(offsets),
+                lam_token_dropout=0.5,
+                num_inference_steps=1,
+                **fields,
+            )
+            policy, _ = build(config, dataset)
+            made[key] = tmp_path_factory.mktemp("checkpoint")
+            policy.save_pretrained(made[key])
+        return made[key]
+
+    return checkpoint
+
+
+def deployed(folder, **fields) -> DiffusionLamPolicy:
+    """As `lerobot-eval --policy.path=… --policy.…` loads it."""
+    config = DiffusionLamPolicy.config_class.from_pretrained(folder)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.__post_init__()
+    return DiffusionLamPolicy.from_pretrained(folder, config=config).eval()
+
+
+def observation(dataset, frame: int, batch_size: int) -> dict[str, torch.Tensor]:
+    item = dataset[frame]
+    picture = (item[TOP].float() / 255).expand(batch_size, -1, -1, -1)
+    state = item["observation.state"].expand(batch_size, -1)
+    return {
+        "observation.state": state,
+        TOP: picture,
+        "observation.images": picture[:, None],
+        "observation.lam_images": {TOP: picture},
+    }
+
+
+def act(policy, dataset, ticks: int, batch_size: int, first: int = 0) -> list[torch.Tensor]:
+    """Conditioning tokens `(B, k, n·a)` of each chunk of actions, after so many ticks."""
+    chunks = []
+    for tick in range(ticks):
+        fresh = not policy._queues["action"]
+        policy.select_action(observation(dataset, first + min(tick, 8), batch_size))
+        if fresh:
+            chunks.append(torch.stack(list(policy._queues[OBS_LAM_TOKENS]), dim=1))
+    return chunks
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_each_chunk_sees_the_window_of_its_tick(batch_size, checkpoints, dataset, store):
+    policy = deployed(checkpoints(*NEXT), lam_guidance=[f"{store.path}#1", f"{store.path}#4"])
+    assert policy.config.lam_guidance is None
+    for _ in range(2):  # reset() starts over
+        policy.reset()
+        chunks = act(policy, dataset, 20, batch_size)
+        assert len(chunks) == 5
+        for at, tokens in enumerate(chunks):
+            tick = at * policy.config.n_action_steps
+            for b in range(batch_size):
+                episode = (1, 4)[b % 2]
+                if tick < EPISODE_LENGTHS[episode]:
+                    index = torch.tensor([STARTS[episode] + tick])
+                    expected = store.window(index, NEXT, ahead=True)[0]
+                else:
+                    expected = torch.zeros(4, 64)
+                assert torch.equal(tokens[b], expected)
+        assert chunks[0].any()
+        assert not chunks[3][0].any()
+
+
+def test_the_end_is_told_once(checkpoints, dataset, store, caplog):
+    policy = deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#1")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            policy.reset()
+            act(policy, dataset, 16, 1)
+    told = [record.getMessage() for record in caplog.records if "has ended" in record.getMessage()]
+    assert told == [
+        f"Guidance {store.path}#1 has ended after 9 frames (0.9 s): acting unguided from here on."
+    ]
+
+
+def test_what_has_happened_is_seen_live_beside_the_guide(checkpoints, dataset, store):
+    policy = deployed(checkpoints(-1, 0, 2), lam_guidance=f"{store.path}#2")
+    chunks = act(policy, dataset, 9, 1)
+    for at, tokens in enumerate(chunks):
+        tick = 4 * at
+        live = store.window(torch.tensor([tick]), [-1, 0])[0]  # of episode 0, whose frames it is shown
+        guide = store.window(torch.tensor([STARTS[2] + tick]), [2], ahead=True)[0]
+        assert torch.equal(tokens[0], torch.cat([live, guide]))
+    assert chunks[1].any(-1).all()
+
+
+def test_a_chunk_asked_for_by_itself_follows_too(checkpoints, dataset, store):
+    policy = deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#2")
+    seen = []
+    original = policy.diffusion._prepare_global_conditioning
+    policy.diffusion._prepare_global_conditioning = lambda batch: (
+        seen.append(batch[OBS_LAM_TOKENS]) or original(batch)
+    )
+    once = observation(dataset, 0, 1)
+    window = {key: once[key][:, None].repeat_interleave(2, 1) for key in ("observation.state", TOP)}
+    for tick in (0, 4):
+        assert policy.predict_action_chunk(dict(window)).shape == (1, 4, 2)
+        expected = store.window(torch.tensor([STARTS[2] + tick]), NEXT, ahead=True)
+        assert torch.equal(seen.pop(), expected)
+    mixed = deployed(checkpoints(0, 1), lam_guidance=f"{store.path}#2")
+    with pytest.raises(TrainingError, match="call select_action each tick"):
+        mixed.predict_action_chunk(dict(window))
+
+
+def test_the_batch_may_bring_its_own_tokens(checkpoints, dataset):
+    policy = deployed(checkpoints(*NEXT))
+    own = torch.randn(2, 4, 64)
+    batch = observation(dataset, 0, 2)
+    policy.select_action({**batch, policy.config.lam_tokens_key: own})
+    assert torch.equal(torch.stack(list(policy._queues[OBS_LAM_TOKENS]), dim=1), own)
+    with pytest.raises(TrainingError, match=r"expected \(B, 4, 64\): the tokens of all lam_token_offsets"):
+        policy.select_action({**batch, policy.config.lam_tokens_key: own[:, 0]})
+    single = deployed(checkpoints(1))
+    single.select_action({**batch, single.config.lam_tokens_key: own[:, 0]})
+    assert torch.equal(single._queues[OBS_LAM_TOKENS][0], own[:, 0])
+
+
+def test_without_a_guide_it_says_what_to_pass_or_acts_unguided(checkpoints, dataset):
+    with pytest.raises(TrainingError, match=r"pass --policy\.lam_guidance="):
+        act(deployed(checkpoints(*NEXT)), dataset, 1, 1)
+    (tokens,) = act(deployed(checkpoints(*NEXT), lam_missing="zero"), dataset, 1, 2)
+    assert tokens.shape == (2, 4, 64)
+    assert not tokens.any()
+
+
+def test_a_policy_of_the_past_is_not_guided(dataset, store, checkpoints):
+    with pytest.raises(UserError, match=r"\(\[0\]\), and a video tells what comes next: train with"):
+        deployed(checkpoints(0), lam_guidance="demo.mp4")
+
+
+@pytest.mark.slow
+def test_a_store_guides_without_any_lam(checkpoints, store):
+    """On the robot: no LAM is loaded, its code not even imported."""
+    folder = checkpoints(*NEXT, use_precomputed_lam_tokens=True)
+    program = f"""
+import sys, torch
+from lerobot_lam_diffusion import DiffusionLamPolicy
+config = DiffusionLamPolicy.config_class.from_pretrained({str(folder)!r})
+config.lam_model_path, config.lam_guidance = "/nowhere", {str(store.path) + "#1"!r}
+policy = DiffusionLamPolicy.from_pretrained({str(folder)!r}, config=config).eval()
+state, images = torch.zeros(1, 2), torch.zeros(1, 1, 3, 48, 48)
+policy.select_action({{"observation.state": state, "observation.images": images, {TOP!r}: images[:, 0]}})
+assert policy.diffusion.lam_model is None
+assert "lerobot_lam_diffusion.lam.loading" not in sys.modules
+assert "lerobot_lam_diffusion.live_tokens" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_intent_policy_trained_on_the_fly_needs_no_lam_to_act(dataset, lam_folder, store, tmp_path):
+    config = lam_config(
+        use_precomputed_lam_tokens=False,
+        lam_model_path=str(lam_folder),
+        lam_camera_key=TOP,
+        lam_token_offsets=NEXT,
+        num_inference_steps=1,
+    )
+    build(config, dataset)[0].save_pretrained(tmp_path)
+    policy = deployed(tmp_path, lam_model_path="/nowhere", lam_guidance=f"{store.path}#0")
+    assert act(policy, dataset, 1, 1)[0].any()
+    assert policy.diffusion.lam_model is None
+    assert policy._history is None
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, dataset):
+    """Lossless videos of episode 2: at its own rate, at twice that (each frame twice), with a lead-in."""
+    folder = tmp_path_factory.mktemp("videos")
+    frames = [dataset[i][TOP].permute(1, 2, 0).numpy() for i in range(STARTS[2], STARTS[3])]
+    write_video(folder / "same.mkv", frames, FPS)
+    write_video(folder / "twice.mkv", [frame for frame in frames for _ in range(2)], 2 * FPS)
+    write_video(folder / "lead.mkv", [frames[0] // 2] * 5 + frames + [frames[-1] // 2] * 7, FPS)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["same.mkv", "twice.mkv", "lead.mkv#t=0.5,2.2"])
+def test_a_lossless_video_of_an_episode_is_that_episode(name, videos, checkpoints, store):
+    config = deployed(checkpoints(*NEXT)).config
+    config.lam_guidance = [f"{videos}/{name}", f"{store.path}#2"]
+    video, episode = open_guide(config).tracks
+    assert episode.tokens[1:].any(1).all()
+    assert torch.equal(video.tokens, episode.tokens)
+
+
+@pytest.fixture(scope="module")
+def errors(make_store, dataset, tmp_path_factory, frames, lam_folder):
+    folder = tmp_path_factory.mktemp("errors")
+    write_video(folder / "short.mkv", [np.zeros((48, 48, 3), np.uint8)], FPS)
+    one = type(dataset)(
+        dataset.repo_id, root=dataset.root, episodes=[1], video_backend="pyav", return_uint8=True
+    )
+    other = load_lam(write_lam(folder / "other", frames, seed=5))
+    precompute_tokens(
+        dataset,
+        other,
+        folder / "other_lam",
+        camera_key=TOP,
+        lam_path="other",
+        show_progress=False,
+        batch_size=8,
+    )
+    return {
+        "video": folder / "short.mkv",
+        "nothing": folder / "nothing.mp4",
+        "stride": make_store(dataset, frame_stride=2).path,
+        "kind": make_store(dataset, use_vq_tokens=False).path,
+        "partial": make_store(one).path,
+        "lam": folder / "other_lam",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("{nothing}", "there is no such file"),
+        ("{video}", "too few for one pair"),
+        ("{video}#t=9,1", "ends at 1 s, not after its start"),
+        ("{video}#t=x", "is not a part of a video; expected seconds"),
+        ("{partial}", "has 5 episodes, name one of them"),
+        ("{partial}#9", "#0 to "),
+        ("{partial}#0", "lacks episode 0; it covers 1 of 5 episodes"),
+        ("{stride}#0", "--frame_stride=1"),
+        ("{kind}#0", "--use_vq_tokens=true"),
+        ("{lam}#0", "made by the LAM with fingerprint"),
+        ("no/store#0", "no token store at no/store"),
+    ],
+)
+def test_what_cannot_guide_is_refused(entry, words, errors, checkpoints):
+    with pytest.raises(GuidanceError) as refused:
+        deployed(checkpoints(*NEXT), lam_guidance=entry.format(**errors))
+    assert "--policy.lam_guidance cannot be followed" in str(refused.value)
+    assert words in str(refused.value)
+
+
+def test_problems_of_all_entries_come_at_once(errors, checkpoints, store):
+    with pytest.raises(GuidanceError, match="2 problems"):
+        deployed(
+            checkpoints(*NEXT),
+            lam_guidance=[str(errors["nothing"]), f"{store.path}#0", f"{errors['stride']}#0"],
+        )
+
+
+def test_a_rate_that_is_not_known_or_another_is_refused(checkpoints, store, videos):
+    with pytest.raises(GuidanceError, match=r"pass --policy\.lam_fps="):
+        deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_fps=None)
+    with pytest.raises(GuidanceError, match="it is of 10 fps, the policy of 30"):
+        deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#0", lam_fps=30.0)
+
+
+def test_a_video_without_a_lam_is_refused(checkpoints, videos):
+    with pytest.raises(GuidanceError, match=r"pass --policy\.lam_model_path="):
+        deployed(checkpoints(*NEXT), lam_guidance=str(videos / "same.mkv"), lam_model_path=None)
+
+
+def test_several_sources_are_not_guided(checkpoints):
+    config = deployed(checkpoints(*NEXT)).config
+    config.lam_camera_key, config.lam_guidance = [TOP, "observation.images.side"], "demo.mp4"
+    with pytest.raises(GuidanceError, match="2 sources of tokens"):
+        open_guide(config)
+
+
+def test_videos_unlike_training_are_told_of(checkpoints, tmp_path, caplog, dataset):
+    frames = [np.full((48, 96, 3), 255 - 20 * k, np.uint8) for k in range(6)]
+    write_video(tmp_path / "wide.mkv", frames, FPS // 2)
+    with caplog.at_level(logging.WARNING):
+        policy = deployed(checkpoints(*NEXT), lam_guidance=str(tmp_path / "wide.mkv"))
+        act(policy, dataset, 9, 1)
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert "has 5 frames per second, the policy was trained at 10" in told
+    assert "is 96 × 48, the LAM's camera observation.images.top 48 × 48" in told
+    assert told.count("has other colours than the camera") == 1
+
+
+def test_lerobot_rollout_is_guided(checkpoints, dataset, store):
+    """LeRobot's synchronous inference engine, as `lerobot-rollout` runs it on a robot."""
+    policy = deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#3")
+    pre, post = make_pre_post_processors(policy.config, dataset_stats=dataset.meta.stats)
+    engine = SyncInferenceEngine(
+        policy=policy,
+        preprocessor=pre,
+        postprocessor=post,
+        dataset_features=dataset.meta.features,
+        ordered_action_keys=["x", "y"],
+        task="wander",
+        device="cpu",
+        robot_type=None,
+    )
+    engine.start()
+    engine.reset()
+    for tick in range(5):
+        frame = {
+            "observation.state": np.zeros(2, np.float32),
+            TOP: dataset[tick][TOP].permute(1, 2, 0).numpy(),
+        }
+        engine.get_action(frame)
+        tokens = torch.stack(list(policy._queues[OBS_LAM_TOKENS]), dim=1)
+        chunk = 4 * (tick // 4)
+        expected = store.window(torch.tensor([STARTS[3] + chunk]), NEXT, ahead=True)
+        assert torch.equal(tokens, expected)
+
+
+def test_a_guide_is_a_plain_lookup():
+    track = torch.arange(1.0, 6).unsqueeze(1)
+    guide = Guide([Track("a", track), Track("b", track * 10)])
+    window = guide.window(2, [1, 2, 3], 3)
+    assert window[:, :, 0].tolist() == [[4, 5, 0], [40, 50, 0], [4, 5, 0]]

@@ -1,0 +1,144 @@
+"""Datasets that contradict themselves, lack files or have other cameras than RGB, told before any work."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+from lerobot_lam_diffusion.problems import DatasetError
+from lerobot_lam_diffusion.tokens.dataset_check import absent_files, channels_of, check_metadata, not_rgb
+from tests.conftest import TOP
+
+
+@pytest.fixture
+def copy(dataset, tmp_path) -> Path:
+    return shutil.copytree(dataset.root, tmp_path / "copy")
+
+
+def opened(root: Path) -> LeRobotDatasetMetadata:
+    return LeRobotDatasetMetadata("local/copy", root=root)
+
+
+def put(path: Path, name: str, values: list) -> None:
+    """Replace a column of a parquet file."""
+    table = pq.read_table(path)
+    at = table.column_names.index(name)
+    pq.write_table(table.set_column(at, name, pa.array(values)), path)
+
+
+def episodes_file(root: Path) -> Path:
+    return next((root / "meta" / "episodes").rglob("*.parquet"))
+
+
+def column(name: str, values: list):
+    return lambda root: put(episodes_file(root), name, values)
+
+
+def info(**changes):
+    def change(root: Path) -> None:
+        path = root / "meta" / "info.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def rows(order: list[int]):
+    return lambda root: pq.write_table(pq.read_table(episodes_file(root)).take(order), episodes_file(root))
+
+
+FROM = [0, 14, 23, 40, 48]
+CONTRADICTIONS = {
+    "from and to begin anew": (column("dataset_from_index", [0] * 5), r"episode 1 begins with frame 0 .*14"),
+    "an overlap": (column("dataset_from_index", [0, 13, 23, 40, 48]), r"episode 1 begins with frame 13"),
+    "a gap": (column("dataset_to_index", [14, 22, 40, 48, 60]), r"episode 2 begins with frame 23 .*22"),
+    "not from the start": (column("dataset_from_index", [1, *FROM[1:]]), r"episode 0 begins with frame 1"),
+    "rows in another order": (rows([2, 0, 1, 3, 4]), r"row 0 of meta/episodes is episode 2"),
+    "an episode twice": (rows([0, 1, 1, 3, 4]), r"row 2 of meta/episodes is episode 1"),
+    "an episode is missing": (rows([0, 1, 3, 4]), r"has 4 episodes, meta/info.json says total_episodes = 5"),
+    "the last is missing": (rows([0, 1, 2, 3]), r"has 4 episodes, .*\n.*end at frame 48, .*= 60"),
+    "total_frames": (info(total_frames=61), r"end at frame 60, meta/info.json says total_frames = 61"),
+    "total_episodes": (info(total_episodes=4), r"has 5 episodes, meta/info.json says total_episodes = 4"),
+    "lengths": (column("length", [14, 9, 16, 8, 12]), r"episode 2 has the frames 23 to 40 .*length 16"),
+    "no length": (column("length", [14, 9, None, 8, 12]), r"episode 0 has .*length none"),
+    "no number": (column("dataset_to_index", [14, 23, None, 48, 60]), r"lacks a number in dataset_to_index"),
+    "no offset": (column(f"videos/{TOP}/from_timestamp", ["a"] * 5), rf"lacks a number in videos/{TOP}/from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "expected"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_metadata_that_contradict_themselves(copy, change, expected):
+    check_metadata(opened(copy))
+    change(copy)
+    with pytest.raises(DatasetError, match=r"contradicts itself.*Restore its meta/episodes") as error:
+        check_metadata(opened(copy))
+    assert re.search(expected, str(error.value), re.S)
+    assert str(copy) in str(error.value)
+
+
+def test_a_missing_file_of_meta_episodes_is_named(copy):
+    first = episodes_file(copy)
+    table = pq.read_table(first)
+    pq.write_table(table.slice(3), first.with_name("file-001.parquet"))
+    first.unlink()
+    with pytest.raises(DatasetError, match=r"\(meta/episodes/chunk-000/file-000.parquet is not there\)"):
+        check_metadata(opened(copy))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "is not there"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs"),
+    ],
+)
+def test_files_that_are_not_here_are_named_with_their_episodes(copy, content, why):
+    meta = opened(copy)
+    assert absent_files(meta) == {}
+    video = copy / meta.get_video_file_path(0, TOP)
+    video.unlink() if content is None else video.write_bytes(content)
+    ((what, episodes),) = absent_files(meta).items()
+    assert what.startswith(f"{video.relative_to(copy)} {why}")
+    assert episodes == [0, 1, 2, 3, 4]
+    assert list(absent_files(meta, [3]).values()) == [[3]]
+
+
+def test_data_files_count_by_their_rows(copy):
+    """`data/file_index` that names no file is no harm: LeRobot reads all that there is."""
+    put(episodes_file(copy), "data/file_index", [0, 1, 1, 2, 2])
+    assert absent_files(opened(copy)) == {}
+    (data,) = (copy / "data").rglob("*.parquet")
+    pq.write_table(pq.read_table(data).slice(0, 14), data)
+    assert absent_files(opened(copy), [0, 2]) == {"data/chunk-000/file-001.parquet is not there": [2]}
+    data.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DatasetError, match=r"file-000.parquet is a git-lfs pointer.*Fetch or repair"):
+        absent_files(opened(copy))
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "channels"),
+    [
+        ((480, 640, 3), ["height", "width", "channels"], 3),
+        ((480, 640, 1), ["height", "width", "channel"], 1),
+        ((480, 640, 4), None, 4),
+        ((480, 640), ["height", "width"], 1),
+        ((3, 480, 640), ["channels", "height", "width"], 3),
+        ((3, 480, 640), None, 3),
+        ((1, 480, 640), ["channels", "height", "width"], 1),
+        ((480, 640, 3), ["channels", "height", "width"], 3),
+    ],
+)
+def test_channels_of_a_camera(shape, names, channels):
+    assert channels_of({"shape": shape, "names": names}) == channels
+
+
+def test_cameras_that_are_not_rgb(copy):
+    document = json.loads((copy / "meta" / "info.json").read_text())
+    document["features"][TOP]["shape"] = [48, 48, 1]
+    info(features=document["features"])(copy)
+    assert not_rgb(opened(copy)) == {TOP: "has 1 channel (shape (48, 48, 1)), not RGB's 3"}
