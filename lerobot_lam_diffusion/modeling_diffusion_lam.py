@@ -159,7 +159,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float] | None]:  # type: ignore[override]
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float] | None]:
         """Loss of a training batch, and in training what `lerobot-train` logs (see `training_figures`).
 
         Args:

@@ -1,5 +1,6 @@
 """The report's sections, in the order of the questions that they answer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.errors import LamError
 from lerobot_lam_diffusion.lam.fit.data import moving_pixels
+from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.report import figures
 from lerobot_lam_diffusion.report.codes import BINS, Codes, read_codes
 from lerobot_lam_diffusion.report.frames import THUMB, Entry, choose_examples, choose_pool, decode_frames
@@ -29,7 +32,7 @@ class Footage:
         dataset: `LeRobotDataset`, bound to the store already.
         camera_key: the camera that the LAM looked at.
         video_backend: of the decoding; None: the dataset's own.
-        lam: opened with its FDM, with the store's fingerprint; None: no predictions.
+        lam: with the store's fingerprint, opened with its FDM if it has one; None: no predictions.
     """
 
     dataset: Any
@@ -75,6 +78,7 @@ class _Report:
             self.changes = self.states[codes.frames] - self.states[codes.frames - store.frame_stride]
             self.probe = probe_state(store, codes, self.changes, self.names, seed)
         self.perplexity = store.code_perplexity()
+        self.predicts = footage is not None and footage.lam is not None and _predicts_pictures(footage.lam)
 
     @property
     def why_no_probe(self) -> str:
@@ -131,13 +135,13 @@ class _Report:
             wanted.setdefault(self._episode_of(frame), set()).update((frame - stride, frame))
         for episode, frames in strips.items():
             wanted.setdefault(episode, set()).update(frames)
-        thumbs = self._decode(wanted, THUMB)
+        thumbs = self._decode(wanted, lambda frames: resize(frames, THUMB))
         sections = [
             self.atlas_section(entries, occurring, thumbs),
             self.usage_section(),
             self.strip_section(strips, thumbs),
         ]
-        if self.footage.lam is not None:
+        if self.predicts:
             sections.append(self.prediction_section(pool))
         return sections
 
@@ -242,7 +246,7 @@ class _Report:
         wanted: dict[int, set[int]] = {}
         for frame in later.tolist():
             wanted.setdefault(self._episode_of(frame), set()).update((frame - stride, frame))
-        found = self._decode(wanted, lam.config.resolution)
+        found = self._decode(wanted, lambda frames: lam.resize(frames).cpu())
         prev, cur = (torch.stack([found[frame] for frame in (later - gap).tolist()]) for gap in (stride, 0))
         tokens = self.store.window(later, [0])[:, 0]
         parts = zip(prev.split(16), tokens.split(16), strict=True)
@@ -300,12 +304,14 @@ class _Report:
             ("made with", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
             ("seed of this report", str(self.seed)),
         ]
+        if self.footage is not None and self.footage.lam is not None and not self.predicts:
+            section.rows.append(("predicted frames", "none: the LAM has no FDM here that predicts pixels"))
         return section
 
-    def _decode(self, wanted: dict[int, set[int]], size: int) -> dict[int, Tensor]:
+    def _decode(self, wanted: dict[int, set[int]], shrink: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
         assert self.footage is not None
         footage = self.footage
-        return decode_frames(footage.dataset, footage.camera_key, wanted, size, footage.video_backend)
+        return decode_frames(footage.dataset, footage.camera_key, wanted, shrink, footage.video_backend)
 
     def _episode_of(self, frame: int) -> int:
         return int(torch.searchsorted(self.store.episode_from, frame, right=True)) - 1
@@ -334,3 +340,12 @@ class _Report:
             speed = (steps / (self.changes.std(0) + 1e-12)).norm(dim=1) * fps
         seconds = np.arange(stop - start) / fps
         return figures.strip_chart(labels, self.codes.slots, self.codes.num_codes, speed, seconds)
+
+
+def _predicts_pictures(lam: Any) -> bool:
+    """Whether the LAM has an FDM, opened with it, that predicts RGB frames: some predict features."""
+    try:
+        lam.predict_next(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, lam.token_dim))
+    except LamError:
+        return False
+    return True

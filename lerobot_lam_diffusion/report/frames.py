@@ -1,6 +1,6 @@
 """The few frames that the report shows: chosen first, then decoded episode by episode, each once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.lam.preprocess import resize
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.report.codes import Codes
 
@@ -56,7 +55,9 @@ def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entr
     entries = []
     for share, slot, code in sorted(shown, key=lambda each: (each[1], -each[0] if codes.is_vq else each[2])):
         rows = in_pool[codes.labels[in_pool, slot] == code]
-        examples, again, seen = [], [], set()
+        examples: list[int] = []
+        again: list[int] = []
+        seen: set[int] = set()
         for frame, episode in zip(codes.frames[rows].tolist(), codes.episodes[rows].tolist(), strict=True):
             (again if episode in seen else examples).append(frame)
             seen.add(episode)
@@ -65,9 +66,13 @@ def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entr
 
 
 def decode_frames(
-    dataset: Any, camera_key: str, wanted: dict[int, set[int]], size: int, video_backend: str | None
+    dataset: Any,
+    camera_key: str,
+    wanted: dict[int, set[int]],
+    shrink: Callable[[Tensor], Tensor],
+    video_backend: str | None,
 ) -> dict[int, Tensor]:
-    """Frames by absolute index, uint8 (3, size, size).
+    """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them.
 
     Args:
         wanted: episode → absolute frame indices.
@@ -80,7 +85,7 @@ def decode_frames(
         for chunk in source.chunks(episode):
             at = [row for row in range(len(chunk)) if frame + row in wanted[episode]]
             if at:
-                for row, picture in zip(at, resize(chunk[at], size), strict=True):
+                for row, picture in zip(at, shrink(chunk[at]), strict=True):
                     found[frame + row] = picture
             frame += len(chunk)
             if frame > last:

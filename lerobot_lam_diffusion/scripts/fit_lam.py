@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import load_lam, save_lam
-from lerobot_lam_diffusion.lam.fingerprint import fingerprint_of
+from lerobot_lam_diffusion.lam import LamConfig, load_lam, read_config, resolve_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
@@ -29,7 +28,8 @@ from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, Decoder
 from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.preprocess import resize
-from lerobot_lam_diffusion.lam.villa_x import LatentActionModel
+from lerobot_lam_diffusion.lam.villa_x import VillaXLam
+from lerobot_lam_diffusion.lam.weights import open_weights
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
@@ -124,8 +124,8 @@ def fit_lam(config: FitLamConfig) -> None:
     _check_output(config)
     device = usable_device(config.device)
     camera = choose_camera(open_metadata(config.dataset), config.camera_key)
+    refined = None if config.refine_decoder is None else _open_refined(config.refine_decoder, device)
     dataset = open_dataset(config.dataset, config.tolerance_s)
-    refined = None if config.refine_decoder is None else _open_refined(config, device)
     model_config, recipe = PRESETS[config.preset] if refined is None else refined.config, config.recipe()
     data = _load_data(dataset, camera, model_config.resolution, config)
 
@@ -150,22 +150,30 @@ def fit_lam(config: FitLamConfig) -> None:
     _finish(config, dataset, camera, data, device)
 
 
-def _open_refined(config: FitLamConfig, device: str) -> LatentActionModel:
-    """The LAM to refine, written to `output_dir` as it is: its fingerprint must survive that."""
-    assert config.refine_decoder is not None
-    lam = load_lam(config.refine_decoder, device=device, fdm=True)
-    assert lam.decoder is not None
-    about = f"{config.refine_decoder}, FDM refined on {config.dataset.repo_id}"
-    save_lam(config.output_dir, lam.config, lam.encoder, lam.vq, lam.decoder, description=about, version=1)
-    if fingerprint_of(config.output_dir) != lam.fingerprint:
+def _open_refined(path: str, device: str) -> VillaXLam:
+    """The LAM to refine: one whose FDM predicts pixels, and which `save_lam` writes back bit for bit."""
+    folder = resolve_lam(path)
+    config = read_config(folder)
+    if not isinstance(config, LamConfig) or config.in_channels != 3:
         raise UserError(
-            f"--refine_decoder={config.refine_decoder} is not stored in float32, so its fingerprint "
-            "would change, expected float32 weights: refine a LAM that lerobot-lam-fit wrote"
+            f"--refine_decoder={path} has no FDM of villa-X's architecture that predicts RGB frames, "
+            "expected one to refine: name a LAM that lerobot-lam-fit wrote"
         )
+    with open_weights(folder) as weights:
+        dtypes = {
+            entry.dtype for key, entry in weights.entries.items() if key.startswith(("encoder.", "vq."))
+        }
+    if dtypes != {torch.float32}:
+        raise UserError(
+            f"--refine_decoder={path} is not stored in float32, so its fingerprint would change, expected "
+            "float32 weights: refine a LAM that lerobot-lam-fit wrote"
+        )
+    lam = load_lam(path, device=device, fdm=True)
+    assert isinstance(lam, VillaXLam)
     return lam
 
 
-def _refine(config: FitLamConfig, recipe: FitRecipe, lam: LatentActionModel, data: FitData) -> None:
+def _refine(config: FitLamConfig, recipe: FitRecipe, lam: VillaXLam, data: FitData) -> None:
     refinement = DecoderRefinement(lam, recipe, data)
     if config.resume:
         refinement.resume(config.output_dir)

@@ -10,6 +10,7 @@ from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.scripts.command_line import LamSource
 
 if TYPE_CHECKING:
+    from lerobot_lam_diffusion.lam import LatentActionModel
     from lerobot_lam_diffusion.report.build import Footage
     from lerobot_lam_diffusion.tokens import TokenStore
 
@@ -61,7 +62,6 @@ def open_footage(
     device: str | None,
 ) -> tuple["TokenStore", "Footage | None"]:
     """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
-    from lerobot_lam_diffusion.lam import load_lam
     from lerobot_lam_diffusion.precompute.frames import choose_camera
     from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
     from lerobot_lam_diffusion.report.build import Footage
@@ -75,6 +75,16 @@ def open_footage(
     camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
     loaded = None
     if lam is not None:
-        loaded = load_lam(lam.path, revision=lam.revision, device=usable_device(device), fdm=True)
+        loaded = _open_lam(lam, usable_device(device))
         refuse_other_lam(store, loaded)
     return store, Footage(open_dataset(dataset), camera, dataset.video_backend, loaded)
+
+
+def _open_lam(source: LamSource, device: str) -> "LatentActionModel":
+    """With its FDM, if its folder holds one."""
+    from lerobot_lam_diffusion.lam import LamError, load_lam
+
+    try:
+        return load_lam(source.path, revision=source.revision, device=device, fdm=True)
+    except LamError:
+        return load_lam(source.path, revision=source.revision, device=device)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..errors import LamError
 from ..preprocess import normalize_frames
-from ..villa_x import LatentActionModel
+from ..villa_x import VillaXLam
 from .data import FitData, moving_pixels
 from .recipe import FitRecipe
 
@@ -39,7 +39,7 @@ class DecoderRefinement:
         LamError: the LAM has no FDM, or nothing moves in the frames.
     """
 
-    def __init__(self, lam: LatentActionModel, recipe: FitRecipe, data: FitData):
+    def __init__(self, lam: VillaXLam, recipe: FitRecipe, data: FitData):
         if lam.decoder is None:
             raise LamError(
                 f"{lam.path} was opened without its FDM, expected it for refining. "
@@ -149,8 +149,8 @@ class DecoderRefinement:
         """VQ tokens of all pairs, (P, n·a): the encoder does not change, so it runs once."""
         if self._tokens is None:
             parts = tqdm(self.pairs.split(_ENCODE_PAIRS), desc="encode", unit="batch")
-            tokens = [self.lam.encode_pairs(*self.data.pair_frames(later)).quantized.cpu() for later in parts]
-            self._tokens = torch.cat(tokens)
+            encoded = (self.lam.encode_pairs(*self.data.pair_frames(later)) for later in parts)
+            self._tokens = torch.cat([tokens.of_kind(True).cpu() for tokens in encoded])
         return self._tokens
 
     def _setting(self) -> str:
