@@ -1,4 +1,4 @@
-"""`lerobot-lam-tokens report` and `view`: what is behind them is imported when one of them runs."""
+"""`lerobot-lam-tokens report`: what is behind it is imported when it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,6 +3,7 @@
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
     lerobot-lam-tokens report ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output=report.html
+    lerobot-lam-tokens view ./data/pusht_lam --dataset.repo_id=lerobot/pusht --episode=3 --save=episode_3.rrd
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
     lerobot-lam-tokens merge ./live --dataset.repo_id=lerobot/pusht --lam.path=./my_lam --output_dir=./store
@@ -65,6 +66,7 @@ from lerobot_lam_diffusion.scripts.live_cache import (
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
 from lerobot_lam_diffusion.scripts.report import ReportConfig, report
+from lerobot_lam_diffusion.scripts.view import ViewConfig, view
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.export import export_store
@@ -353,6 +355,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (InfoConfig, info),
     "verify": (VerifyConfig, verify),
     "report": (ReportConfig, report),
+    "view": (ViewConfig, view),
     "merge": (MergeConfig, merge),
     "export": (ExportConfig, export),
     "add-column": (AddColumnConfig, add_token_column),
@@ -408,7 +411,7 @@ def told_of(name: str) -> Command:
     paths = {"stores": "STORE …", "store": "STORE"}
     words = [paths[each.name] for each in fields(config_class) if each.name in paths]
     about = "\n".join([summary_of(config_class), *([""] if examples else []), *examples])
-    hidden = ("dataset.episodes",) if config_class is AddColumnConfig else ()
+    hidden = ("dataset.episodes",) if config_class in (AddColumnConfig, ViewConfig) else ()
     return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "", hidden)
 
 
