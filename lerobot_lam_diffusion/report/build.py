@@ -18,6 +18,7 @@ from lerobot_lam_diffusion.report.frames import THUMB, Entry, choose_examples, c
 from lerobot_lam_diffusion.report.motion import StateProbe, probe_state, read_states, state_names
 from lerobot_lam_diffusion.report.page import Group, Picture, Section, write_page
 from lerobot_lam_diffusion.report.verdict import Verdict, judge
+from lerobot_lam_diffusion.tokens.card import PICTURE_PREFIX, CardPicture
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
 _STRIPS, _STRIP_FRAMES = 3, 8
@@ -49,19 +50,33 @@ def write_report(store: TokenStore, footage: Footage | None, output: Path, seed:
         footage: None: the parts that need no frames and no state.
         seed: of the held-out episodes and of all choices of examples.
     """
+    report, sections = _look_at(store, footage, seed)
+    verdict = report.verdict
+    name = store.provenance.dataset.repo_id if store.provenance is not None else store.path.name
+    write_page(output, name, verdict, [*sections, report.provenance_section()])
+    return verdict
+
+
+def card_pictures(
+    store: TokenStore, footage: Footage | None, seed: int = 0
+) -> tuple[Verdict, list[CardPicture]]:
+    """The report's main pictures for the card of a store's repository: the first of each section."""
+    report, sections = _look_at(store, footage, seed)
+    pictures = []
+    for section in sections:
+        shown = [picture for group in section.groups for picture in group.pictures][: section.on_card]
+        for number, picture in enumerate(shown, start=1):
+            name = f"{PICTURE_PREFIX}{section.name}_{number}.{picture.kind.replace('jpeg', 'jpg')}"
+            pictures.append(CardPicture(name, picture.data, picture.caption or picture.alt))
+    return report.verdict, pictures
+
+
+def _look_at(store: TokenStore, footage: Footage | None, seed: int) -> tuple["_Report", list[Section]]:
     covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
     if footage is not None and footage.dataset.episodes is not None:
         covered = sorted(set(covered) & set(footage.dataset.episodes))
     report = _Report(store, footage, read_codes(store, covered, seed), seed)
-    sections = [
-        report.probe_section(),
-        *report.footage_sections(),
-        report.provenance_section(),
-    ]
-    verdict = judge(report.probe, report.perplexity, report.why_no_probe)
-    name = store.provenance.dataset.repo_id if store.provenance is not None else store.path.name
-    write_page(output, name, verdict, sections)
-    return verdict
+    return report, [report.probe_section(), *report.footage_sections()]
 
 
 class _Report:
@@ -81,6 +96,10 @@ class _Report:
         self.predicts = footage is not None and footage.lam is not None and _predicts_pictures(footage.lam)
 
     @property
+    def verdict(self) -> Verdict:
+        return judge(self.probe, self.perplexity, self.why_no_probe)
+
+    @property
     def why_no_probe(self) -> str:
         if self.footage is None:
             return "the report was made without the dataset, whose state the tokens are compared with"
@@ -89,7 +108,7 @@ class _Report:
         return "the state of fewer than two episodes with tokens changes"
 
     def probe_section(self) -> Section:
-        section = Section("Do the tokens say what moved?")
+        section = Section("Do the tokens say what moved?", "probe", on_card=1)
         probe = self.probe
         if probe is None:
             section.texts.append(f"Unknown: {self.why_no_probe}.")
@@ -147,7 +166,7 @@ class _Report:
 
     def atlas_section(self, entries: list[Entry], occurring: int, thumbs: dict[int, Tensor]) -> Section:
         codes, stride = self.codes, self.store.frame_stride
-        section = Section("What does each code mean?")
+        section = Section("What does each code mean?", "codes", on_card=3)
         section.texts.append(
             "Each column of a picture is a frame pair: the earlier frame, the later one, their difference. "
             "Pairs come out of different episodes where there are as many; frames are square, as for the LAM."
@@ -175,7 +194,7 @@ class _Report:
 
     def usage_section(self) -> Section:
         codes, store = self.codes, self.store
-        section = Section("Are they used?")
+        section = Section("Are they used?", "use", on_card=2)
         rows = int(((store.episode_to - store.episode_from) * (store.episode_row >= 0)).sum())
         missing = rows - store.num_tokens
         section.rows = [
@@ -213,7 +232,7 @@ class _Report:
         return section
 
     def strip_section(self, strips: dict[int, list[int]], thumbs: dict[int, Tensor]) -> Section:
-        section = Section("Where in time?")
+        section = Section("Where in time?", "time", on_card=2)
         section.texts.append(
             "Three episodes: frames, codes (a colour each; white: no token) and the state's speed."
         )
@@ -235,7 +254,7 @@ class _Report:
         """On episodes held out of the probe (a LAM may have been fitted to them, which we cannot know)."""
         assert self.footage is not None
         lam, stride = self.footage.lam, self.store.frame_stride
-        section = Section("What does the LAM predict?")
+        section = Section("What does the LAM predict?", "prediction", on_card=2)
         held = set(self.probe.held_out if self.probe is not None else pool[: max(1, len(pool) // 5)])
         inside = torch.isin(self.codes.episodes, torch.tensor(sorted(held & set(pool))))
         later = self.codes.frames[inside]
@@ -279,7 +298,7 @@ class _Report:
         return section
 
     def provenance_section(self) -> Section:
-        section, provenance = Section("What is this?"), self.store.provenance
+        section, provenance = Section("What is this?", "provenance"), self.store.provenance
         section.rows.append(("store", self.store.name))
         if provenance is None:
             section.rows.append(("provenance", "none: a .pt file does not say what its tokens are"))

@@ -23,9 +23,12 @@ class Picture:
     caption: str = ""
 
     @property
+    def kind(self) -> str:
+        return "png" if self.data.startswith(b"\x89PNG") else "jpeg"
+
+    @property
     def uri(self) -> str:
-        kind = "png" if self.data.startswith(b"\x89PNG") else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
 
     @property
     def width(self) -> int:
@@ -47,10 +50,14 @@ class Group:
 
 @dataclass
 class Section:
+    """A question and what answers it; `on_card` pictures of it go on a store's card."""
+
     title: str
+    name: str
     texts: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     rows: list[tuple[str, str]] = field(default_factory=list)
+    on_card: int = 0
 
 
 def write_page(path: Path, title: str, verdict: Verdict, sections: list[Section]) -> None:

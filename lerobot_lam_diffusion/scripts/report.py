@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lerobot_lam_diffusion.lam import LatentActionModel
     from lerobot_lam_diffusion.report.build import Footage
     from lerobot_lam_diffusion.tokens import TokenStore
+    from lerobot_lam_diffusion.tokens.card import CardPicture
 
 
 @dataclass
@@ -54,12 +55,23 @@ def report(config: ReportConfig) -> None:
     print(f"{verdict.word}: {verdict.why}.")
 
 
+def illustrate(store: "TokenStore", footage: "Footage | None") -> tuple[str, list["CardPicture"]]:
+    """Of a card: the verdict as a sentence, where there is a dataset; pictures, where there is matplotlib."""
+    try:
+        from lerobot_lam_diffusion.report.build import card_pictures
+    except ImportError as error:
+        print(f"note: the card has tables in place of pictures ({error}): pip install matplotlib")
+        return "", []
+    verdict, pictures = card_pictures(store, footage)
+    return (f"**{verdict.word.capitalize()}**: {verdict.why}." if footage is not None else ""), pictures
+
+
 def open_footage(
     path: str,
     dataset: DatasetConfig | None,
-    lam: LamSource | None,
-    camera_key: str | None,
-    device: str | None,
+    lam: LamSource | None = None,
+    camera_key: str | None = None,
+    device: str | None = None,
 ) -> tuple["TokenStore", "Footage | None"]:
     """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
     from lerobot_lam_diffusion.precompute.frames import choose_camera

@@ -65,7 +65,7 @@ from lerobot_lam_diffusion.scripts.live_cache import (
 )
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
-from lerobot_lam_diffusion.scripts.report import ReportConfig, report
+from lerobot_lam_diffusion.scripts.report import ReportConfig, illustrate, open_footage, report
 from lerobot_lam_diffusion.scripts.view import ViewConfig, view
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -162,12 +162,14 @@ class PushConfig:
         repo_id: The repository, user/name; made if there is none.
         private: Whether a new one is private; left out: as the user or organisation has it.
         revision: Branch, made if there is none; left out: main.
+        dataset: That the store was made of: the card shows its frames and what the tokens say of its state.
     """
 
     store: str
     repo_id: str
     private: bool | None = None
     revision: str | None = None
+    dataset: DatasetConfig | None = None
 
 
 @dataclass
@@ -335,8 +337,14 @@ def export(config: ExportConfig) -> None:
 
 
 def push(config: PushConfig) -> None:
-    store = TokenStore.open(config.store)
-    pushed = push_store(store, config.repo_id, private=config.private, revision=config.revision)
+    store, footage = open_footage(config.store, config.dataset)
+    pushed = push_store(
+        store,
+        config.repo_id,
+        private=config.private,
+        revision=config.revision,
+        illustrate=lambda: illustrate(store, footage),
+    )
     lam = store.provenance.lam.path if store.provenance is not None else ""
     if Path(lam).is_absolute():
         print(f"note: its provenance names the LAM by its path here, {lam}")
