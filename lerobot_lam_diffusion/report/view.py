@@ -132,7 +132,7 @@ class View:
                 bar.update(len(chunk))
 
     def _predict(self, known: Tensor, first: int, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """Rows of the episode and how the LAM sees them coming; `known` are its frames from row `first` on."""
+        """Rows of the episode, each with its predicted frame; `known` are the frames from row `first` on."""
         stride = self.store.frame_stride
         later = [row for row in rows if row >= stride]
         for at in range(0, len(later) if self.lam is not None else 0, _LAM_BATCH):
