@@ -44,6 +44,7 @@ from lerobot_lam_diffusion.policy.precomputed import (
 from lerobot_lam_diffusion.policy.rollout import Rollout
 from lerobot_lam_diffusion.policy.streaming import StreamingGuard
 from lerobot_lam_diffusion.policy.tick_clock import drives_a_robot
+from lerobot_lam_diffusion.policy.training_figures import TrainingFigures
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
@@ -88,6 +89,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 f"{config.pretrained_path} are two starts; leave one out"
             )
         self._streaming = StreamingGuard(config, dataset_meta)
+        self._figures = TrainingFigures()
         self.token_store: TokenStore | JoinedStores | None = None
         self.live_tokens = LiveTokens(config)
         self._unresolved_meta: Any = None  # of the training dataset, until the first batch shows its cameras
@@ -156,8 +158,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
-        """Loss of a training batch.
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float] | None]:
+        """Loss of a training batch, and in training what `lerobot-train` logs (see `training_figures`).
 
         Args:
             batch: As stock diffusion's, and one of: LAM tokens `(B, T, n·a)` under `lam_tokens_key`, T at
@@ -165,7 +167,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 store; raw frames from the pre-processor, to compute them on the fly.
         """
         self._streaming.check(batch)
-        return super().forward(self._with_window_tokens(batch))
+        batch = self._with_window_tokens(batch)
+        if not (self.config.use_lam_conditioning and self.training and torch.is_grad_enabled()):
+            return super().forward(batch)
+        layers = self.diffusion.conditioning_layers()
+        return self._figures.loss(self, batch, OBS_LAM_TOKENS, layers, super().forward)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
@@ -347,6 +353,12 @@ class DiffusionLamModel(DiffusionModel):
             for block in list(self.unet.modules()):  # a list: the blocks change while we walk them
                 if isinstance(block, DiffusionConditionalResidualBlock1d):
                     block.cond_encoder = LamCondEncoder(block.cond_encoder, config.lam_conditioning_dim)
+
+    def conditioning_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Stock and LAM linear of each residual block; none of a compiled U-Net, which has no hooks."""
+        if hasattr(self.unet, "_orig_mod"):
+            return []
+        return [(layer[1], layer.lam) for layer in self.unet.modules() if isinstance(layer, LamCondEncoder)]
 
     def _prepare_global_conditioning(self, batch: dict[str, Tensor]) -> Tensor:
         """Stock conditioning `(B, global_cond_dim)`, then the LAM's `(B, lam_conditioning_dim)`."""

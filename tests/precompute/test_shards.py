@@ -1,4 +1,4 @@
-"""Plan and shards: the cut follows from the inputs alone; a file that is not as it was written is not there."""
+"""Plan and shards: the cut follows from the inputs alone; a file that is not as it was written is not found."""
 
 import os
 
@@ -137,7 +137,7 @@ def test_a_truncated_plan_is_refused(folder):
 
 def test_a_shard_is_no_plan(folder):
     os.replace(folder.path / "00001.safetensors", folder.path / PLAN_FILE)
-    with pytest.raises(ExtractionError, match="Remove the folder|extract the tokens again"):
+    with pytest.raises(ExtractionError, match=r"Remove the folder|extract the tokens again"):
         ShardFolder.open(folder.path)
 
 
