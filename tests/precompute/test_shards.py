@@ -1,4 +1,4 @@
-"""Plan and shards: the cut follows from the inputs alone; a file that is not as it was written is not found."""
+"""Plan and shards: the cut follows from the inputs alone; a file that is not as written is not found."""
 
 import os
 

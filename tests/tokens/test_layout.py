@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, tensor_file
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, layout
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests.tokens.conftest import StoreFiles
@@ -120,7 +120,7 @@ def test_an_episode_that_is_both_covered_and_skipped(files):
 
 
 def test_a_store_longer_than_a_block_is_checked_to_its_end(write_random, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(layout, "SCAN_ROWS", 7)
     files = StoreFiles(write_random(tmp_path / "store", [200], token_kind="continuous"), tmp_path / "copy")
     assert TokenStore.open(files.folder).num_frames == 200
 
