@@ -25,6 +25,7 @@ import torch
 from hypothesis import settings
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
+from safetensors import safe_open
 
 from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
@@ -231,8 +232,15 @@ def without_maps(monkeypatch) -> None:
     def refuse(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
+    def refuse_in_torch(*_args: object, **_options: object) -> None:
+        raise RuntimeError("unable to mmap 8 bytes: No such device (19)")
+
+    def open_unmapped(*args: object, backend: str = "mmap", **options: object) -> object:
+        return refuse() if backend == "mmap" else safe_open(*args, backend=backend, **options)
+
     monkeypatch.setattr(mmap, "mmap", refuse)  # of Python and NumPy
-    monkeypatch.setattr(layout, "safe_open", refuse)
+    monkeypatch.setattr(torch, "from_file", refuse_in_torch)
+    monkeypatch.setattr(layout, "safe_open", open_unmapped)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ FLOORS = [
     {"precompute"},
     {"sources"},
     {"configuration_diffusion_lam"},
-    {"policy"},
+    {"policy", "report"},
     {"modeling_diffusion_lam", "processor_diffusion_lam"},
     {"scripts", "demo", PACKAGE, "env_workers_preload"},
 ]

@@ -340,7 +340,7 @@ def open_weights(folder: Path) -> Iterator[Weights]:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         shapes = {key: each.get_shape() for key, each in slices.items()}
         dtypes = {key: each.get_dtype() for key, each in slices.items()}
-    except (UnreadableError, SafetensorError, OSError) as error:
+    except (UnreadableError, SafetensorError, OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
     with file:
         yield Weights(path, file, shapes, dtypes)

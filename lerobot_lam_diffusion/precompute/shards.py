@@ -191,11 +191,13 @@ class ShardFolder:
         file = path / PLAN_FILE
         try:
             manifest, tensors, digest = _read(file)
+            if "provenance" not in manifest:
+                raise ShardError(f"{file} is damaged: it is a shard")
         except ShardError as error:
             raise ShardError(
                 f"{error}. Remove the folder {path} and start again, or choose another --output_dir"
             ) from error
-        provenance = Provenance.from_document(manifest.get("provenance"), str(file))
+        provenance = Provenance.from_document(manifest["provenance"], str(file))
         codebook, start, stop, hashes, episodes, ends = (tensors[name] for name in TABLES)
         shards = list(pairwise([0, *ends.tolist()]))
         return cls(path, Plan(provenance, codebook, start, stop, hashes, episodes.tolist(), shards), digest)

@@ -67,10 +67,13 @@ def _write_npy(store: TokenStore, path: Path) -> None:
 
 def _write_pt(store: TokenStore, path: Path) -> None:
     assert store.provenance is not None
-    rows = path.with_name("tokens.npy")
-    _write_npy(store, rows)
-    mapped = map_array(rows)  # torch.save writes it page by page
-    torch.save({"tokens": torch.from_numpy(mapped), "metadata": _metadata(store.provenance)}, path)
+    rows = path.with_name(f"{path.name}.npy")
+    try:
+        _write_npy(store, rows)
+        mapped = map_array(rows)  # torch.save writes it page by page
+        torch.save({"tokens": torch.from_numpy(mapped), "metadata": _metadata(store.provenance)}, path)
+    finally:
+        rows.unlink(missing_ok=True)
 
 
 def _blocks(store: TokenStore) -> Iterator[Tensor]:

@@ -94,7 +94,7 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     try:
         check_regular(path)
         tensors = _tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise _damaged(path, first_line(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:

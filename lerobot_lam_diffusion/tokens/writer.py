@@ -136,6 +136,12 @@ def _write_tensors(
         files = {name: stack.enter_context((folder / name).open("wb")) for name in written}
         for tensors, error in rows:
             for name, tensor in tensors.items():
+                dtype, shape = shapes[name]
+                if (tensor.dtype, tensor.shape[1:]) != (dtype, shape[1:]):
+                    raise ValueError(
+                        f"rows of {name} are {tensor.dtype} {tuple(tensor.shape[1:])}, expected {dtype} "
+                        f"{shape[1:]}"
+                    )
                 files[name].write(tensor.contiguous().view(torch.uint8).numpy())
                 written[name] += len(tensor)
             max_error = max(max_error, error)

@@ -44,7 +44,8 @@ def whole_or_nothing(path: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: without `replace`, something appeared at `path` meanwhile, and stays.
         OSError: the disk is full or not writable; names the file.
     """
-    path = path.resolve()  # "." has no name to write beside, and a link cannot be renamed onto
+    # "." has no name to write beside, and a folder cannot be renamed onto a link; a file replaces a link.
+    path = path.parent.resolve() / path.name if replace else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
     try:

@@ -101,7 +101,7 @@ def test_nothing_but_the_dataset_is_left_beside_it(recording):
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"not an empty folder.*Give another root"):
+    with pytest.raises(FileExistsError, match="exists already and is not empty; choose another --root"):
         record_pusht(tmp_path, "local/x", 1, near_goal=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

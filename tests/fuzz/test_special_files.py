@@ -50,7 +50,6 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "link to itself": lambda path: path.symlink_to(path.name),
     "link to its folder": lambda path: path.symlink_to("."),
     "own memory": lambda path: path.symlink_to("/proc/self/mem"),
-    "kernel's log": lambda path: path.symlink_to("/proc/kmsg"),
     "terabyte of zeros": _sparse,
     "terabyte of header": _sparse_header,
     "empty file": Path.touch,

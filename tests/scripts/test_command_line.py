@@ -143,7 +143,6 @@ def usage_error(argv, capsys) -> str:
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ")
-    assert told.endswith("\nSee docs/TROUBLESHOOTING.md#flags-and-fields\n")
     assert "usage:" not in told
     return told
 
@@ -180,9 +179,7 @@ def test_bad_input_is_told_without_a_traceback(error):
     def fail(_config):
         raise error
 
-    message, section = exit_of(["--name=x"], fail).splitlines()
-    assert message == f"error: {error}"
-    assert section.startswith("See docs/TROUBLESHOOTING.md")
+    assert exit_of(["--name=x"], fail) == f"error: {error}"
 
 
 def test_a_bug_keeps_its_traceback():

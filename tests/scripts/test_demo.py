@@ -32,7 +32,7 @@ def test_record_only_records_a_dataset_and_says_so(tmp_path, capfd):
 def test_recording_over_something_is_refused(tmp_path):
     needs_simulator()
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists and is not an empty folder"):
+    with pytest.raises(SystemExit, match="exists already and is not empty"):
         main(["--record_only=true", f"--root={tmp_path}", "--num_episodes=1"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -14,8 +14,8 @@ def reads(monkeypatch, tmp_path):
     monkeypatch.setattr(checked, "HF_LEROBOT_HOME", tmp_path / "home")
     monkeypatch.setattr(checked, "_checked_here", {})
     paths = []
-    read = layout.read_blocks
-    monkeypatch.setattr(layout, "read_blocks", lambda path, see: paths.append(path) or read(path, see))
+    read = layout.sha256_of
+    monkeypatch.setattr(layout, "sha256_of", lambda path: paths.append(path) or read(path))
     return paths
 
 

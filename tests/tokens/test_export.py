@@ -9,6 +9,7 @@ import torch
 
 from lerobot_lam_diffusion.tokens import TokenStore, export
 from lerobot_lam_diffusion.tokens.export import FORMATS, PARQUET_PROVENANCE, export_store
+from lerobot_lam_diffusion.utils import files
 from lerobot_lam_diffusion.utils.errors import UserError
 
 
@@ -107,7 +108,7 @@ def test_a_failure_leaves_nothing(store, tmp_path, monkeypatch, format):
     def fail(_path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "fsync", fail)
+    monkeypatch.setattr(files, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         export_store(store, tmp_path / "x", format)
     assert os.listdir(tmp_path) == []
