@@ -24,7 +24,7 @@ from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
 from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
-from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement
+from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement, copying_decoder
 from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
@@ -68,7 +68,11 @@ class FitLamConfig:
     A LAM that there is:
         refine_decoder: Folder, shipped name or Hub id of a LAM: only its FDM is fitted further, to predict
             frames better than copying does on all pixels and on the moving ones. Its tokens and its
-            fingerprint stay; `preset` and `state_weight` have no meaning then.
+            fingerprint stay; `preset` and `state_weight` have no meaning then. A learning rate of 3e-4 is
+            a good start.
+        decoder_width: Begin with a new FDM of this width, which copies frames; if left out, the LAM's own
+            goes on. The wider, the more detail of still pixels survives.
+        decoder_depth: Blocks of the new FDM.
 
     Going on:
         resume: Continue the fit that `output_dir` holds.
@@ -88,6 +92,8 @@ class FitLamConfig:
     holdout_episodes: int | None = None
     device: str | None = None
     refine_decoder: str | None = None
+    decoder_width: int | None = None
+    decoder_depth: int = 3
     resume: bool = False
     save_every: int = 200
     tolerance_s: float = 1e-4
@@ -100,6 +106,14 @@ class FitLamConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 problems.append(f"--{name}={getattr(self, name)} must be at least {value}")
+        if self.decoder_width is not None:
+            if self.refine_decoder is None:
+                problems.append(f"--decoder_width={self.decoder_width} needs --refine_decoder: whose FDM?")
+            if self.decoder_width < 64 or self.decoder_width % 8 or self.decoder_depth < 1:
+                problems.append(
+                    f"--decoder_width={self.decoder_width} --decoder_depth={self.decoder_depth} is no size, "
+                    "expected a width of at least 64, a multiple of 8, and a depth of at least 1"
+                )
         if self.learning_rate <= 0:
             problems.append(f"--learning_rate={self.learning_rate} must be positive")
         if self.holdout_episodes is not None and self.holdout_episodes < 1:
@@ -172,6 +186,8 @@ def _open_refined(path: str, device: str) -> VillaXLam:
 
 
 def _refine(config: FitLamConfig, recipe: FitRecipe, lam: VillaXLam, data: FitData) -> None:
+    if config.decoder_width is not None:
+        lam = copying_decoder(lam, data, config.decoder_width, config.decoder_depth, config.seed)
     refinement = DecoderRefinement(lam, recipe, data)
     if config.resume:
         refinement.resume(config.output_dir)

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from ..villa_x.decoder import Decoder
 from ..villa_x.encoder import Block, Encoder, SelfAttention
 
+_CONSTANTS, _CONSTANT = 16, 8.0
+"""How many channels of a copying decoder are constant, and at which value."""
+_HEAD_FRAMES = 256
+
 
 @torch.no_grad()
 def init_encoder(encoder: Encoder, prev: Tensor, cur: Tensor) -> None:
@@ -53,20 +57,58 @@ def init_decoder(decoder: Decoder, frames: Tensor) -> None:
     _init_linears(decoder)
     patches = _patches(frames, decoder.patch_size)
     _embed_components(decoder.embed.proj, patches, patches.mean(0), copies=1)
-    latents = frames.new_zeros(len(frames), decoder.action_embed.in_features)
+    if decoder.in_channels == 3:
+        _fit_head(decoder, frames, ridge=1e-3)
+
+
+@torch.no_grad()
+def init_copying_decoder(decoder: Decoder, frames: Tensor) -> None:
+    """Start as a copy of the frame, as exact as the width allows: no block changes anything yet.
+
+    The principal components of patches enter at right angles to the position table, so that neither disturbs
+    the other, and beside some large constant channels, so that the norms hardly depend on the patch.
+
+    Args:
+        decoder: of RGB frames.
+        frames: normalised (B, 3, R, R), about a thousand.
+    """
+    _init_linears(decoder)
+    for block in decoder.layers:
+        for scale, branch in (
+            (block.layer_scale_attn, block.attn.proj),
+            (block.layer_scale_mlp, block.mlp[2]),
+        ):
+            scale.gamma.fill_(1.0)
+            branch.weight.zero_()
+    patches = _patches(frames, decoder.patch_size)
+    center = patches.median(0).values
+    _, strength, directions = torch.linalg.svd(decoder.pe.flatten(0, -2), full_matrices=True)
+    free = directions[int((strength > 1e-6 * strength[0]).sum()) :]
+    filters = _components(patches - center, len(free) - _CONSTANTS)
+    embed = decoder.embed.proj
+    assert embed.bias is not None
+    weight = free[: len(filters)].T @ filters
+    embed.weight.copy_(weight.view_as(embed.weight))
+    constants = free[len(filters) : len(filters) + _CONSTANTS].sum(0)
+    embed.bias.copy_(_CONSTANT * constants - weight @ center)
+    _fit_head(decoder, frames, ridge=1e-4)
+
+
+def _fit_head(decoder: Decoder, frames: Tensor, ridge: float) -> None:
+    """Least squares from the decoder's last features to the frames that it is given."""
     features: list[Tensor] = []
     handle = decoder.norm.register_forward_hook(lambda _module, _inputs, out: features.append(out[:, 1:]))
-    decoder(frames, latents)
+    for part in frames.split(_HEAD_FRAMES):
+        decoder(part, part.new_zeros(len(part), decoder.action_embed.in_features))
     handle.remove()
-    if decoder.in_channels == 3:
-        # patches are (colour, row, column) here, (row, column, colour) in the model's output
-        P = decoder.patch_size
-        targets = patches.view(-1, 3, P, P).permute(0, 2, 3, 1).flatten(1)
-        inputs = F.pad(features[0].flatten(0, 1), (0, 1), value=1.0).double()
-        gram = inputs.T @ inputs + 1e-3 * torch.eye(inputs.shape[1], dtype=torch.double, device=inputs.device)
-        solution = torch.linalg.solve(gram, inputs.T @ targets.double()).float()
-        decoder.pred_head.weight.copy_(solution[:-1].T)
-        decoder.pred_head.bias.copy_(solution[-1])
+    # patches are (colour, row, column) here, (row, column, colour) in the model's output
+    P = decoder.patch_size
+    targets = _patches(frames, P).view(-1, 3, P, P).permute(0, 2, 3, 1).flatten(1)
+    inputs = F.pad(torch.cat(features).flatten(0, 1), (0, 1), value=1.0).double()
+    gram = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.double, device=inputs.device)
+    solution = torch.linalg.solve(gram, inputs.T @ targets.double()).float()
+    decoder.pred_head.weight.copy_(solution[:-1].T)
+    decoder.pred_head.bias.copy_(solution[-1])
 
 
 def _init_linears(module: nn.Module) -> None:
@@ -86,17 +128,23 @@ def _embed_changes(embed: nn.Conv2d, prev: Tensor, cur: Tensor) -> None:
 
 def _embed_components(embed: nn.Conv2d, samples: Tensor, center: Tensor, copies: int) -> None:
     """Principal components of `samples` (S, 3·P·P) as filters, half whitened, `copies` times side by side."""
-    samples = samples.double()
-    values, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
     width = embed.out_channels // copies
-    count = min(width, len(values))
-    spread = values.flip(0)[:count].clamp(min=0).sqrt()
-    filters = embed.weight.new_zeros(width, len(values))
-    filters[:count] = (vectors.flip(1).T[:count] / (spread + 0.2 * spread[0] + 1e-6)[:, None]).float()
+    components = _components(samples, width)
+    filters = embed.weight.new_zeros(width, samples.shape[1])
+    filters[: len(components)] = components
     filters = filters.repeat(copies, 1)
     embed.weight.copy_(filters.view_as(embed.weight))
     assert embed.bias is not None
     embed.bias.copy_(-filters @ center.to(filters.dtype))
+
+
+def _components(samples: Tensor, at_most: int) -> Tensor:
+    """The first principal components of `samples` (S, D), half whitened: (k, D)."""
+    samples = samples.double()
+    values, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
+    count = min(at_most, len(values))
+    spread = values.flip(0)[:count].clamp(min=0).sqrt()
+    return (vectors.flip(1).T[:count] / (spread + 0.2 * spread[0] + 1e-6)[:, None]).float()
 
 
 def _subtract_frames(attention: SelfAttention, time_table: Tensor) -> None:

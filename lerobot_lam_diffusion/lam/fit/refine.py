@@ -1,9 +1,10 @@
 """Fit the FDM of a finished LAM further; encoder and codebook, hence all tokens, stay as they are."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from lerobot_lam_diffusion.utils.errors import LamError
 
 from ..preprocess import standardize
 from ..villa_x import VillaXLam
+from ..villa_x.decoder import Decoder
 from .data import FitData, moving_pixels
+from .motion_init import init_copying_decoder
 from .recipe import FitRecipe
 
 REFINE_CHECKPOINT_FILE = "refine_checkpoint.pt"
@@ -22,14 +25,42 @@ REFINE_CHECKPOINT_FILE = "refine_checkpoint.pt"
 _COPY_PAIRS = 2048
 """Pairs on which the error of copying is measured."""
 _ENCODE_PAIRS = 128
+_INIT_FRAMES = 1000
+_PIXEL_PARTS = ("embed", "norm", "pred_head")
+_AVERAGE_DECAY = 0.998
+
+
+def copying_decoder(lam: VillaXLam, data: FitData, width: int, depth: int, seed: int) -> VillaXLam:
+    """The same LAM with a new FDM that copies the earlier frame; to be refined.
+
+    Args:
+        lam: its encoder and codebook stay.
+        data: whose frames are to be copied.
+        width, depth: of the new FDM; what `width` has beyond some 30 channels are principal components that
+            it can copy.
+        seed: of its weights and of the frames.
+    """
+    config = replace(lam.config, decoder_embed_dim=width, decoder_depth=depth)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = data.fit_pairs()
+    prev, _ = data.pair_frames(pairs[torch.randint(len(pairs), (_INIT_FRAMES,), generator=generator)])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoder = Decoder(config)
+        init_copying_decoder(decoder, standardize(prev))
+    modules = lam.modules | {"decoder": decoder}
+    options = {"path": lam.path, "revision": lam.revision, "fingerprint": lam.fingerprint}
+    return VillaXLam(config, modules, device=lam.device, **options)
 
 
 class DecoderRefinement:
     """The FDM of a LAM in training.
 
-    The loss is the mean absolute error over all pixels plus that over the moving ones, each as a share of the
-    error of copying the frame before: 2 is what copying reaches, and a step that gains on one at the cost of
-    the other does not pay. Every step is a function of (seed, step), so a resumed run continues bit for bit.
+    The loss is the mean absolute error over the moving pixels plus that over all of them, each as a share of
+    the error of copying the frame before. The weight of the second grows from 0.1 to 1: what moves is learned
+    first, then what does not comes to rest. What maps pixels in and out learns at a tenth of the rate, and the
+    result is a moving average of the weights. Every step is a function of (seed, step), so a resumed run
+    continues bit for bit.
 
     Args:
         lam: opened with its FDM, which is trained in place.
@@ -53,7 +84,11 @@ class DecoderRefinement:
         self.trained = [p for name, p in self.decoder.named_parameters() if name != "pe"]
         for parameter in self.trained:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.01)
+        of_pixels = [p for part in _PIXEL_PARTS for p in getattr(self.decoder, part).parameters()]
+        others = [p for p in self.trained if not any(p is each for each in of_pixels)]
+        groups = [{"params": others, "share": 1.0}, {"params": of_pixels, "share": 0.1}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+        self.average = copy.deepcopy(self.decoder).requires_grad_(False)
         self.copy_error, self.moving_copy_error = self._copy_errors()
         self._tokens: Tensor | None = None
 
@@ -70,7 +105,7 @@ class DecoderRefinement:
                 numbers = ", ".join(f"{name} {value:.4f}" for name, value in smooth.items())
                 log(f"step {self.step}: {numbers}")
         bar.close()
-        self.decoder.requires_grad_(False)
+        self.decoder.requires_grad_(False).load_state_dict(self.average.state_dict())
 
     def take_step(self) -> dict[str, float]:
         """One optimiser step; returns both errors as shares of those of copying."""
@@ -80,12 +115,17 @@ class DecoderRefinement:
         prev, cur = (f.to(self.lam.device) for f in self.data.pair_frames(self.pairs[rows]))
         terms = self._terms(prev, cur, self._all_tokens()[rows].to(self.lam.device))
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(self.step)
+            group["lr"] = group["share"] * recipe.rate(self.step)
         self.optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
+        ((0.1 + 0.9 * self.step / recipe.steps) * terms["all"] + terms["moving"]).backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.step += 1
+        # A short memory at first: the first weights are those of no training.
+        decay = min(_AVERAGE_DECAY, self.step / (self.step + 10))
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), self.decoder.parameters(), strict=True):
+                mean.lerp_(parameter, 1 - decay)
         return {name: term.item() for name, term in terms.items()}
 
     def save(self, output_dir: Path) -> None:
@@ -94,6 +134,7 @@ class DecoderRefinement:
             "setting": self._setting(),
             "step": self.step,
             "decoder": self.decoder.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         partial = output_dir / f".{REFINE_CHECKPOINT_FILE}.partial"
@@ -116,6 +157,7 @@ class DecoderRefinement:
             )
         self.step = state["step"]
         self.decoder.load_state_dict(state["decoder"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _terms(self, prev: Tensor, cur: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -155,4 +197,6 @@ class DecoderRefinement:
 
     def _setting(self) -> str:
         data = {"frames": len(self.data.episodes), "stride": self.data.frame_stride, "pairs": len(self.pairs)}
-        return json.dumps({"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "data": data})
+        size = [self.lam.config.decoder_embed_dim, self.lam.config.decoder_depth]
+        setting = {"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "data": data, "size": size}
+        return json.dumps(setting)

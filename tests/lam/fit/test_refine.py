@@ -7,7 +7,7 @@ from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
 from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
-from lerobot_lam_diffusion.lam.fit.refine import DecoderRefinement
+from lerobot_lam_diffusion.lam.fit.refine import DecoderRefinement, copying_decoder
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
 from lerobot_lam_diffusion.utils.errors import LamError
 
@@ -47,6 +47,18 @@ def test_tokens_stay_and_predictions_get_better(folder, data, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_a_wider_decoder_begins_as_a_copy_and_keeps_the_tokens(folder, data, tmp_path):
+    lam = load_lam(folder, fdm=True)
+    wider = copying_decoder(lam, data, width=128, depth=1, seed=0)
+    prev, cur = data.pair_frames(data.holdout_pairs())
+    tokens = wider.encode_pairs(prev, cur)
+    assert torch.equal(tokens.quantized, lam.encode_pairs(prev, cur).quantized)
+    copied = wider.predict_next(prev, tokens.quantized)
+    assert (copied.int() - prev.int()).abs().max() <= 2  # levels of 255
+    saved = save_lam(tmp_path / "wider", wider.config, wider.encoder, wider.vq, wider.decoder)
+    assert load_lam(saved).fingerprint == lam.fingerprint
+
+
 def test_resumed_refinement_ends_with_the_same_weights(folder, data, tmp_path):
     straight, halved, resumed = refined(folder, data), refined(folder, data), refined(folder, data)
     for _ in range(4):
@@ -57,6 +69,7 @@ def test_resumed_refinement_ends_with_the_same_weights(folder, data, tmp_path):
     resumed.take_step(), resumed.take_step()
     for name, tensor in straight.decoder.state_dict().items():
         assert torch.equal(tensor, resumed.decoder.state_dict()[name]), name
+        assert torch.equal(straight.average.state_dict()[name], resumed.average.state_dict()[name]), name
 
 
 def test_frames_without_motion_are_refused(folder, data):
