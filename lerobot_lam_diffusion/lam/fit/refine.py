@@ -58,7 +58,7 @@ class DecoderRefinement:
 
     The loss is the mean absolute error over the moving pixels plus that over all of them, each as a share of
     the error of copying the frame before. The weight of the second grows from 0.1 to 1: what moves is learned
-    first, then what does not comes to rest. What maps pixels in and out learns at a tenth of the rate, and the
+    first, then what does not comes to rest. What maps pixels in and out learns at a tenth of the rate; the
     result is a moving average of the weights. Every step is a function of (seed, step), so a resumed run
     continues bit for bit.
 
