@@ -13,7 +13,6 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.utils.errors import UserError
-from tests.conftest import TOP
 
 SMALL = {
     "device": "cpu",
@@ -36,7 +35,7 @@ def live_config(lam_folder: Any, **fields: Any) -> DiffusionLamConfig:
     """Of a policy that computes its tokens on the fly, of the top camera."""
     on_the_fly = {
         "use_precomputed_lam_tokens": False,
-        "lam_camera_key": TOP,
+        "lam_camera_key": "observation.images.top",
         "lam_model_path": str(lam_folder),
     }
     return lam_config(**{**on_the_fly, "num_inference_steps": 1, **fields})

@@ -42,7 +42,7 @@ from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, epis
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import ExtractionError, UserError, raise_problems
-from lerobot_lam_diffusion.utils.files import refuse_existing, remove_whole
+from lerobot_lam_diffusion.utils.files import refuse_existing, remove_partial, remove_whole
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,9 @@ def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
             f"{output_dir} and extract again"
         )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
-    remove_whole(unfinished_folder(output_dir))  # a run may have died before it tidied up
+    # A run may have died before it tidied up, or while it did.
+    remove_whole(unfinished_folder(output_dir))
+    remove_partial(unfinished_folder(output_dir))
     return store
 
 

@@ -240,6 +240,7 @@ def test_a_damaged_folder_is_refused(convert):
 _CONVERT = """
 import sys
 from lerobot_lam_diffusion.lam.convert import locate_checkpoint
+from lerobot_lam_diffusion.utils.errors import LamError
 for name in sys.argv[1:]:
     try:
         source = locate_checkpoint(name)

@@ -90,6 +90,7 @@ def hub(make_lam_folder):
 _LOOK = """
 import sys
 from lerobot_lam_diffusion.lam.locating import locate_lam
+from lerobot_lam_diffusion.utils.errors import LamError
 for path, revision in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         folder, commit = locate_lam(path, revision or None)

@@ -131,7 +131,7 @@ def test_killed_again_and_again_a_run_comes_to_its_end(server, where, undisturbe
 def test_continuous_tokens_survive_too(server, where, tmp_path):
     options = {"use_vq_tokens": False}
     whole = interrupted.extract(*where, tmp_path / "whole", **options)
-    args = (25, *where, tmp_path / "store", options)
+    args = (14, *where, tmp_path / "store", options)
     process = server.Process(target=interrupted.die_at_write, args=args)
     process.start()
     process.join(60)
@@ -165,7 +165,7 @@ def test_a_full_disk_loses_nothing(where, undisturbed, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", place], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", place], capture_output=True
     ).returncode:
         pytest.skip("a small file system can be mounted by root only")
     try:
