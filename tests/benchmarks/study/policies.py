@@ -21,9 +21,9 @@ FEATURE_TYPES = {STATE: FeatureType.STATE, ENV: FeatureType.ENV}
 class Budget:
     """What each policy gets, whatever it sees."""
 
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     down_dims: tuple[int, ...] = (32, 64)
     horizon: int = 8
     n_action_steps: int = 4
