@@ -29,6 +29,7 @@ LAM_BATCH, PRESET = 32, "compact"
 PIXELS, WITH_STATE = LamChoice(FULL), LamChoice(FULL, uses_state=True)
 RANDOM = LamChoice(0, is_random=True)
 BUDGET = Budget()
+LONG = 3000  # steps, to see whether what is found hangs on the short training
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Condition:
             `change` the state's true change instead; `both` change and token.
         kind: Of a LAM's tokens: `vq`, `continuous`, `standardized`.
         demonstrations: None: all training episodes.
+        steps: Of the policy's training.
     """
 
     tier: int
@@ -52,6 +54,12 @@ class Condition:
     kind: str = "vq"
     offsets: tuple[int, ...] = (0,)
     demonstrations: int | None = None
+    steps: int = BUDGET.steps
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        # Tokens of zeros are the stock policy bit for bit, which one seed shows; long runs are dear.
+        return SEEDS[:1] if self.sees == "zero" or self.steps == LONG else SEEDS
 
     def tokens(self, data: Recorded, work_dir: Path) -> Tokens | None:
         if self.sees == "stock":
@@ -78,39 +86,45 @@ def conditions() -> list[Condition]:
             Condition(1, f"{n} obs: latest", stock, n),
             Condition(1, f"{n} obs: shuffled", stock, n, "shuffled"),
             Condition(1, f"{n} obs: true state change", stock, n, "change"),
-            Condition(2, f"{n} obs: random LAM", stock, n, lam=RANDOM),
-            Condition(2, f"{n} obs: LAM with the state's term", stock, n, lam=WITH_STATE),
+            Condition(3, f"{n} obs: random LAM", stock, n, lam=RANDOM),
+            Condition(3, f"{n} obs: LAM with the state's term", stock, n, lam=WITH_STATE),
         ]
     stock = "2 obs: stock"
     found += [
         Condition(1, "2 obs: concat", stock, offsets=(-1, 0)),
         Condition(1, "3 obs: stock", stock, 3, "stock"),
         Condition(1, "4 obs: stock", stock, 4, "stock"),
-        Condition(2, "2 obs: continuous", stock, kind="continuous"),
-        Condition(2, "2 obs: random LAM, standardized", stock, lam=RANDOM, kind="standardized"),
-        Condition(2, "2 obs: next 8 (intent)", stock, offsets=tuple(range(1, 9))),
-        Condition(2, "2 obs: zero", stock, sees="zero"),
+        Condition(3, "2 obs: continuous", stock, kind="continuous"),
+        Condition(3, "2 obs: random LAM, standardized", stock, lam=RANDOM, kind="standardized"),
+        Condition(3, "2 obs: next 8 (intent)", stock, offsets=tuple(range(1, 9))),
+        Condition(3, "2 obs: zero", stock, sees="zero"),
     ]
-    for demonstrations in (25, 100, 50):
+    for n in (1, 2):  # is it a matter of too little training?
+        long = f"{n} obs, {LONG} steps: stock"
+        found += [
+            Condition(2, long, long, n, "stock", steps=LONG),
+            Condition(2, f"{n} obs, {LONG} steps: latest", long, n, steps=LONG),
+        ]
+    for tier, demonstrations in ((4, 25), (4, 100), (7, 50)):
         few, stock = f"{demonstrations} demos, 2 obs", f"{demonstrations} demos, 2 obs: stock"
         found += [
-            Condition(3, stock, stock, sees="stock", demonstrations=demonstrations),
-            Condition(3, f"{few}: latest", stock, demonstrations=demonstrations),
-            Condition(3, f"{few}: true state change", stock, sees="change", demonstrations=demonstrations),
+            Condition(tier, stock, stock, sees="stock", demonstrations=demonstrations),
+            Condition(tier, f"{few}: latest", stock, demonstrations=demonstrations),
+            Condition(7, f"{few}: true state change", stock, sees="change", demonstrations=demonstrations),
         ]
-    for stride in (2, 4):
-        lam = LamChoice(FULL, stride=stride)
-        found.append(Condition(4, f"2 obs: latest, stride {stride}", "2 obs: stock", lam=lam))
     for steps in (0, 50, 300):
         lam = LamChoice(steps)
         found.append(Condition(5, f"1 obs: LAM of {steps} steps", "1 obs: stock", 1, lam=lam))
+    for stride in (2, 4):
+        lam = LamChoice(FULL, stride=stride)
+        found.append(Condition(6, f"2 obs: latest, stride {stride}", "2 obs: stock", lam=lam))
     change = "2 obs: true state change"
-    found.append(Condition(6, "2 obs: change and token", change, sees="both"))
+    found.append(Condition(7, "2 obs: change and token", change, sees="both"))
     for demonstrations in (25, 100, 50):
         few, stock = f"{demonstrations} demos, 1 obs", f"{demonstrations} demos, 1 obs: stock"
         found += [
-            Condition(6, stock, stock, 1, "stock", demonstrations=demonstrations),
-            Condition(6, f"{few}: latest", stock, 1, demonstrations=demonstrations),
+            Condition(7, stock, stock, 1, "stock", demonstrations=demonstrations),
+            Condition(7, f"{few}: latest", stock, 1, demonstrations=demonstrations),
         ]
     return sorted(found, key=lambda condition: condition.tier)
 
@@ -118,8 +132,7 @@ def conditions() -> list[Condition]:
 def runs(until: int) -> Iterator[tuple[Condition, int]]:
     for condition in conditions():
         if condition.tier <= until:
-            # Tokens of zeros are the stock policy bit for bit: one seed shows it.
-            for seed in SEEDS[:1] if condition.sees == "zero" else SEEDS:
+            for seed in condition.seeds:
                 yield condition, seed
 
 
@@ -128,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset.root", dest="root", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--first_seed", type=int, default=100, help="of the recording, to recover keypoints")
-    parser.add_argument("--until", type=int, default=6, help="last tier of conditions to run")
+    parser.add_argument("--until", type=int, default=7, help="last tier of conditions to run")
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, args.work_dir, HELD_OUT, args.first_seed)
@@ -139,7 +152,15 @@ def main(argv: list[str] | None = None) -> None:
         frames = data.frames_of(0, condition.demonstrations or data.train_episodes)
         tokens = condition.tokens(data, args.work_dir)
         r2 = lams.probe_r2(tokens, data) if condition.sees == "lam" else None
-        found = run(data, tokens, condition.offsets, condition.n_obs_steps, frames, BUDGET, seed)
+        found = run(
+            data,
+            tokens,
+            condition.offsets,
+            condition.n_obs_steps,
+            frames,
+            replace(BUDGET, steps=condition.steps),
+            seed,
+        )
         results.add(condition=condition.name, seed=seed, probe_r2=r2, **found)
         print(
             f"{condition.name:<40} seed {seed}  error {found['mean']:.5f}  {found['cpu_seconds']} s",
