@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.study import lams
+from tests.benchmarks.study import conveyor, lams
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
 from tests.benchmarks.study.offline import conditions
 from tests.benchmarks.study.policies import Budget, run
@@ -95,3 +95,21 @@ def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
     for offsets, n_obs_steps in (((-1, 0), 2), (tuple(range(1, 9)), 1)):
         assert np.isfinite(measured(changes, offsets, n_obs_steps)["error"]).all()
     assert np.isfinite(measured(None, n_obs_steps=4)["error"]).all()
+
+
+def test_conveyor_records_fits_and_measures_every_arm(tmp_path, monkeypatch):
+    small = {"TRAIN": 6, "HELD_OUT": 3, "SEEDS": (0,), "LAM": lams.LamChoice(2), "LAM_BATCH": 4}
+    for name, value in {**small, "PRESET": "tiny", "BUDGET": TINY}.items():
+        monkeypatch.setattr(conveyor, name, value)
+    conveyor.main([f"--work_dir={tmp_path}"])
+    conveyor.main([f"--work_dir={tmp_path}"])  # nothing is left to do
+    rows = Results(tmp_path / "conveyor.jsonl").rows
+    assert [row["condition"] for row in rows] == list(conveyor.CONDITIONS)
+    assert all(row["n"] == 3 * 11 and len(row["error"]) == 3 for row in rows)
+
+
+def test_conveyor_shows_its_action_only_by_motion():
+    ride, faster = conveyor.Ride(48, 1.0, 0), conveyor.Ride(47, 3.0, 0)
+    frame = 6  # half a frame after the middle: both blocks are at 48.5
+    assert (ride.picture(frame) == faster.picture(frame)).all()
+    assert faster.place(frame + conveyor.LEAD) - ride.place(frame + conveyor.LEAD) == 2 * conveyor.LEAD

@@ -1,6 +1,6 @@
 """Where motion must be seen: a conveyor whose speed differs by episode, and no single picture tells it.
 
-    python -m tests.benchmarks.study.conveyor --work_dir=WORK [--picture=conveyor_frames.png]
+    python -m tests.benchmarks.study.conveyor --work_dir=WORK
 
 A block rides through the picture; the action is where it will be `LEAD` frames later, where a gripper has
 to close. Recorded as a LeRobot dataset with encoded video; the LAM sees pixels of training episodes only.
@@ -23,7 +23,7 @@ from torch import Tensor
 from lerobot_lam_diffusion.demo.console import output_to
 
 from . import lams
-from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
+from .data import ACTION, ENV, IMAGE, STATE, load
 from .lams import LamChoice
 from .policies import Budget, Windows, denoised, errors, train
 from .results import Results
@@ -32,7 +32,7 @@ TRAIN, HELD_OUT, LENGTH, FPS = 120, 60, 12, 10
 SIZE, BLOCK, LEAD, FASTEST = 96, 12, 8, 3.0  # px; frames; px a frame
 GRIP = 5.0  # px that a grip may miss the block's middle by
 SEEDS = (0, 1, 2)
-LAM = LamChoice(400)
+LAM, LAM_BATCH, PRESET = LamChoice(400), 32, "compact"
 BUDGET = Budget(every=1)
 CONDITIONS = {  # name → observations, tokens
     "stock, 1 observation": (1, None),
@@ -106,14 +106,6 @@ def strips(frames: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(grey, (4, 2)).flatten(1)
 
 
-def grips(data: Recorded, first_actions: Tensor, frames: Tensor) -> int:
-    """How many of the normalised first actions (B,) come within `GRIP` px."""
-    true = data.columns[ACTION][data.train_frames, 0]
-    half = (true.max() - true.min()) / 2
-    places = (first_actions + 1) * half + true.min()
-    return int(((places - data.columns[ACTION][frames, 0]).abs() <= GRIP).sum())
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
@@ -122,13 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = load(record(folder / "data"), folder, HELD_OUT)
     data.columns[ENV] = strips(data.frames)
-    how = {"folder": folder / "lams", "batch_size": 32, "preset": "compact"}
+    how = {"folder": folder / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
     tokens = lams.of_lam(LAM, "vq", data, **how)
     seen = {"latest": tokens, "shuffled": lams.of_other_episodes(tokens, data), None: None}
-    half = (
-        float(data.columns[ACTION][data.train_frames].max() - data.columns[ACTION][data.train_frames].min())
-        / 2
-    )
+    places = data.columns[ACTION][data.train_frames]
+    px = float(places.max() - places.min()) / 2  # of a normalised unit
     # The first frame of an episode has no motion yet, for no policy.
     frames = data.held_out_frames[data.held_out_frames % LENGTH > 0]
     results = Results(args.work_dir / "conveyor.jsonl")
@@ -140,9 +130,10 @@ def main(argv: list[str] | None = None) -> None:
             policy = train(windows, data.train_frames, BUDGET, seed)
             found = errors(policy, windows, BUDGET, frames)
             first = denoised(policy, windows, frames, replace(BUDGET, noise_samples=1))[0, :, 0, 0]
-            count = grips(data, first, frames)
-            results.add(condition=name, seed=seed, scale=half, grips=count, n=len(frames), **found)
-            miss = half * np.mean(found["error"]) ** 0.5
+            missed = px * (first - windows.columns[ACTION][frames, 0]).abs()
+            count = int((missed <= GRIP).sum())
+            results.add(condition=name, seed=seed, px=px, grips=count, n=len(frames), **found)
+            miss = px * np.mean(found["error"]) ** 0.5
             print(f"{name:<45} seed {seed}  misses by {miss:.1f} px, grips {count}/{len(frames)}", flush=True)
 
 
