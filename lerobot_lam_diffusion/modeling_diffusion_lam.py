@@ -46,6 +46,7 @@ from lerobot_lam_diffusion.token_source import (
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.batch import check_batch
 from lerobot_lam_diffusion.tokens.joined import JoinedStores
+from lerobot_lam_diffusion.training_figures import TrainingFigures
 
 if TYPE_CHECKING:  # training on precomputed tokens imports no LAM
     from lerobot_lam_diffusion.live_tokens import FrameHistory, LiveTokens
@@ -85,6 +86,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 f"{config.pretrained_path} are two starts; leave one out"
             )
         self._streaming = StreamingGuard(config, dataset_meta)
+        self._figures = TrainingFigures()
         self.token_store: TokenStore | JoinedStores | None = None
         self._live_tokens: LiveTokens | None = None
         self._clock = TickClock(config)
@@ -157,8 +159,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if self.config.use_lam_conditioning:
             self._queues[OBS_LAM_TOKENS] = deque(maxlen=len(self.config.lam_token_deltas))
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
-        """Loss of a training batch.
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float] | None]:
+        """Loss of a training batch, and in training what `lerobot-train` logs (see `training_figures`).
 
         Args:
             batch: As stock diffusion's, and one of: LAM tokens `(B, T, n·a)` under `lam_tokens_key`, T at
@@ -166,7 +168,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 store; raw frames from the pre-processor, to compute them on the fly.
         """
         self._streaming.check(batch)
-        return super().forward(self._with_window_tokens(batch))
+        batch = self._with_window_tokens(batch)
+        if not (self.config.use_lam_conditioning and self.training and torch.is_grad_enabled()):
+            return super().forward(batch)
+        layers = self.diffusion.conditioning_layers()
+        return self._figures.loss(self, batch, OBS_LAM_TOKENS, layers, super().forward)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
@@ -542,6 +548,12 @@ class DiffusionLamModel(DiffusionModel):
             for block in list(self.unet.modules()):  # a list: the blocks change while we walk them
                 if isinstance(block, DiffusionConditionalResidualBlock1d):
                     block.cond_encoder = LamCondEncoder(block.cond_encoder, config.lam_conditioning_dim)
+
+    def conditioning_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Stock and LAM linear of each residual block; none of a compiled U-Net, which has no hooks."""
+        if hasattr(self.unet, "_orig_mod"):
+            return []
+        return [(layer[1], layer.lam) for layer in self.unet.modules() if isinstance(layer, LamCondEncoder)]
 
     def _prepare_global_conditioning(self, batch: dict[str, Tensor]) -> Tensor:
         """Stock conditioning `(B, global_cond_dim)`, then the LAM's `(B, lam_conditioning_dim)`."""

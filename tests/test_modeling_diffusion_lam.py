@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_store_divided_by_its_scale(dataset, store):
     batch = preprocess(training_batch(policy.config, dataset, ROWS))
     seen = {}
     projection = policy.diffusion.lam_projection
-    projection.register_forward_hook(lambda module, inputs, output: seen.update(tokens=inputs[0]))
+    projection.register_forward_hook(lambda module, inputs, output: seen.setdefault("tokens", inputs[0]))
     policy.forward(dict(batch))
     expected = store.window(torch.tensor(ROWS), [-1, 0])
     assert torch.equal(seen["tokens"], expected / store.provenance.lam.token_scale)

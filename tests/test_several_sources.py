@@ -144,7 +144,7 @@ def test_one_batch_two_ways_one_loss(both, stores, extract, lams, use_vq_tokens)
                 torch.nn.init.normal_(parameter)
         torch.manual_seed(0)
         losses.append(policy.forward(preprocess(training_batch(config, both, rows)))[0].item())
-        tokens += seen
+        tokens.append(seen[0])  # a second pass, for the figures, sees them shuffled
     expected = side_by_side(stores, rows, [-1, 0])
     assert expected.shape == (8, 2, 64 + 48)
     assert torch.equal(tokens[0], expected)

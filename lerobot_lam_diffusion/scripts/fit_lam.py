@@ -19,14 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import load_lam, save_lam
+from lerobot_lam_diffusion.lam import LamConfig, load_lam, read_config, resolve_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
 from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement
 from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.preprocess import resize
+from lerobot_lam_diffusion.lam.villa_x import VillaXLam
+from lerobot_lam_diffusion.lam.weights import open_weights
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.problems import UserError, raise_problems
 from lerobot_lam_diffusion.scripts.command_line import run_command
@@ -62,6 +65,11 @@ class FitLamConfig:
         state_weight: Weight of the loss that ties tokens to changes of `observation.state`; 0: pixels only.
         device: cuda, mps, cpu; the best there is if left out.
 
+    A LAM that there is:
+        refine_decoder: Folder, shipped name or Hub id of a LAM: only its FDM is fitted further, to predict
+            frames better than copying does on all pixels and on the moving ones. Its tokens and its
+            fingerprint stay; `preset` and `state_weight` have no meaning then.
+
     Going on:
         resume: Continue the fit that `output_dir` holds.
         save_every: Steps between checkpoints.
@@ -79,6 +87,7 @@ class FitLamConfig:
     frame_stride: int = 1
     holdout_episodes: int | None = None
     device: str | None = None
+    refine_decoder: str | None = None
     resume: bool = False
     save_every: int = 200
     tolerance_s: float = 1e-4
@@ -113,16 +122,21 @@ COMMAND = Command("lerobot-lam-fit", FitLamConfig, __doc__)
 def fit_lam(config: FitLamConfig) -> None:
     """Load the frames, fit, measure on held-out episodes, write the model folder and its card."""
     _check_output(config)
-    model_config, recipe = PRESETS[config.preset], config.recipe()
     device = usable_device(config.device)
     camera = choose_camera(open_metadata(config.dataset), config.camera_key)
+    refined = None if config.refine_decoder is None else _open_refined(config.refine_decoder, device)
     dataset = open_dataset(config.dataset, config.tolerance_s)
+    model_config, recipe = PRESETS[config.preset] if refined is None else refined.config, config.recipe()
     data = _load_data(dataset, camera, model_config.resolution, config)
 
     print(
         f"Fitting to {dataset.num_episodes - data.holdout_episodes} episodes; "
         f"the last {data.holdout_episodes} measure the LAM."
     )
+    if refined is not None:
+        _refine(config, recipe, refined, data)
+        _finish(config, dataset, camera, data, device)
+        return
     fit = Fit(model_config, recipe, data, device)
     if config.resume:
         fit.resume(config.output_dir)
@@ -133,17 +147,56 @@ def fit_lam(config: FitLamConfig) -> None:
     save_lam(
         config.output_dir, model_config, model.encoder, model.vq, model.decoder, description=about, version=1
     )
+    _finish(config, dataset, camera, data, device)
+
+
+def _open_refined(path: str, device: str) -> VillaXLam:
+    """The LAM to refine: one whose FDM predicts pixels, and which `save_lam` writes back bit for bit."""
+    folder = resolve_lam(path)
+    config = read_config(folder)
+    if not isinstance(config, LamConfig) or config.in_channels != 3:
+        raise UserError(
+            f"--refine_decoder={path} has no FDM of villa-X's architecture that predicts RGB frames, "
+            "expected one to refine: name a LAM that lerobot-lam-fit wrote"
+        )
+    with open_weights(folder) as weights:
+        dtypes = {
+            entry.dtype for key, entry in weights.entries.items() if key.startswith(("encoder.", "vq."))
+        }
+    if dtypes != {torch.float32}:
+        raise UserError(
+            f"--refine_decoder={path} is not stored in float32, so its fingerprint would change, expected "
+            "float32 weights: refine a LAM that lerobot-lam-fit wrote"
+        )
+    lam = load_lam(path, device=device, fdm=True)
+    assert isinstance(lam, VillaXLam)
+    return lam
+
+
+def _refine(config: FitLamConfig, recipe: FitRecipe, lam: VillaXLam, data: FitData) -> None:
+    refinement = DecoderRefinement(lam, recipe, data)
+    if config.resume:
+        refinement.resume(config.output_dir)
+    refinement.run(config.output_dir, config.save_every)
+    about = f"{config.refine_decoder}, FDM refined on {config.dataset.repo_id}"
+    save_lam(
+        config.output_dir, lam.config, lam.encoder, lam.vq, refinement.decoder, description=about, version=1
+    )
+
+
+def _finish(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData, device: str) -> None:
+    """Measure the LAM of `output_dir`, write its card, say what comes next."""
     lam = load_lam(config.output_dir, device=device, fdm=True)
     report = evaluate(lam, data)
     write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
-    for leftover in (CHECKPOINT_FILE, FRAMES_FILE):
+    for leftover in (CHECKPOINT_FILE, REFINE_CHECKPOINT_FILE, FRAMES_FILE):
         (config.output_dir / leftover).unlink(missing_ok=True)
     _tell(config, camera, report)
 
 
 def _check_output(config: FitLamConfig) -> None:
     folder = config.output_dir
-    checkpoint = folder / CHECKPOINT_FILE
+    checkpoint = folder / (CHECKPOINT_FILE if config.refine_decoder is None else REFINE_CHECKPOINT_FILE)
     if config.resume and not checkpoint.is_file():
         raise UserError(f"--resume=true found no {checkpoint}, expected a checkpoint: start without --resume")
     if not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -198,7 +251,11 @@ def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: Fit
         "camera": f"`{camera}`",
         "frame stride": f"{stride} ({stride / dataset.fps:.3g} s at {dataset.fps} fps)",
         "held out": f"the last {data.holdout_episodes} episodes",
-        "preset": f"`{config.preset}`",
+        **(
+            {"preset": f"`{config.preset}`"}
+            if config.refine_decoder is None
+            else {"FDM refined; encoder and codebook of": f"`{config.refine_decoder}`"}
+        ),
         "steps": f"{config.steps} of {config.batch_size} pairs, seed {config.seed}",
         "learning rate, weight of the state": f"{config.learning_rate:g}, {config.state_weight:g}",
     }

@@ -2,6 +2,8 @@
 
     lerobot-lam-tokens info ./data/pusht_lam
     lerobot-lam-tokens verify ./data/pusht_lam --dataset.repo_id=lerobot/pusht --lam.path=microsoft/villa-x
+    lerobot-lam-tokens report ./data/pusht_lam --dataset.repo_id=lerobot/pusht --output=report.html
+    lerobot-lam-tokens view ./data/pusht_lam --dataset.repo_id=lerobot/pusht --episode=3 --save=episode_3.rrd
     lerobot-lam-tokens merge ./data/part_0 ./data/part_1 --output_dir=./data/pusht_lam
     lerobot-lam-tokens merge ./data/pusht_lam   # of an extraction whose processes finished all its shards
     lerobot-lam-tokens merge ./live --dataset.repo_id=lerobot/pusht --lam.path=./my_lam --output_dir=./store
@@ -63,6 +65,8 @@ from lerobot_lam_diffusion.scripts.live_cache import (
 )
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.report import ReportConfig, illustrate, open_footage, report
+from lerobot_lam_diffusion.scripts.view import ViewConfig, view
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.export import export_store
@@ -158,12 +162,14 @@ class PushConfig:
         repo_id: The repository, user/name; made if there is none.
         private: Whether a new one is private; left out: as the user or organisation has it.
         revision: Branch, made if there is none; left out: main.
+        dataset: That the store was made of: the card shows its frames and what the tokens say of its state.
     """
 
     store: str
     repo_id: str
     private: bool | None = None
     revision: str | None = None
+    dataset: DatasetConfig | None = None
 
 
 @dataclass
@@ -331,8 +337,14 @@ def export(config: ExportConfig) -> None:
 
 
 def push(config: PushConfig) -> None:
-    store = TokenStore.open(config.store)
-    pushed = push_store(store, config.repo_id, private=config.private, revision=config.revision)
+    store, footage = open_footage(config.store, config.dataset)
+    pushed = push_store(
+        store,
+        config.repo_id,
+        private=config.private,
+        revision=config.revision,
+        illustrate=lambda: illustrate(store, footage),
+    )
     lam = store.provenance.lam.path if store.provenance is not None else ""
     if Path(lam).is_absolute():
         print(f"note: its provenance names the LAM by its path here, {lam}")
@@ -350,6 +362,8 @@ def pull(config: PullConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (InfoConfig, info),
     "verify": (VerifyConfig, verify),
+    "report": (ReportConfig, report),
+    "view": (ViewConfig, view),
     "merge": (MergeConfig, merge),
     "export": (ExportConfig, export),
     "add-column": (AddColumnConfig, add_token_column),
@@ -405,7 +419,7 @@ def told_of(name: str) -> Command:
     paths = {"stores": "STORE …", "store": "STORE"}
     words = [paths[each.name] for each in fields(config_class) if each.name in paths]
     about = "\n".join([summary_of(config_class), *([""] if examples else []), *examples])
-    hidden = ("dataset.episodes",) if config_class is AddColumnConfig else ()
+    hidden = ("dataset.episodes",) if config_class in (AddColumnConfig, ViewConfig) else ()
     return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "", hidden)
 
 

@@ -7,7 +7,7 @@ stay when the store is pushed again.
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import DatasetCard
@@ -16,7 +16,8 @@ from lerobot_lam_diffusion.problems import PushError
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, PACKAGE, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
-PICTURE_FILE = "lam_tokens_usage.png"
+PICTURE_PREFIX = "lam_tokens_"
+"""Files of the repository that begin so are the card's pictures."""
 TAGS = ("lerobot", "lam-tokens")
 
 _BEGIN = "<!-- lam-tokens: what follows is written by `lerobot-lam-tokens push`; write above or below it -->"
@@ -24,21 +25,40 @@ _END = "<!-- /lam-tokens -->"
 _OURS = re.compile(r"<!-- lam-tokens: .*?<!-- /lam-tokens -->", re.DOTALL)
 
 
+class CardPicture(NamedTuple):
+    """Attributes:
+    name: Of its file, with `PICTURE_PREFIX`.
+    data: PNG or JPEG.
+    alt: What it shows, in words.
+    """
+
+    name: str
+    data: bytes
+    alt: str
+
+
 def make_card(
-    store: TokenStore, repo_id: str, revision: str | None, *, has_picture: bool, existing: str | None = None
+    store: TokenStore,
+    repo_id: str,
+    revision: str | None,
+    *,
+    pictures: Sequence[CardPicture] = (),
+    verdict: str = "",
+    existing: str | None = None,
 ) -> str:
     """Text of the README.
 
     Args:
         store: With a provenance.
         repo_id, revision: Where it will be; the revision only if it has to be named.
-        has_picture: `PICTURE_FILE` will lie beside it.
+        pictures: They will lie beside it.
+        verdict: A sentence on what the tokens say, in Markdown.
         existing: README of the repository as it is.
 
     Raises:
         PushError: the metadata of `existing` is not YAML.
     """
-    section = f"{_BEGIN}\n{_section(store, repo_id, revision, has_picture)}\n{_END}"
+    section = f"{_BEGIN}\n{_section(store, repo_id, revision, pictures, verdict)}\n{_END}"
     try:
         card: Any = DatasetCard(existing if existing is not None else "---\ntags: []\n---\n")
     except (ValueError, yaml.YAMLError) as error:
@@ -62,7 +82,9 @@ def make_card(
     return str(card)
 
 
-def _section(store: TokenStore, repo_id: str, revision: str | None, has_picture: bool) -> str:
+def _section(
+    store: TokenStore, repo_id: str, revision: str | None, pictures: Sequence[CardPicture], verdict: str
+) -> str:
     assert store.provenance is not None
     origin, lam = store.provenance.dataset, store.provenance.lam
     where = repo_id if revision is None else f"{repo_id}@{revision}"
@@ -80,9 +102,11 @@ def _section(store: TokenStore, repo_id: str, revision: str | None, has_picture:
         "deployment the policy computes its tokens live and needs the LAM with the fingerprint "
         f"{_code(lam.fingerprint[:16] + '…')} (`--policy.lam_model_path`).",
     ]
+    if pictures or verdict:
+        parts += ["## What they look like", *([verdict] if verdict else [])]
+        parts += [f"![{_alt(picture.alt)}]({picture.name})" for picture in pictures]
     if store.codebook is not None:
-        parts += ["## Codebook use", *([f"![share of each code]({PICTURE_FILE})"] if has_picture else [])]
-        parts.append(_usage(store, every_code=not has_picture))
+        parts += ["## Codebook use", _usage(store, every_code=not pictures)]
     return "\n\n".join(parts)
 
 
@@ -128,7 +152,7 @@ def _commands(provenance: Provenance, where: str) -> str:
 
 
 def _usage(store: TokenStore, every_code: bool) -> str:
-    """Tables in place of a picture, or beside it."""
+    """Tables in place of pictures, or beside them."""
     counts = store.code_counts()
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     rows = []
@@ -153,6 +177,11 @@ def _table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def _code(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`"
+
+
+def _alt(text: str) -> str:
+    """Text that does not end an image's description."""
+    return " ".join(text.split()).replace("[", "(").replace("]", ")")
 
 
 def _cell(text: str) -> str:

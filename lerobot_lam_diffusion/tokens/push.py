@@ -1,25 +1,23 @@
 """A token store → a dataset repository on the Hub, with its card, in one commit."""
 
-import logging
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lerobot_lam_diffusion.hub import HubError, reason, refuse_impossible
 from lerobot_lam_diffusion.problems import PushError, UserError
-from lerobot_lam_diffusion.tokens.card import PICTURE_FILE, make_card
+from lerobot_lam_diffusion.tokens.card import PICTURE_PREFIX, CardPicture, make_card
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, TokenStoreError, check_content
 from lerobot_lam_diffusion.tokens.locating import KIND
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.tokens.usage_picture import draw_usage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
-
+Illustrate = Callable[[], tuple[str, list[CardPicture]]]
 CARD_FILE = "README.md"
 DEFAULT_BRANCH = "main"
+_PICTURES = (".png", ".jpg")
 _ANYWHERE = (".gitattributes", CARD_FILE)  # files of a repository in which nothing is
 
 
@@ -34,7 +32,12 @@ class Pushed(NamedTuple):
 
 
 def push_store(
-    store: TokenStore, repo_id: str, *, private: bool | None = None, revision: str | None = None
+    store: TokenStore,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    illustrate: Illustrate | None = None,
 ) -> Pushed:
     """Commit a store to `repo_id`, which is made if there is none.
 
@@ -44,6 +47,8 @@ def push_store(
         private: Of a new repository; None: as the namespace has it. An existing one is not changed, and a
             public one is refused where a private one is wanted.
         revision: Branch, made if there is none; None: `main`.
+        illustrate: Makes the card's verdict and pictures, once the repository has been checked. They replace
+            those of an earlier push.
 
     Raises:
         UserError: no store (`.pt` file), damaged, the Hub refuses it, or the repository holds something else.
@@ -59,7 +64,7 @@ def push_store(
     check_content(store.path, again=True)
     try:
         refuse_impossible(repo_id, revision)
-        return _push(HfApi(), store, repo_id, private, revision)
+        return _push(HfApi(), store, repo_id, private, revision, illustrate)
     except HubError as error:
         raise PushError(f"{store.name} was not pushed to {repo_id}: {error}.") from error
     except UserError:
@@ -69,7 +74,12 @@ def push_store(
 
 
 def _push(
-    api: "HfApi", store: TokenStore, repo_id: str, private: bool | None, revision: str | None
+    api: "HfApi",
+    store: TokenStore,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    illustrate: Illustrate | None,
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -81,22 +91,20 @@ def _push(
     present = {sibling.rfilename for sibling in info.siblings or []}
     _refuse_other(repo_id, present)
     existing = _existing_card(repo_id, info.sha) if CARD_FILE in present else None
-    with tempfile.TemporaryDirectory() as folder:
-        picture = _picture(store, repo_id, Path(folder) / PICTURE_FILE)
-        named = None if revision == DEFAULT_BRANCH else revision
-        card = make_card(store, repo_id, named, has_picture=picture is not None, existing=existing)
-        operations: list[Any] = [
-            CommitOperationAdd(TENSORS_FILE, store.path / TENSORS_FILE),
-            CommitOperationAdd(PROVENANCE_FILE, store.path / PROVENANCE_FILE),
-            CommitOperationAdd(CARD_FILE, card.encode()),
-        ]
-        if picture is not None:
-            operations.append(CommitOperationAdd(PICTURE_FILE, picture))
-        elif PICTURE_FILE in present:  # of another store
-            operations.append(CommitOperationDelete(PICTURE_FILE))
-        commit = api.create_commit(
-            repo_id, operations, commit_message="LAM tokens", repo_type=KIND, revision=revision
-        )
+    verdict, pictures = illustrate() if illustrate is not None else ("", [])
+    named = None if revision == DEFAULT_BRANCH else revision
+    card = make_card(store, repo_id, named, pictures=pictures, verdict=verdict, existing=existing)
+    outdated = {name for name in present if name.startswith(PICTURE_PREFIX) and name.endswith(_PICTURES)}
+    operations: list[Any] = [
+        CommitOperationAdd(TENSORS_FILE, store.path / TENSORS_FILE),
+        CommitOperationAdd(PROVENANCE_FILE, store.path / PROVENANCE_FILE),
+        CommitOperationAdd(CARD_FILE, card.encode()),
+        *(CommitOperationAdd(picture.name, picture.data) for picture in pictures),
+        *(CommitOperationDelete(name) for name in sorted(outdated - {each.name for each in pictures})),
+    ]
+    commit = api.create_commit(
+        repo_id, operations, commit_message="LAM tokens", repo_type=KIND, revision=revision
+    )
     return Pushed(f"{repo_id}@{commit.oid}", str(commit.commit_url))
 
 
@@ -122,13 +130,3 @@ def _existing_card(repo_id: str, commit: str | None) -> str:
 
     path = hf_hub_download(repo_id, CARD_FILE, repo_type=KIND, revision=commit)
     return Path(path).read_text(encoding="utf-8")
-
-
-def _picture(store: TokenStore, title: str, path: Path) -> Path | None:
-    if store.codebook is None:
-        return None
-    try:
-        return draw_usage(store, title, path)
-    except ImportError as error:
-        logger.info("The card tells the codebook's use as a table: %s.", error)
-        return None

@@ -200,7 +200,7 @@ def test_an_unknown_command_names_the_known_ones(words, told, capsys):
     assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(f"error: unknown command {told} Commands: info, verify, merge, export")
+    assert printed.err.startswith(f"error: unknown command {told} Commands: info, verify, report, view")
 
 
 @pytest.mark.parametrize(("words", "code"), [(["cache", "--help"], 0), (["cache"], 2)])

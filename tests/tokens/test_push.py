@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from lerobot_lam_diffusion.problems import UserError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
-from lerobot_lam_diffusion.tokens.card import PICTURE_FILE
+from lerobot_lam_diffusion.tokens.card import CardPicture
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS
 from lerobot_lam_diffusion.tokens.pull import pull_store
@@ -15,6 +15,10 @@ from lerobot_lam_diffusion.tokens.push import push_store
 from tests.hub_server import OWNER, READER
 
 REPO = "user/tokens"
+
+
+def illustrate():
+    return "**Good**: they do.", [CardPicture("lam_tokens_use_1.png", b"\x89PNG", "share of each code")]
 
 
 @pytest.fixture
@@ -30,10 +34,11 @@ def refusal(*arguments, **options):
 
 
 def test_push_makes_a_dataset_repository_with_card_and_picture(owner, random_store, random_files):
-    pushed = push_store(random_store, REPO)
+    pushed = push_store(random_store, REPO, illustrate=illustrate)
     head = owner.repos[REPO].head
     assert {name: head[name] for name in random_files} == random_files
-    assert head[PICTURE_FILE].startswith(b"\x89PNG")
+    assert head["lam_tokens_use_1.png"] == b"\x89PNG"
+    assert b"**Good**: they do.\n\n![share of each code](lam_tokens_use_1.png)" in head["README.md"]
     assert b"--policy.lam_tokens_path=user/tokens " in head["README.md"]
     assert pushed.hub_id == f"{REPO}@{owner.repos[REPO].branches['main']}"
     assert pushed.url.endswith(f"/datasets/{REPO}/commit/{pushed.hub_id.partition('@')[2]}")
@@ -75,7 +80,7 @@ def test_what_shall_be_private_does_not_go_into_a_public_repository(owner, rando
 
 
 def test_pushing_again_keeps_what_the_user_wrote(owner, random_store, continuous_random, tmp_path):
-    push_store(random_store, REPO)
+    push_store(random_store, REPO, illustrate=illustrate)
     repo = owner.repos[REPO]
     card = repo.head["README.md"].decode()
     card = card.replace("---\n", "---\nlicense: mit\n", 1) + "\nAsk me about them.\n"
@@ -87,7 +92,7 @@ def test_pushing_again_keeps_what_the_user_wrote(owner, random_store, continuous
     assert "continuous, 2 × 4 numbers" in new
     assert "vq, 2 × 4" not in new
     assert repo.head["notes.txt"] == b"mine"
-    assert PICTURE_FILE not in repo.head  # continuous tokens have no codes to count
+    assert "lam_tokens_use_1.png" not in repo.head  # of the store that was there before
 
 
 @pytest.fixture
@@ -97,7 +102,9 @@ def continuous_random(write_random, tmp_path):
 
 def test_a_repository_of_something_else_is_left_alone(owner, random_store):
     owner.add(REPO, {"meta/info.json": b"{}", "README.md": b"# a dataset"})
-    assert "holds no token store but meta/info.json" in refusal(random_store, REPO)
+    assert "holds no token store but meta/info.json" in refusal(
+        random_store, REPO, illustrate=lambda: pytest.fail("a long look at what is refused")
+    )
     assert set(owner.repos[REPO].head) == {"meta/info.json", "README.md"}
 
 

@@ -129,9 +129,9 @@ def probe(
     order = torch.randperm(len(fit_tokens), generator=torch.Generator().manual_seed(0))
     other = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
     return Probe(
-        token=_r2(_ridge(fit_tokens, fit_changes, tokens, ridge), changes),
-        shuffled=_r2(_ridge(fit_tokens[order], fit_changes, tokens[other], ridge), changes),
-        constant=_r2(fit_changes.double().mean(0).expand(len(changes), -1), changes),
+        token=mean_r2(ridge_predictions(fit_tokens, fit_changes, tokens, ridge), changes),
+        shuffled=mean_r2(ridge_predictions(fit_tokens[order], fit_changes, tokens[other], ridge), changes),
+        constant=mean_r2(fit_changes.double().mean(0).expand(len(changes), -1), changes),
     )
 
 
@@ -142,7 +142,8 @@ def perplexity(indices: Tensor, num_codes: int) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def _ridge(inputs: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Tensor:
+def ridge_predictions(inputs: Tensor, targets: Tensor, queries: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Ridge regression from inputs (F, D) to targets (F, S), asked for queries (M, D): double (M, S)."""
     mean, spread = inputs.double().mean(0), inputs.double().std(0) + 1e-6
     x, q = (inputs - mean) / spread, (queries - mean) / spread
     y_mean = targets.double().mean(0)
@@ -150,7 +151,12 @@ def _ridge(inputs: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Te
     return q @ torch.linalg.solve(gram, x.T @ (targets - y_mean)) + y_mean
 
 
-def _r2(predicted: Tensor, target: Tensor) -> float:
+def axis_r2(predicted: Tensor, target: Tensor) -> Tensor:
+    """R² of each axis, double (S,), of predictions and targets (M, S)."""
     residual = (target - predicted).double().square().sum(0)
     total = (target - target.mean(0)).double().square().sum(0)
-    return float((1 - residual / total.clamp(min=1e-12)).mean())
+    return 1 - residual / total.clamp(min=1e-12)
+
+
+def mean_r2(predicted: Tensor, target: Tensor) -> float:
+    return float(axis_r2(predicted, target).mean())

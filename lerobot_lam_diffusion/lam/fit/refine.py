@@ -1,0 +1,158 @@
+"""Fit the FDM of a finished LAM further; encoder and codebook, hence all tokens, stay as they are."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import LamError
+from ..preprocess import normalize_frames
+from ..villa_x import VillaXLam
+from .data import FitData, moving_pixels
+from .recipe import FitRecipe
+
+REFINE_CHECKPOINT_FILE = "refine_checkpoint.pt"
+
+_COPY_PAIRS = 2048
+"""Pairs on which the error of copying is measured."""
+_ENCODE_PAIRS = 128
+
+
+class DecoderRefinement:
+    """The FDM of a LAM in training.
+
+    The loss is the mean absolute error over all pixels plus that over the moving ones, each as a share of the
+    error of copying the frame before: 2 is what copying reaches, and a step that gains on one at the cost of
+    the other does not pay. Every step is a function of (seed, step), so a resumed run continues bit for bit.
+
+    Args:
+        lam: opened with its FDM, which is trained in place.
+        recipe: its steps, batch size, seed, learning rate and warm-up count.
+        data: frames and their division.
+
+    Raises:
+        LamError: the LAM has no FDM, or nothing moves in the frames.
+    """
+
+    def __init__(self, lam: VillaXLam, recipe: FitRecipe, data: FitData):
+        if lam.decoder is None:
+            raise LamError(
+                f"{lam.path} was opened without its FDM, expected it for refining. "
+                "Open it with load_lam(path, fdm=True)."
+            )
+        self.lam, self.recipe, self.data = lam, recipe, data
+        self.decoder = lam.decoder
+        self.step = 0
+        self.pairs = data.fit_pairs()
+        self.trained = [p for name, p in self.decoder.named_parameters() if name != "pe"]
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.01)
+        self.copy_error, self.moving_copy_error = self._copy_errors()
+        self._tokens: Tensor | None = None
+
+    def run(self, output_dir: Path, save_every: int, log: Callable[[str], None] = tqdm.write) -> None:
+        """Take the remaining steps, with a progress bar, saving a checkpoint now and then."""
+        bar = tqdm(total=self.recipe.steps, initial=self.step, desc="refine", unit="step", mininterval=1.0)
+        smooth: dict[str, float] = {}
+        while self.step < self.recipe.steps:
+            for name, value in self.take_step().items():
+                smooth[name] = 0.98 * smooth.get(name, value) + 0.02 * value
+            bar.update()
+            if self.step % save_every == 0 or self.step == self.recipe.steps:
+                self.save(output_dir)
+                numbers = ", ".join(f"{name} {value:.4f}" for name, value in smooth.items())
+                log(f"step {self.step}: {numbers}")
+        bar.close()
+        self.decoder.requires_grad_(False)
+
+    def take_step(self) -> dict[str, float]:
+        """One optimiser step; returns both errors as shares of those of copying."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        rows = torch.randint(len(self.pairs), (recipe.batch_size,), generator=generator)
+        prev, cur = (f.to(self.lam.device) for f in self.data.pair_frames(self.pairs[rows]))
+        terms = self._terms(prev, cur, self._all_tokens()[rows].to(self.lam.device))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(self.step)
+        self.optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return {name: term.item() for name, term in terms.items()}
+
+    def save(self, output_dir: Path) -> None:
+        """Write the checkpoint; it appears whole."""
+        state = {
+            "setting": self._setting(),
+            "step": self.step,
+            "decoder": self.decoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = output_dir / f".{REFINE_CHECKPOINT_FILE}.partial"
+        torch.save(state, partial)
+        os.replace(partial, output_dir / REFINE_CHECKPOINT_FILE)
+
+    def resume(self, output_dir: Path) -> None:
+        """Continue from the checkpoint of `output_dir`.
+
+        Raises:
+            LamError: it belongs to another LAM, other settings or data.
+        """
+        path = output_dir / REFINE_CHECKPOINT_FILE
+        state = torch.load(path, map_location=self.lam.device, weights_only=True)
+        if state["setting"] != self._setting():
+            raise LamError(
+                f"{path} belongs to a refinement of another LAM, other settings or data:\n  "
+                f"{state['setting']}\nexpected\n  {self._setting()}\nResume with the settings it began with, "
+                "or refine into another folder."
+            )
+        self.step = state["step"]
+        self.decoder.load_state_dict(state["decoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _terms(self, prev: Tensor, cur: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        resolution = self.lam.config.resolution
+        patches = self.decoder(normalize_frames(prev, resolution), tokens)
+        error = (self.decoder.unpatch(patches) - normalize_frames(cur, resolution)).abs().mean(1)
+        moving = moving_pixels(prev, cur)
+        moving_error = (error * moving).sum() / moving.sum().clamp(min=1)
+        return {"all": error.mean() / self.copy_error, "moving": moving_error / self.moving_copy_error}
+
+    @torch.no_grad()
+    def _copy_errors(self) -> tuple[float, float]:
+        """Mean absolute error of copying, in the normalised scale: over all pixels, over the moving ones."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 - 1)
+        rows = torch.randint(len(self.pairs), (_COPY_PAIRS,), generator=generator)
+        total = moving_total = torch.zeros((), dtype=torch.double)
+        pixels = moving_pixels_ = 0
+        for later in self.pairs[rows].split(_ENCODE_PAIRS):
+            prev, cur = self.data.pair_frames(later)
+            frames = [normalize_frames(f, self.lam.config.resolution) for f in (prev, cur)]
+            error, moving = (frames[0] - frames[1]).abs().mean(1).double(), moving_pixels(prev, cur)
+            total, moving_total = total + error.sum(), moving_total + error[moving].sum()
+            pixels, moving_pixels_ = pixels + error.numel(), moving_pixels_ + int(moving.sum())
+        if not moving_pixels_:
+            raise LamError(
+                f"Nothing moves in {len(rows)} frame pairs, {self.data.frame_stride} frames apart, expected "
+                "motion to refine the FDM on. Use a larger frame_stride or other episodes."
+            )
+        return float(total / pixels), float(moving_total / moving_pixels_)
+
+    def _all_tokens(self) -> Tensor:
+        """VQ tokens of all pairs, (P, n·a): the encoder does not change, so it runs once."""
+        if self._tokens is None:
+            parts = tqdm(self.pairs.split(_ENCODE_PAIRS), desc="encode", unit="batch")
+            encoded = (self.lam.encode_pairs(*self.data.pair_frames(later)) for later in parts)
+            self._tokens = torch.cat([tokens.of_kind(True).cpu() for tokens in encoded])
+        return self._tokens
+
+    def _setting(self) -> str:
+        data = {"frames": len(self.data.episodes), "stride": self.data.frame_stride, "pairs": len(self.pairs)}
+        return json.dumps({"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "data": data})

@@ -1,0 +1,1 @@
+"""Tokens that people can look at: one HTML page, or an episode in Rerun."""

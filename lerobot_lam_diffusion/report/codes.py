@@ -1,0 +1,120 @@
+"""The tokens of a store as small integers, whichever kind they are: what the report counts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
+
+MOST_FRAMES = 400_000
+"""Of a larger store whole episodes are drawn until so many frames are reached: memory stays bounded."""
+DIRECTIONS = 3
+BINS = 8
+_PRINCIPAL_TOKENS = 20_000
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One row for each frame that has a token, M in all, ascending.
+
+    Attributes:
+        frames, episodes: int64 (M,), absolute.
+        labels: int64 (M, n), 0..num_codes-1. VQ: the code in each slot. Continuous: the token's place along
+            each of the first principal directions, in bins that hold equally many tokens.
+        num_codes: K, or the number of bins.
+        slots: what a column of `labels` is called.
+        is_vq: False: principal directions.
+        drawn: episodes were left out, since the store is large.
+    """
+
+    frames: Tensor
+    episodes: Tensor
+    labels: Tensor
+    num_codes: int
+    slots: list[str]
+    is_vq: bool
+    drawn: bool
+
+    def shares(self, slot: int) -> Tensor:
+        """Double (K,): how often each code occurs."""
+        return torch.bincount(self.labels[:, slot], minlength=self.num_codes).double() / max(
+            len(self.labels), 1
+        )
+
+    def transitions(self, slot: int) -> Tensor:
+        """Double (K, K): of the tokens with a code (row), how many are followed by each code (column)."""
+        label, K = self.labels[:, slot], self.num_codes
+        follows = (self.episodes[1:] == self.episodes[:-1]) & (self.frames[1:] == self.frames[:-1] + 1)
+        counts = torch.bincount((label[:-1] * K + label[1:])[follows], minlength=K * K).view(K, K).double()
+        return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+    def unlike_others(self) -> list[tuple[int, float]]:
+        """Episodes whose codes are distributed unlike the others', with their divergence, greatest first.
+
+        Jensen-Shannon divergence in bits from all tokens, mean over the slots. An outlier lies more than
+        five median deviations above the median, and above 0.05 bit.
+        """
+        numbers, which, lengths = self.episodes.unique(return_inverse=True, return_counts=True)
+        divergence = torch.zeros(len(numbers), dtype=torch.double)
+        for slot in range(len(self.slots)):
+            cells = which * self.num_codes + self.labels[:, slot]
+            counts = torch.bincount(cells, minlength=len(numbers) * self.num_codes)
+            own = counts.view(len(numbers), -1).double() / lengths.unsqueeze(1)
+            divergence += _jensen_shannon(own, self.shares(slot)) / len(self.slots)
+        middle = divergence.median()
+        spread = (divergence - middle).abs().median()
+        found = [
+            (int(numbers[at]), float(divergence[at]))
+            for at in divergence.argsort(descending=True).tolist()
+            if divergence[at] > max(float(middle + 5 * spread), 0.05)
+        ]
+        return found if len(numbers) > 2 else []
+
+
+def read_codes(store: TokenStore, episodes: list[int], seed: int) -> Codes:
+    """Codes of those episodes' tokens; `episodes` are covered by the store."""
+    order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, total = [], 0
+    for place in order:
+        if total < MOST_FRAMES:
+            chosen.append(episodes[place])
+            total += int(store.episode_to[episodes[place]] - store.episode_from[episodes[place]])
+    spans = [
+        (episode, int(store.episode_from[episode]) + store.frame_stride, int(store.episode_to[episode]))
+        for episode in sorted(chosen)
+    ]
+    spans = [(episode, start, stop) for episode, start, stop in spans if start < stop]
+    nothing = torch.empty(0, dtype=torch.int64)
+    frames = torch.cat([nothing, *(torch.arange(start, stop) for _, start, stop in spans)])
+    numbers = torch.cat([nothing, *(torch.full((stop - start,), e) for e, start, stop in spans)])
+    rows = store.episode_row[numbers] + frames - store.episode_from[numbers]
+    drawn = len(chosen) < len(episodes)
+    if store.codebook is not None:
+        labels = store.values[rows].long()
+        slots = [f"slot {slot}" for slot in range(labels.shape[1])]
+        return Codes(frames, numbers, labels, len(store.codebook), slots, True, drawn)
+    labels, variance = _along_directions(store, rows)
+    slots = [f"direction {at + 1} ({share:.0%} of the variance)" for at, share in enumerate(variance)]
+    return Codes(frames, numbers, labels, BINS, slots, False, drawn)
+
+
+def _along_directions(store: TokenStore, rows: Tensor) -> tuple[Tensor, list[float]]:
+    """Bins (M, DIRECTIONS) along the first principal directions, and their shares of the variance."""
+    if not len(rows):
+        return torch.empty(0, DIRECTIONS, dtype=torch.int64), [0.0] * DIRECTIONS
+    some = store.decode(rows[torch.linspace(0, len(rows) - 1, min(len(rows), _PRINCIPAL_TOKENS)).long()])
+    mean = some.double().mean(0)
+    _, spread, basis = torch.linalg.svd(some.double() - mean, full_matrices=False)
+    basis = basis[:DIRECTIONS]
+    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
+    variance = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()
+    places = torch.cat([(store.decode(part).double() - mean) @ basis.T for part in rows.split(BLOCK_ROWS)])
+    ranks = places.argsort(0).argsort(0)
+    return ranks * BINS // len(rows), variance
+
+
+def _jensen_shannon(own: Tensor, overall: Tensor) -> Tensor:
+    middle = (own + overall) / 2
+    bits = torch.xlogy(own, own / middle).nan_to_num(0) + torch.xlogy(overall, overall / middle).nan_to_num(0)
+    return bits.sum(1) / (2 * torch.log(torch.tensor(2.0)))

@@ -1,0 +1,93 @@
+"""The few frames that the report shows: chosen first, then decoded episode by episode, each once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+from lerobot_lam_diffusion.report.codes import Codes
+
+THUMB = 80
+"""Edge of an example, in pixels."""
+EXAMPLES = 6
+_POOL = 24
+_MOST_ENTRIES = 128
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A code in the atlas: its slot, number, share of the tokens, and the later frames of its examples."""
+
+    slot: int
+    code: int
+    share: float
+    examples: list[int]
+
+
+def choose_pool(codes: Codes, held_out: Iterable[int], seed: int) -> list[int]:
+    """Episodes that are decoded: some at random, some of them held out of the probe."""
+    generator = torch.Generator().manual_seed(seed)
+    episodes = codes.episodes.unique()
+    episodes = episodes[torch.randperm(len(episodes), generator=generator)].tolist()
+    held = [episode for episode in episodes if episode in set(held_out)][: _POOL // 4]
+    return sorted(list(dict.fromkeys([*held, *episodes]))[:_POOL])
+
+
+def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entry], int]:
+    """The atlas, most frequent codes first in each slot, and how many codes occur in all.
+
+    Examples come out of different episodes, as far as there are as many.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    in_pool = torch.isin(codes.episodes, torch.tensor(pool)).nonzero().flatten()
+    in_pool = in_pool[torch.randperm(len(in_pool), generator=generator)]
+    occurring = [
+        (float(share), slot, code)
+        for slot in range(len(codes.slots))
+        for code, share in enumerate(codes.shares(slot).tolist())
+        if share
+    ]
+    shown = sorted(occurring, reverse=True)[:_MOST_ENTRIES]
+    entries = []
+    for share, slot, code in sorted(shown, key=lambda each: (each[1], -each[0] if codes.is_vq else each[2])):
+        rows = in_pool[codes.labels[in_pool, slot] == code]
+        examples: list[int] = []
+        again: list[int] = []
+        seen: set[int] = set()
+        for frame, episode in zip(codes.frames[rows].tolist(), codes.episodes[rows].tolist(), strict=True):
+            (again if episode in seen else examples).append(frame)
+            seen.add(episode)
+        entries.append(Entry(slot, code, share, [*examples, *again][:EXAMPLES]))
+    return entries, len(occurring)
+
+
+def decode_frames(
+    dataset: Any,
+    camera_key: str,
+    wanted: dict[int, set[int]],
+    shrink: Callable[[Tensor], Tensor],
+    video_backend: str | None,
+) -> dict[int, Tensor]:
+    """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them.
+
+    Args:
+        wanted: episode → absolute frame indices.
+    """
+    source = EpisodeFrames(dataset, camera_key, video_backend)
+    found: dict[int, Tensor] = {}
+    for episode in tqdm(sorted(wanted), desc="decode", unit="episode"):
+        frame = int(dataset.meta.episodes[episode]["dataset_from_index"])
+        last = max(wanted[episode], default=-1)
+        for chunk in source.chunks(episode):
+            at = [row for row in range(len(chunk)) if frame + row in wanted[episode]]
+            if at:
+                for row, picture in zip(at, shrink(chunk[at]), strict=True):
+                    found[frame + row] = picture
+            frame += len(chunk)
+            if frame > last:
+                break
+    return found

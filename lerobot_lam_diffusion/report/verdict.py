@@ -1,0 +1,43 @@
+"""Good, doubtful or useless: one sentence at the top of the report, and why."""
+
+from typing import NamedTuple
+
+from lerobot_lam_diffusion.report.motion import StateProbe
+
+GOOD, DOUBTFUL, USELESS = "good", "doubtful", "useless"
+_GOOD_R2, _SOME_R2 = 0.3, 0.1
+_COLLAPSED = 2.0  # perplexity
+
+
+class Verdict(NamedTuple):
+    word: str
+    why: str
+
+
+def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) -> Verdict:
+    """What the tokens are worth to a policy of this robot.
+
+    Args:
+        probe: None where there is none; `why_no_probe` then says why.
+        perplexity: of each slot; empty for continuous tokens.
+    """
+    collapsed = bool(perplexity) and max(perplexity) < _COLLAPSED
+    if collapsed:
+        return Verdict(
+            USELESS,
+            f"nearly all tokens have the same code (perplexity at most {max(perplexity):.1f})",
+        )
+    if probe is None:
+        return Verdict(DOUBTFUL, f"nobody can tell from here: {why_no_probe}")
+    best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
+    gain = probe.mean - max(probe.mean_shuffled, 0.0)
+    told = (
+        f"on held-out episodes they explain {max(probe.mean, 0):.0%} of the state's change (R², mean over "
+        f"dimensions; shuffled tokens {max(probe.mean_shuffled, 0):.0%}), {probe.names[best]} best with "
+        f"{max(probe.token[best], 0):.0%}"
+    )
+    if gain >= _GOOD_R2:
+        return Verdict(GOOD, told)
+    if gain >= _SOME_R2 or probe.token[best] >= _GOOD_R2:
+        return Verdict(DOUBTFUL, told)
+    return Verdict(USELESS, f"{told}: hardly more than chance")

@@ -1,0 +1,258 @@
+"""One episode in Rerun: camera, tokens, state and action on one timeline. Only this module imports rerun."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rerun as rr
+import rerun.blueprint as rrb
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+from tqdm import tqdm
+
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.utils.files import partial_name
+
+FRAME, SECONDS = "frame_index", "timestamp"
+"""The timelines, named as the dataset's columns are; both begin at 0 with the episode."""
+CODE, DIRECTION, NORM, MISSING, PREDICTION = (
+    f"lam/{name}" for name in ("code", "direction", "norm", "missing", "prediction")
+)
+DIRECTIONS = 3
+_PRINCIPAL_TOKENS = 20_000
+_JPEG_QUALITY = 95
+_LAM_BATCH = 16
+
+
+@dataclass(frozen=True)
+class View:
+    """An episode of a store and what it was made of.
+
+    Args:
+        store: covers the episode.
+        dataset: `LeRobotDataset`, bound to the store already; the episode alone is enough.
+        camera_key: the camera that the LAM looked at.
+        video_backend: of the decoding; None: the dataset's own.
+        lam: opened with its FDM, with the store's fingerprint; None: no predictions.
+    """
+
+    store: TokenStore
+    dataset: Any
+    camera_key: str
+    episode: int
+    video_backend: str | None = None
+    lam: Any = None
+
+    def save(self, path: Path) -> None:
+        """Write a file that `rerun` opens; it appears whole.
+
+        Raises:
+            UserError: it cannot be written, or a frame cannot be read.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_name(path)
+        recording = self._recording()
+        try:
+            with _refusing("--save", path):
+                recording.save(partial, default_blueprint=self.blueprint())
+            self.log(recording)
+            with _refusing("--save", path):
+                recording.flush()
+                recording.disconnect()
+            partial.replace(path)
+        finally:
+            recording.disconnect()
+            partial.unlink(missing_ok=True)
+
+    def show(self) -> None:
+        """Start Rerun's viewer, which stays when this process ends, and log into it.
+
+        Raises:
+            UserError: it does not start, or was closed meanwhile, or a frame cannot be read.
+        """
+        # Rerun searches its viewer in PATH, where an environment that is not activated is not.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        recording = self._recording()
+        with _refusing("Rerun's viewer"):
+            recording.spawn(default_blueprint=self.blueprint())
+        self.log(recording)
+        with _refusing("Rerun's viewer"):
+            recording.flush()
+
+    def _recording(self) -> rr.RecordingStream:
+        # The viewer keeps a user's layout for each application, and what there is to lay out differs.
+        return rr.RecordingStream(f"{self.dataset.repo_id}/episode_{self.episode}")
+
+    def blueprint(self) -> rrb.Blueprint:
+        """Pictures above, curves below."""
+        pictures = [rrb.Spatial2DView(origin=self._camera, name=self.camera_key)]
+        if self.lam is not None:
+            pictures.append(rrb.Spatial2DView(origin=PREDICTION, name="the LAM's prediction"))
+        curves = [CODE if self.store.codebook is not None else DIRECTION, NORM, MISSING, *self._vectors]
+        return rrb.Blueprint(
+            rrb.Vertical(
+                rrb.Horizontal(*pictures),
+                rrb.Grid(*(rrb.TimeSeriesView(origin=path, name=path) for path in curves), grid_columns=2),
+            ),
+            collapse_panels=True,
+        )
+
+    def log(self, recording: rr.RecordingStream) -> None:
+        """Everything, each on its own entity; a frame without a token has no code, norm and prediction."""
+        self._log_pictures(recording)
+        self._log_tokens(recording)
+        for path, (names, values) in self._vectors.items():
+            recording.log(path, rr.SeriesLines(names=names), static=True, strict=True)
+            self._send(recording, path, np.arange(len(values)), values)
+
+    def _log_pictures(self, recording: rr.RecordingStream) -> None:
+        source = EpisodeFrames(self.dataset, self.camera_key, self.video_backend)
+        stride, start = self.store.frame_stride, 0
+        before: Tensor | None = None
+        with tqdm(total=len(self._frames), desc="view", unit="frame") as bar:
+            for chunk in source.chunks(self.episode):
+                known = chunk if before is None else torch.cat([before, chunk])
+                first = start + len(chunk) - len(known)
+                for row, picture in self._predict(known, first, range(start, start + len(chunk))):
+                    self._log_picture(recording, PREDICTION, row, _image(picture))
+                for row, picture in enumerate(chunk, start):
+                    packed = _image(picture).compress(jpeg_quality=_JPEG_QUALITY)
+                    self._log_picture(recording, self._camera, row, packed)
+                start += len(chunk)
+                before = known[-stride:]
+                bar.update(len(chunk))
+
+    def _predict(self, known: Tensor, first: int, rows: range) -> Iterator[tuple[int, Tensor]]:
+        """Rows of the episode, each with its predicted frame; `known` are the frames from row `first` on."""
+        stride = self.store.frame_stride
+        later = [row for row in rows if row >= stride]
+        for at in range(0, len(later) if self.lam is not None else 0, _LAM_BATCH):
+            some = torch.tensor(later[at : at + _LAM_BATCH])
+            pictures = self.lam.predict_next(known[some - stride - first], self._tokens(some)).cpu()
+            yield from zip(some.tolist(), pictures, strict=True)
+
+    def _log_picture(self, recording: rr.RecordingStream, path: str, row: int, picture: Any) -> None:
+        recording.set_time(FRAME, sequence=row)
+        recording.set_time(SECONDS, duration=float(self._seconds[row]))
+        recording.log(path, picture, strict=True)
+
+    def _log_tokens(self, recording: rr.RecordingStream) -> None:
+        rows = torch.arange(len(self._frames))
+        missing = rows < self.store.frame_stride
+        recording.log(MISSING, rr.SeriesLines(names=["no token"]), static=True, strict=True)
+        self._send(recording, MISSING, rows.numpy(), missing.double().unsqueeze(1).numpy())
+        rows = rows[~missing]
+        if not len(rows):
+            return
+        tokens = self._tokens(rows)
+        recording.log(NORM, rr.SeriesLines(names=["token norm"]), static=True, strict=True)
+        self._send(recording, NORM, rows.numpy(), tokens.double().norm(dim=1, keepdim=True).numpy())
+        if self.store.codebook is not None:
+            codes = self.store.values[self.store.episode_row[self.episode] + rows].numpy()
+            names = [f"slot {slot}" for slot in range(codes.shape[1])]
+            recording.log(CODE, rr.SeriesPoints(names=names), static=True, strict=True)
+            self._send(recording, CODE, rows.numpy(), codes)
+            return
+        mean, basis, shares = principal_directions(self.store)
+        names = [f"direction {at + 1} ({share:.0%} of the variance)" for at, share in enumerate(shares)]
+        recording.log(DIRECTION, rr.SeriesLines(names=names), static=True, strict=True)
+        self._send(recording, DIRECTION, rows.numpy(), ((tokens.double() - mean) @ basis.T).numpy())
+
+    def _send(self, recording: rr.RecordingStream, path: str, rows: np.ndarray, values: np.ndarray) -> None:
+        times = [rr.TimeColumn(FRAME, sequence=rows), rr.TimeColumn(SECONDS, duration=self._seconds[rows])]
+        columns = rr.Scalars.columns(scalars=values.astype(np.float64))
+        recording.send_columns(path, times, columns, strict=True)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        return self.store.window(self._frames[rows], [0])[:, 0]
+
+    @property
+    def _camera(self) -> str:
+        return rr.new_entity_path([self.camera_key])
+
+    @cached_property
+    def _frames(self) -> Tensor:
+        """Absolute."""
+        return torch.arange(
+            int(self.store.episode_from[self.episode]), int(self.store.episode_to[self.episode])
+        )
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """Of the dataset's table."""
+        index = np.asarray(self.dataset.hf_dataset.data.column("index"))
+        return np.flatnonzero((index >= int(self._frames[0])) & (index <= int(self._frames[-1])))
+
+    def _column(self, key: str) -> np.ndarray:
+        """Double (T, S)."""
+        column = self.dataset.hf_dataset.data.column(key).take(self._rows)
+        return np.asarray(column.to_pylist(), dtype=np.float64).reshape(len(self._rows), -1)
+
+    @cached_property
+    def _seconds(self) -> np.ndarray:
+        return self._column("timestamp")[:, 0]
+
+    @cached_property
+    def _vectors(self) -> dict[str, tuple[list[str], np.ndarray]]:
+        """State and action as far as the dataset has them: entity → names, values (T, S)."""
+        features = self.dataset.meta.features
+        found = {path: key for path, key in (("state", OBS_STATE), (ACTION, ACTION)) if key in features}
+        return {
+            path: (dimension_names(features[key], path), self._column(key)) for path, key in found.items()
+        }
+
+
+def dimension_names(feature: dict[str, Any], path: str) -> list[str]:
+    """Names of a vector's dimensions, as the dataset has them, else numbers."""
+    names: Any = feature.get("names")
+    while isinstance(names, dict) and len(names) == 1:
+        names = next(iter(names.values()))
+    size = int(np.prod(feature["shape"]))
+    if isinstance(names, list | tuple | dict) and len(names) == size:
+        return [str(name) for name in names]
+    return [f"{path}[{axis}]" for axis in range(size)]
+
+
+def principal_directions(store: TokenStore) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean (D) and first directions (k, D) of the store's tokens, double, and their shares of the variance.
+
+    They are those of the whole store, so that episodes can be compared.
+    """
+    places = torch.linspace(0, store.num_tokens - 1, min(store.num_tokens, _PRINCIPAL_TOKENS)).long()
+    frames, _ = store.frames_at(places, skip=store.frame_stride)
+    some = store.window(frames, [0])[:, 0].double()
+    mean = some.mean(0)
+    _, spread, basis = torch.linalg.svd(some - mean, full_matrices=False)
+    basis = basis[:DIRECTIONS]
+    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
+    shares = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()
+    return mean, basis, shares
+
+
+def _image(picture: Tensor) -> rr.Image:
+    """Of uint8 (3, H, W)."""
+    return rr.Image(picture.permute(1, 2, 0).contiguous().numpy())
+
+
+@contextmanager
+def _refusing(what: str, path: Path | None = None) -> Iterator[None]:
+    """Rerun's own errors, which are RuntimeErrors of several lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if path is not None:
+            raise UserError(f"{what}={path} cannot be written ({reason})") from error
+        raise UserError(
+            f"{what} cannot be reached ({reason}); write a file with --save=FILE.rrd, and open it by "
+            "rerun FILE.rrd on a machine with a screen"
+        ) from error

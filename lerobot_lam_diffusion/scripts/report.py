@@ -1,0 +1,102 @@
+"""`lerobot-lam-tokens report`: what is behind it is imported when it runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lerobot.configs.default import DatasetConfig
+
+from lerobot_lam_diffusion.problems import UserError
+from lerobot_lam_diffusion.scripts.command_line import LamSource
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.lam import LatentActionModel
+    from lerobot_lam_diffusion.report.build import Footage
+    from lerobot_lam_diffusion.tokens import TokenStore
+    from lerobot_lam_diffusion.tokens.card import CardPicture
+
+
+@dataclass
+class ReportConfig:
+    """Look at a store: one HTML page that says whether its tokens say what moved.
+
+    Args:
+        store: Its folder, or its repository on the Hub; or a `.pt` file, which needs the dataset.
+        output: The page to write; it needs no network and no other file.
+        dataset: That the store was made of; if left out, the page has the parts that need no frames.
+        lam: That made the store: the page shows the frames that it predicts.
+        camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
+        seed: Of the held-out episodes and of all examples.
+        device: Where the LAM runs; the best there is if left out.
+    """
+
+    store: str
+    output: Path = Path("report.html")
+    dataset: DatasetConfig | None = None
+    lam: LamSource | None = None
+    camera_key: str | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.lam is not None and self.dataset is None:
+            raise UserError("--lam.path needs --dataset.repo_id as well: the LAM predicts its frames")
+
+
+def report(config: ReportConfig) -> None:
+    """Open what is asked for, look at it, write the page."""
+    try:
+        from lerobot_lam_diffusion.report.build import write_report
+    except ImportError as error:
+        raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
+    store, footage = open_footage(config.store, config.dataset, config.lam, config.camera_key, config.device)
+    verdict = write_report(store, footage, config.output, config.seed)
+    print(f"{config.output}: {config.output.stat().st_size:,} bytes")
+    print(f"{verdict.word}: {verdict.why}.")
+
+
+def illustrate(store: "TokenStore", footage: "Footage | None") -> tuple[str, list["CardPicture"]]:
+    """Of a card: the verdict as a sentence, where there is a dataset; pictures, where there is matplotlib."""
+    try:
+        from lerobot_lam_diffusion.report.build import card_pictures
+    except ImportError as error:
+        print(f"note: the card has tables in place of pictures ({error}): pip install matplotlib")
+        return "", []
+    verdict, pictures = card_pictures(store, footage)
+    return (f"**{verdict.word.capitalize()}**: {verdict.why}." if footage is not None else ""), pictures
+
+
+def open_footage(
+    path: str,
+    dataset: DatasetConfig | None,
+    lam: LamSource | None = None,
+    camera_key: str | None = None,
+    device: str | None = None,
+) -> tuple["TokenStore", "Footage | None"]:
+    """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
+    from lerobot_lam_diffusion.precompute.frames import choose_camera
+    from lerobot_lam_diffusion.precompute.recompute import refuse_other_lam
+    from lerobot_lam_diffusion.report.build import Footage
+    from lerobot_lam_diffusion.scripts.opening import open_dataset, open_metadata, usable_device
+    from lerobot_lam_diffusion.tokens import TokenStore
+
+    meta = None if dataset is None else open_metadata(dataset)
+    store = TokenStore.open(path, meta)
+    if dataset is None or meta is None:
+        return store, None
+    camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
+    loaded = None
+    if lam is not None:
+        loaded = _open_lam(lam, usable_device(device))
+        refuse_other_lam(store, loaded)
+    return store, Footage(open_dataset(dataset), camera, dataset.video_backend, loaded)
+
+
+def _open_lam(source: LamSource, device: str) -> "LatentActionModel":
+    """With its FDM, if its folder holds one."""
+    from lerobot_lam_diffusion.lam import LamError, load_lam
+
+    try:
+        return load_lam(source.path, revision=source.revision, device=device, fdm=True)
+    except LamError:
+        return load_lam(source.path, revision=source.revision, device=device)

@@ -1,0 +1,118 @@
+"""What training says beside the loss: whether the policy uses its tokens.
+
+    lam_token_share         samples of the batch that have a token
+    lam_norm_ratio          what tokens add in the U-Net's conditioning layers, as a share of what the stock
+                            conditioning does there; 0 at the start
+    lam_shuffled_loss_ratio loss with the tokens of another sample of the batch, over the loss as it is; 1:
+                            the policy does not use its tokens
+
+The last two take a second pass, without gradients, every `EVERY` steps; in between their last values count.
+That pass starts from the random numbers of the first one and leaves the generators and buffers as they were:
+losses stay bit-equal.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EVERY = 100
+
+
+class TrainingFigures:
+    """Measures around the forward passes of one policy in training."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._last: dict[str, float] = {}
+
+    def loss(
+        self,
+        policy: nn.Module,
+        batch: dict[str, Any],
+        key: str,
+        layers: list[tuple[nn.Module, nn.Module]],
+        forward: Callable[[dict[str, Any]], tuple[Tensor, None]],
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss, as `forward` gives it, and the figures.
+
+        Args:
+            policy: whose buffers the second pass must not change.
+            batch: with the tokens `(B, T, n·a)` under `key`.
+            layers: stock linear and LAM linear of each conditioning layer; empty: no second pass.
+            forward: the stock forward pass.
+        """
+        tokens = batch[key]
+        share = (tokens != 0).flatten(1).any(1).float().mean().item()
+        second = self._steps % EVERY == 0 and len(tokens) > 1 and bool(layers)
+        self._steps += 1
+        if not second:
+            loss, _ = forward(batch)
+            return loss, {"lam_token_share": share, **self._last}
+        states = _generator_states(tokens.device)
+        loss, _ = forward(batch)
+        with torch.no_grad(), _unchanged(policy, states, tokens.device), _squares(layers) as squares:
+            shuffled, _ = forward({**batch, key: tokens.roll(1, 0)})
+        stock, lam = (float(total) for total in squares)
+        self._last = {
+            "lam_norm_ratio": (lam / stock) ** 0.5 if stock else 0.0,
+            "lam_shuffled_loss_ratio": float(shuffled) / max(float(loss.detach()), 1e-12),
+        }
+        return loss, {"lam_token_share": share, **self._last}
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_generators(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _unchanged(policy: nn.Module, before: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Draw the random numbers from `before` on again; afterwards generators and buffers are as they were."""
+    after = _generator_states(device)
+    # Copies stand in for the buffers: the graph of the first pass may hold the buffers themselves.
+    buffers = [
+        (module, name, buffer)
+        for module in policy.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer.clone())
+    _set_generators(before, device)
+    try:
+        yield
+    finally:
+        _set_generators(after, device)
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def _squares(layers: list[tuple[nn.Module, nn.Module]]) -> Iterator[list[Any]]:
+    """Sums of squares of what the stock linears and the LAM's put out meanwhile."""
+    totals: list[Any] = [0.0, 0.0]
+
+    def adding(which: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            totals[which] = totals[which] + output.float().square().sum()
+
+        return add
+
+    hooks = [
+        layer.register_forward_hook(adding(which)) for pair in layers for which, layer in enumerate(pair)
+    ]
+    try:
+        yield totals
+    finally:
+        for hook in hooks:
+            hook.remove()
