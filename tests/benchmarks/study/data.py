@@ -72,7 +72,7 @@ def load(dataset: LeRobotDataset, folder: Path, held_out: int) -> Recorded:
     """Read a dataset; its decoded frames are kept in `folder`."""
     table = dataset.hf_dataset.with_format("numpy")
     columns = {
-        key: torch.from_numpy(np.stack(table[key])).float()
+        key: torch.from_numpy(np.stack(table[key])).float().reshape(len(table), -1)
         for key in (STATE, ENV, ACTION)
         if key in dataset.features
     }
