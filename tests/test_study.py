@@ -99,7 +99,7 @@ def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
 
 def test_conveyor_records_fits_and_measures_every_arm(tmp_path, monkeypatch):
     small = {"TRAIN": 6, "HELD_OUT": 3, "SEEDS": (0,), "LAM": lams.LamChoice(2), "LAM_BATCH": 4}
-    for name, value in {**small, "PRESET": "tiny", "BUDGET": TINY}.items():
+    for name, value in {**small, "BUDGET": TINY}.items():
         monkeypatch.setattr(conveyor, name, value)
     conveyor.main([f"--work_dir={tmp_path}"])
     conveyor.main([f"--work_dir={tmp_path}"])  # nothing is left to do
