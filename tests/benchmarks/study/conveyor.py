@@ -1,0 +1,141 @@
+"""Where motion must be seen: a conveyor whose speed differs by episode, and no single picture tells it.
+
+    python -m tests.benchmarks.study.conveyor --work_dir=WORK
+
+A block rides through the picture; the action is where it will be `LEAD` frames later, where a gripper has
+to close. Recorded as a LeRobot dataset with encoded video; the LAM sees pixels of training episodes only.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("SVT_LOG", "1")
+
+import numpy as np
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from torch import Tensor
+
+from lerobot_lam_diffusion.demo.console import output_to
+
+from . import lams
+from .data import ACTION, ENV, IMAGE, STATE, load
+from .lams import LamChoice
+from .policies import Budget, Windows, denoised, errors, train
+from .results import Results
+
+TRAIN, HELD_OUT, LENGTH, FPS = 120, 60, 12, 10
+SIZE, BLOCK, LEAD, FASTEST = 96, 12, 8, 3.0  # px; frames; px a frame
+GRIP = 5.0  # px that a grip may miss the block's middle by
+SEEDS = (0, 1, 2)
+LAM, LAM_BATCH, PRESET = LamChoice(400), 32, "compact"
+BUDGET = Budget(every=1)
+CONDITIONS = {  # name → observations, tokens
+    "stock, 1 observation": (1, None),
+    "stock, 2 observations": (2, None),
+    "1 observation and LAM token": (1, "latest"),
+    "1 observation and token of another episode": (1, "shuffled"),
+}
+FEATURES = {
+    IMAGE: {"dtype": "video", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]},
+    STATE: {"dtype": "float32", "shape": (1,), "names": ["rest"]},
+    ACTION: {"dtype": "float32", "shape": (1,), "names": ["x"]},
+}
+
+
+@dataclass(frozen=True)
+class Ride:
+    """One episode: the block's place at each frame, px."""
+
+    middle: float
+    speed: float
+    rest: float
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Ride":
+        rng = np.random.default_rng(seed)
+        return cls(rng.uniform(30, SIZE - 30), rng.uniform(-FASTEST, FASTEST), rng.uniform(-1, 1))
+
+    def place(self, frame: int) -> float:
+        return self.middle + self.speed * (frame - (LENGTH - 1) / 2)
+
+    def picture(self, frame: int) -> np.ndarray:
+        """(SIZE, SIZE, 3) uint8, edges smoothed to a hundredth of a pixel."""
+        column = np.arange(SIZE)
+        left, right = self.place(frame) - BLOCK / 2, self.place(frame) + BLOCK / 2
+        covered = np.clip(np.minimum(column + 1, right) - np.maximum(column, left), 0, 1)
+        picture = np.full((SIZE, SIZE, 3), 235.0)
+        picture[56:72] = 110.0  # the belt
+        block = slice(56 - BLOCK, 56)
+        picture[block] += covered[None, :, None] * (np.array([200.0, 60.0, 50.0]) - picture[block])
+        return picture.round().astype(np.uint8)
+
+    def frames(self) -> list[dict[str, Any]]:
+        return [
+            {
+                IMAGE: self.picture(frame),
+                STATE: np.array([self.rest], np.float32),
+                ACTION: np.array([self.place(frame + LEAD)], np.float32),
+                "task": "grip the block",
+            }
+            for frame in range(LENGTH)
+        ]
+
+
+def record(root: Path) -> LeRobotDataset:
+    if not root.exists():
+        part = root.with_suffix(".part")
+        with output_to(root.with_suffix(".log")):
+            dataset = LeRobotDataset.create("local/conveyor", FPS, FEATURES, root=part, video_backend="pyav")
+            for seed in range(TRAIN + HELD_OUT):
+                for frame in Ride.drawn(seed).frames():
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+            dataset.finalize()
+        part.rename(root)
+    return LeRobotDataset("local/conveyor", root=root, video_backend="pyav", return_uint8=True)
+
+
+def strips(frames: Tensor) -> Tensor:
+    """What the policy sees of pictures uint8 (F, 3, 96, 96): 6 × 48 grey pixels round the block, (F, 288)."""
+    grey = frames[:, :, 40:64].float().mean(1, keepdim=True)
+    return torch.nn.functional.avg_pool2d(grey, (4, 2)).flatten(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    folder = args.work_dir / "conveyor"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load(record(folder / "data"), folder, HELD_OUT)
+    data.columns[ENV] = strips(data.frames)
+    how = {"folder": folder / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
+    tokens = lams.of_lam(LAM, "vq", data, **how)
+    seen = {"latest": tokens, "shuffled": lams.of_other_episodes(tokens, data), None: None}
+    places = data.columns[ACTION][data.train_frames]
+    px = float(places.max() - places.min()) / 2  # of a normalised unit
+    # The first frame of an episode has no motion yet, for no policy.
+    frames = data.held_out_frames[data.held_out_frames % LENGTH > 0]
+    results = Results(args.work_dir / "conveyor.jsonl")
+    for seed in SEEDS:
+        for name, (n_obs_steps, which) in CONDITIONS.items():
+            if results.has(name, seed):
+                continue
+            windows = Windows(data, n_obs_steps, BUDGET.horizon, seen[which], (0,))
+            policy = train(windows, data.train_frames, BUDGET, seed)
+            found = errors(policy, windows, BUDGET, frames)
+            first = denoised(policy, windows, frames, replace(BUDGET, noise_samples=1))[0, :, 0, 0]
+            missed = px * (first - windows.columns[ACTION][frames, 0]).abs()
+            count = int((missed <= GRIP).sum())
+            results.add(condition=name, seed=seed, px=px, grips=count, n=len(frames), **found)
+            miss = px * np.mean(found["error"]) ** 0.5
+            print(f"{name:<45} seed {seed}  misses by {miss:.1f} px, grips {count}/{len(frames)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

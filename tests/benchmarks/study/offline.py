@@ -1,0 +1,172 @@
+"""Held-out error of the next actions on PushT: the diffusion policy with and without LAM tokens.
+
+    python -m tests.benchmarks.study.offline --dataset.root=DIR --work_dir=WORK [--until=TIER]
+
+The conditions stand in the order in which they are run; each is finished for all training seeds before the
+next one begins.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from . import lams
+from .data import Recorded, pusht
+from .lams import LamChoice, Tokens
+from .policies import Budget, run
+from .results import Results
+
+HELD_OUT = 40  # the last episodes; of 206, 166 are left for training
+SEEDS = (0, 1, 2)
+FULL = 600  # steps of a LAM's fit
+LAM_BATCH, PRESET = 32, "compact"
+PIXELS, WITH_STATE = LamChoice(FULL), LamChoice(FULL, uses_state=True)
+RANDOM = LamChoice(0, is_random=True)
+BUDGET = Budget()
+LONG = 3000  # steps, to see whether what is found hangs on the short training
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one arm sees beside state and keypoints.
+
+    Attributes:
+        against: The condition that its error is divided by.
+        sees: `stock` nothing; `lam` its tokens; `shuffled` those of other episodes; `zero` tokens of zeros;
+            `change` the state's true change instead; `both` change and token.
+        kind: Of a LAM's tokens: `vq`, `continuous`, `standardized`.
+        demonstrations: None: all training episodes.
+        steps: Of the policy's training.
+    """
+
+    tier: int
+    name: str
+    against: str
+    n_obs_steps: int = 2
+    sees: str = "lam"
+    lam: LamChoice = PIXELS
+    kind: str = "vq"
+    offsets: tuple[int, ...] = (0,)
+    demonstrations: int | None = None
+    steps: int = BUDGET.steps
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        # Tokens of zeros are the stock policy bit for bit, which one seed shows; long runs are dear.
+        return SEEDS[:1] if self.sees == "zero" or self.steps == LONG else SEEDS
+
+    def tokens(self, data: Recorded, work_dir: Path) -> Tokens | None:
+        if self.sees == "stock":
+            return None
+        if self.sees == "change":
+            return lams.state_changes(data)
+        how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
+        tokens = lams.of_lam(self.lam, self.kind, data, **how)
+        if self.sees == "shuffled":
+            return lams.of_other_episodes(tokens, data)
+        if self.sees == "zero":
+            values = torch.zeros_like(tokens.store.values)
+            return replace(tokens, store=lams.store_of(values, data, self.lam.stride))
+        return lams.beside(tokens, lams.state_changes(data), data) if self.sees == "both" else tokens
+
+
+def conditions() -> list[Condition]:
+    """The registered conditions."""
+    found = []
+    for n in (1, 2):
+        stock = f"{n} obs: stock"
+        found += [
+            Condition(1, stock, stock, n, "stock"),
+            Condition(1, f"{n} obs: latest", stock, n),
+            Condition(1, f"{n} obs: shuffled", stock, n, "shuffled"),
+            Condition(1, f"{n} obs: true state change", stock, n, "change"),
+            Condition(3, f"{n} obs: random LAM", stock, n, lam=RANDOM),
+            Condition(3, f"{n} obs: LAM with the state's term", stock, n, lam=WITH_STATE),
+        ]
+    stock = "2 obs: stock"
+    found += [
+        Condition(1, "2 obs: concat", stock, offsets=(-1, 0)),
+        Condition(1, "3 obs: stock", stock, 3, "stock"),
+        Condition(1, "4 obs: stock", stock, 4, "stock"),
+        Condition(3, "2 obs: continuous", stock, kind="continuous"),
+        Condition(3, "2 obs: random LAM, standardized", stock, lam=RANDOM, kind="standardized"),
+        Condition(3, "2 obs: next 8 (intent)", stock, offsets=tuple(range(1, 9))),
+        Condition(3, "2 obs: zero", stock, sees="zero"),
+    ]
+    for n in (1, 2):  # is it a matter of too little training?
+        long = f"{n} obs, {LONG} steps: stock"
+        found += [
+            Condition(2, long, long, n, "stock", steps=LONG),
+            Condition(2, f"{n} obs, {LONG} steps: latest", long, n, steps=LONG),
+        ]
+    for tier, demonstrations in ((4, 25), (4, 100), (7, 50)):
+        few, stock = f"{demonstrations} demos, 2 obs", f"{demonstrations} demos, 2 obs: stock"
+        found += [
+            Condition(tier, stock, stock, sees="stock", demonstrations=demonstrations),
+            Condition(tier, f"{few}: latest", stock, demonstrations=demonstrations),
+            Condition(7, f"{few}: true state change", stock, sees="change", demonstrations=demonstrations),
+        ]
+    for steps in (0, 50, 300):
+        lam = LamChoice(steps)
+        found.append(Condition(5, f"1 obs: LAM of {steps} steps", "1 obs: stock", 1, lam=lam))
+    for stride in (2, 4):
+        lam = LamChoice(FULL, stride=stride)
+        found.append(Condition(6, f"2 obs: latest, stride {stride}", "2 obs: stock", lam=lam))
+    change = "2 obs: true state change"
+    found.append(Condition(7, "2 obs: change and token", change, sees="both"))
+    for demonstrations in (25, 100, 50):
+        few, stock = f"{demonstrations} demos, 1 obs", f"{demonstrations} demos, 1 obs: stock"
+        found += [
+            Condition(7, stock, stock, 1, "stock", demonstrations=demonstrations),
+            Condition(7, f"{few}: latest", stock, 1, demonstrations=demonstrations),
+        ]
+    return sorted(found, key=lambda condition: condition.tier)
+
+
+def runs(until: int) -> Iterator[tuple[Condition, int]]:
+    for condition in conditions():
+        if condition.tier <= until:
+            for seed in condition.seeds:
+                yield condition, seed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--dataset.root", dest="root", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--first_seed", type=int, default=100, help="of the recording, to recover keypoints")
+    parser.add_argument("--until", type=int, default=7, help="last tier of conditions to run")
+    args = parser.parse_args(argv)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    data = pusht(args.root, args.work_dir, HELD_OUT, args.first_seed)
+    results = Results(args.work_dir / "offline.jsonl")
+    for condition, seed in runs(args.until):
+        if results.has(condition.name, seed):
+            continue
+        frames = data.frames_of(0, condition.demonstrations or data.train_episodes)
+        tokens = condition.tokens(data, args.work_dir)
+        r2 = lams.probe_r2(tokens, data) if condition.sees == "lam" else None
+        found = run(
+            data,
+            tokens,
+            condition.offsets,
+            condition.n_obs_steps,
+            frames,
+            replace(BUDGET, steps=condition.steps),
+            seed,
+        )
+        results.add(condition=condition.name, seed=seed, probe_r2=r2, **found)
+        print(
+            f"{condition.name:<40} seed {seed}  error {found['mean']:.5f}  {found['cpu_seconds']} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

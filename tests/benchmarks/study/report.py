@@ -1,0 +1,99 @@
+"""The study's tables, and its picture.
+
+python -m tests.benchmarks.study.report --work_dir=WORK [--picture=docs/images/evidence.png]
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from . import conveyor
+from .offline import Condition, conditions
+from .results import Results
+from .statistics import Interval, ratio, wilson
+
+SHOWN = {
+    "true state change": "the state's true change instead of a token",
+    "LAM with the state's term": "token of a LAM fitted with the state",
+    "latest": "token of a LAM fitted to pixels alone",
+    "random LAM": "token of a LAM of random weights",
+    "shuffled": "tokens of other episodes",
+}
+"""Conditions of the picture, with their labels."""
+
+
+def relative(results: Results, condition: Condition, field: str) -> Interval:
+    """Error of a condition as a share of the one that it is compared with, of the seeds that both have."""
+    seeds = [seed for seed in results.seeds(condition.name) if seed in results.seeds(condition.against)]
+    ours, theirs = (results.values(name, field, seeds) for name in (condition.name, condition.against))
+    return ratio(ours, theirs)
+
+
+def offline_table(results: Results) -> str:
+    lines = [
+        "| condition | against | seeds | error | relative error | of the mean of 4 samples | probe R² |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for condition in conditions():
+        seeds = results.seeds(condition.name)
+        if not seeds:
+            lines.append(f"| {condition.name} | {condition.against} | not run | | | | |")
+            continue
+        error = results.values(condition.name, "error", seeds).mean()
+        probes = [row["probe_r2"] for row in results.rows if row["condition"] == condition.name]
+        shares = [str(relative(results, condition, field)) for field in ("error", "error_of_mean")]
+        if condition.name == condition.against:
+            shares = ["1", "1"]
+        probe = "" if probes[0] is None else f"{probes[0]:.2f}"
+        cells = [condition.name, condition.against, str(len(seeds)), f"{error:.4f}", *shares, probe]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def conveyor_table(results: Results) -> str:
+    lines = ["| condition | seeds | misses by (px) | grips within 5 px |", "|---|---|---|---|"]
+    for name in conveyor.CONDITIONS:
+        rows = [row for row in results.rows if row["condition"] == name]
+        if not rows:
+            lines.append(f"| {name} | not run | | |")
+            continue
+        misses = [row["px"] * np.mean(row["error"]) ** 0.5 for row in rows]
+        grips = wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
+        lines.append(f"| {name} | {len(rows)} | {np.mean(misses):.1f} | {grips} |")
+    return "\n".join(lines)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Relative errors with their intervals, one and two observations side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
+    known = {condition.name: condition for condition in conditions()}
+    for n, axis in zip((1, 2), axes, strict=True):
+        for place, suffix in enumerate(reversed(SHOWN)):
+            interval = relative(results, known[f"{n} obs: {suffix}"], "error")
+            spread = [[interval.value - interval.low], [interval.high - interval.value]]
+            axis.errorbar(interval.value, place, xerr=spread, fmt="o", color="tab:blue", capsize=3)
+        axis.axvline(1, color="grey", linewidth=1)
+        axis.set_xlim(0, 1.2)
+        axis.set_title(f"{n} observation{'s' if n > 1 else ''}", fontsize=10)
+        axis.set_xlabel("error of the next actions, stock policy = 1", fontsize=9)
+    axes[0].set_yticks(range(len(SHOWN)), list(reversed(SHOWN.values())), fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args(argv)
+    results = Results(args.work_dir / "offline.jsonl")
+    print(f"{offline_table(results)}\n\n{conveyor_table(Results(args.work_dir / 'conveyor.jsonl'))}")
+    hours = sum(row["cpu_seconds"] for row in results.rows) / 3600
+    print(f"\n{len(results.rows)} policies: {hours:.1f} hours of one CPU core")
+    if args.picture is not None:
+        draw(results, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The study behind docs/EVIDENCE.md: its intervals, its controls, and that its trainer trains."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.study import conveyor, lams
+from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
+from tests.benchmarks.study.offline import conditions
+from tests.benchmarks.study.policies import Budget, run
+from tests.benchmarks.study.results import Results
+from tests.benchmarks.study.statistics import ratio, wilson
+
+TINY = Budget(steps=2, batch_size=4, down_dims=(8, 16), noise_samples=2, every=2)
+
+
+@pytest.fixture
+def data() -> Recorded:
+    """Five episodes of nine frames, the last two held out."""
+    torch.manual_seed(0)
+    frames = 45
+    columns = {STATE: torch.randn(frames, 2), ENV: torch.randn(frames, 16), ACTION: torch.randn(frames, 2)}
+    pictures = torch.randint(0, 255, (frames, 3, 32, 32), dtype=torch.uint8)
+    return Recorded(columns, pictures, torch.arange(frames) // 9, held_out=2)
+
+
+def test_wilson_interval_of_known_values():
+    # R: prop.test(0, 10, correct=FALSE), prop.test(8, 10, correct=FALSE)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.0, 0.2775328), abs=1e-6)
+    assert wilson(8, 10) == pytest.approx((0.8, 0.4901625, 0.9433178), abs=1e-6)
+
+
+def test_bootstrap_is_paired_and_covers_like_the_normal_interval():
+    rng = np.random.default_rng(0)
+    baseline = rng.uniform(1, 10, (3, 40))
+    assert ratio(0.5 * baseline, baseline) == pytest.approx((0.5, 0.5, 0.5))  # paired: nothing varies
+    ours = np.ones((1, 400)) + 0.1 * rng.standard_normal((1, 400))
+    found = ratio(ours, np.ones((1, 400)))
+    half = 1.96 * ours.std() / 20
+    assert found == pytest.approx((ours.mean(), ours.mean() - half, ours.mean() + half), abs=0.1 * half)
+
+
+def test_finished_runs_are_found_again(tmp_path):
+    results = Results(tmp_path / "x.jsonl")
+    results.add(condition="a", seed=1, error=[1.0, 2.0])
+    again = Results(tmp_path / "x.jsonl")
+    assert again.has("a", 1)
+    assert not again.has("a", 0)
+    assert again.values("a", "error", [1]).tolist() == [[1.0, 2.0]]
+
+
+def test_names_of_conditions_are_unique_and_have_a_baseline():
+    names = [condition.name for condition in conditions()]
+    assert len(set(names)) == len(names)
+    assert {condition.against for condition in conditions()} <= set(names)
+
+
+def test_shuffled_tokens_are_of_other_episodes_of_the_same_side(data):
+    marked = data.episode[:, None].float() + 1  # a token tells its episode
+    shuffled = lams.of_other_episodes(lams.Tokens(lams.store_of(marked, data, 1), 1.0, 1), data)
+    taken = shuffled.store.values[:, 0].long() - 1
+    assert (taken != data.episode).all()
+    assert ((taken >= data.train_episodes) == (data.episode >= data.train_episodes)).all()
+
+
+def test_state_changes_are_zero_where_there_is_no_frame_before(data):
+    tokens = lams.state_changes(data, stride=2)
+    window = tokens.store.window(torch.tensor([9, 10, 11]), [0])[:, 0]
+    assert not window[:2].any()
+    torch.testing.assert_close(window[2], data.columns[STATE][11] - data.columns[STATE][9])
+
+
+def test_lams_see_no_held_out_frame_and_controls_are_not_degenerate(data, tmp_path):
+    how = {"batch_size": 2, "preset": "tiny"}
+    choice = lams.LamChoice(2)
+    fitted = lams.encoded(choice, data, tmp_path / "a", **how)
+    data.frames[data.held_out_frames] = 0
+    blind = lams.encoded(choice, data, tmp_path / "b", **how)
+    train = data.train_frames
+    assert torch.equal(fitted["continuous"][train], blind["continuous"][train])
+    random = lams.encoded(lams.LamChoice(0, is_random=True), data, tmp_path / "a", **how)
+    assert len(random["vq"][train].unique(dim=0)) > 3
+
+
+def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
+    def measured(tokens, offsets=(0,), n_obs_steps=2):
+        return run(data, tokens, offsets, n_obs_steps, data.train_frames, TINY, seed=0)
+
+    zeros = lams.Tokens(lams.store_of(torch.zeros(45, 8), data, 1), 1.0, 2)
+    stock = measured(None)
+    assert len(stock["error"]) == 2
+    assert measured(zeros)["error"] == stock["error"]
+    changes = lams.state_changes(data)
+    assert measured(changes)["error"] != stock["error"]
+    for offsets, n_obs_steps in (((-1, 0), 2), (tuple(range(1, 9)), 1)):
+        assert np.isfinite(measured(changes, offsets, n_obs_steps)["error"]).all()
+    assert np.isfinite(measured(None, n_obs_steps=4)["error"]).all()
+
+
+def test_conveyor_records_fits_and_measures_every_arm(tmp_path, monkeypatch):
+    small = {"TRAIN": 6, "HELD_OUT": 3, "SEEDS": (0,), "LAM": lams.LamChoice(2), "LAM_BATCH": 4}
+    for name, value in {**small, "BUDGET": TINY}.items():
+        monkeypatch.setattr(conveyor, name, value)
+    conveyor.main([f"--work_dir={tmp_path}"])
+    conveyor.main([f"--work_dir={tmp_path}"])  # nothing is left to do
+    rows = Results(tmp_path / "conveyor.jsonl").rows
+    assert [row["condition"] for row in rows] == list(conveyor.CONDITIONS)
+    assert all(row["n"] == 3 * 11 and len(row["error"]) == 3 for row in rows)
+
+
+def test_conveyor_shows_its_action_only_by_motion():
+    ride, faster = conveyor.Ride(48, 1.0, 0), conveyor.Ride(47, 3.0, 0)
+    frame = 6  # half a frame after the middle: both blocks are at 48.5
+    assert (ride.picture(frame) == faster.picture(frame)).all()
+    assert faster.place(frame + conveyor.LEAD) - ride.place(frame + conveyor.LEAD) == 2 * conveyor.LEAD
