@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..villa_x.decoder import Decoder
+from ..villa_x.decoder import Decoder, DecoderBlock
 from ..villa_x.encoder import Block, Encoder, SelfAttention
 
 _CONSTANTS, _CONSTANT = 16, 8.0
@@ -74,11 +74,11 @@ def init_copying_decoder(decoder: Decoder, frames: Tensor) -> None:
     """
     _init_linears(decoder)
     for block in decoder.layers:
-        for scale, branch in (
-            (block.layer_scale_attn, block.attn.proj),
-            (block.layer_scale_mlp, block.mlp[2]),
-        ):
-            scale.gamma.fill_(1.0)
+        assert isinstance(block, DecoderBlock)
+        block.layer_scale_attn.gamma.fill_(1.0)
+        block.layer_scale_mlp.gamma.fill_(1.0)
+        for branch in (block.attn.proj, block.mlp[2]):
+            assert isinstance(branch, nn.Linear)
             branch.weight.zero_()
     patches = _patches(frames, decoder.patch_size)
     center = patches.median(0).values

@@ -48,9 +48,14 @@ def copying_decoder(lam: VillaXLam, data: FitData, width: int, depth: int, seed:
         torch.manual_seed(seed)
         decoder = Decoder(config)
         init_copying_decoder(decoder, standardize(prev))
-    modules = lam.modules | {"decoder": decoder}
-    options = {"path": lam.path, "revision": lam.revision, "fingerprint": lam.fingerprint}
-    return VillaXLam(config, modules, device=lam.device, **options)
+    return VillaXLam(
+        config,
+        lam.modules | {"decoder": decoder},
+        path=lam.path,
+        revision=lam.revision,
+        fingerprint=lam.fingerprint,
+        device=lam.device,
+    )
 
 
 class DecoderRefinement:
