@@ -1,10 +1,9 @@
 """The console scripts, and where `python -m` of their modules begins.
 
-`--help` is answered at once, out of a text file; all else imports LeRobot first.
-
-Importing the package registers its policy with LeRobot, which takes seconds; so this module lies beside it,
-as `lerobot_policy_diffusion_lam.py` does. `make docs` writes the text files; a test fails when they are
-stale.
+Importing LeRobot takes many times as long as reading a token store. So `--help` is answered out of a text
+file, which `make docs` writes, and `lerobot-lam-tokens` imports the package without registering its policy;
+what it needs of LeRobot, it imports when there is a dataset to open. This module lies beside the package, as
+`lerobot_policy_diffusion_lam.py` does, because importing anything inside the package imports the package.
 """
 
 import sys
@@ -15,6 +14,9 @@ from io import TextIOWrapper
 from pathlib import Path
 
 SCRIPTS = "lerobot_lam_diffusion.scripts"
+
+registers_policy = True
+"""Whether importing `lerobot_lam_diffusion` registers its policy with LeRobot."""
 
 
 def precompute(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +32,8 @@ def convert(argv: Sequence[str] | None = None) -> None:
 
 
 def tokens(argv: Sequence[str] | None = None) -> None:
+    global registers_policy
+    registers_policy = False
     _run("lerobot-lam-tokens", "tokens", argv)
 
 

@@ -7,13 +7,14 @@ Importing this package registers the policy type `diffusion_lam` and its process
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
+import lerobot_lam_commands
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, OBS_LAM_TOKENS
-from lerobot_lam_diffusion.processor_diffusion_lam import make_diffusion_lam_pre_post_processors
 
 if TYPE_CHECKING:
+    from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
     from lerobot_lam_diffusion.lam import load_lam
     from lerobot_lam_diffusion.modeling_diffusion_lam import DiffusionLamModel, DiffusionLamPolicy
+    from lerobot_lam_diffusion.processor_diffusion_lam import make_diffusion_lam_pre_post_processors
     from lerobot_lam_diffusion.tokens import LamTokenDataset, TokenStore
 
 __version__ = "0.1.0"
@@ -32,11 +33,13 @@ __all__ = [
 
 # Imported when first asked for: training on precomputed tokens needs no LAM code, extraction needs no policy.
 _LAZY = {
+    "DiffusionLamConfig": "configuration_diffusion_lam",
     "DiffusionLamModel": "modeling_diffusion_lam",
     "DiffusionLamPolicy": "modeling_diffusion_lam",
     "LamTokenDataset": "tokens",
     "TokenStore": "tokens",
     "load_lam": "lam",
+    "make_diffusion_lam_pre_post_processors": "processor_diffusion_lam",
 }
 
 
@@ -44,3 +47,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if lerobot_lam_commands.registers_policy:
+    import_module(f"{__name__}.configuration_diffusion_lam")
+    import_module(f"{__name__}.processor_diffusion_lam")

@@ -5,7 +5,6 @@ recorded or copied to a folder is refused by the name of the missing file.
 """
 
 import importlib.metadata
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.frames import rows_of
+from lerobot_lam_diffusion.precompute.shards import nothing_readable
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.dataset_check import (
     absent_files,
@@ -113,15 +113,6 @@ def open_readable(
         if not episodes:
             raise nothing_readable(unreadable)
     return open_whole(meta, episodes=episodes, **options), unreadable
-
-
-def nothing_readable(skipped: Mapping[int, str]) -> ExtractionError:
-    """Of an extraction that skipped every episode that has tokens."""
-    first = min(skipped)
-    return ExtractionError(
-        f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "
-        f"{skipped[first]}). There is no store; repair the files and run the same command again"
-    )
 
 
 def check_dataset(dataset: Any) -> None:

@@ -9,8 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.dataset import nothing_readable
-from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
+from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder, nothing_readable
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store

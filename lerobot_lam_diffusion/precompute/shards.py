@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -382,3 +382,12 @@ def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
 
 def _some(episodes: Sequence[int]) -> str:
     return ", ".join(map(str, episodes[:5])) + (", …" if len(episodes) > 5 else "")
+
+
+def nothing_readable(skipped: Mapping[int, str]) -> ExtractionError:
+    """Of an extraction that skipped every episode that has tokens."""
+    first = min(skipped)
+    return ExtractionError(
+        f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "
+        f"{skipped[first]}). There is no store; repair the files and run the same command again"
+    )

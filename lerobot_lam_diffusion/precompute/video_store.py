@@ -16,13 +16,11 @@ from lerobot_lam_diffusion.precompute.demonstrations import (
     DemonstrationVideo,
     encode_video,
 )
-from lerobot_lam_diffusion.tokens.provenance import DatasetInfo
+from lerobot_lam_diffusion.tokens.provenance import VIDEOS, DatasetInfo
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 
 VIDEO_CAMERA = "video"
-VIDEOS = "videos/"
-"""Begins what a store says of its dataset where that is a folder of videos."""
 
 
 def precompute_videos(

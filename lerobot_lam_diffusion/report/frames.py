@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.report.codes import Codes
 
 THUMB = 80
@@ -77,6 +76,8 @@ def decode_frames(
     Args:
         wanted: episode → absolute frame indices.
     """
+    from lerobot_lam_diffusion.precompute.frames import EpisodeFrames  # imports LeRobot
+
     source = EpisodeFrames(dataset, camera_key, video_backend)
     found: dict[int, Tensor] = {}
     for episode in tqdm(sorted(wanted), desc="decode", unit="episode"):

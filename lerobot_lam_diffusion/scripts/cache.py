@@ -13,9 +13,15 @@ from lerobot_lam_diffusion.precompute.cache import (
 )
 from lerobot_lam_diffusion.scripts.command_line import counted
 from lerobot_lam_diffusion.scripts.next_step import next_step
-from lerobot_lam_diffusion.tokens.pairs import PairCache, bytes_on_disk, last_used, remove_pair_cache
+from lerobot_lam_diffusion.tokens.pairs import (
+    PairCache,
+    bytes_on_disk,
+    is_pair_cache,
+    last_used,
+    remove_pair_cache,
+)
 from lerobot_lam_diffusion.tokens.provenance import Provenance
-from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
 
 DAY = 86400.0
 
@@ -112,6 +118,24 @@ def _told(provenance: Provenance) -> dict[str, str]:
         "camera": f"{provenance.camera_key}, stride {provenance.frame_stride} frames",
         "tokens": f"{provenance.token_kind}, encoded in {provenance.dtype} on {provenance.device}",
     }
+
+
+def means_live_cache(name: str | None) -> Path | None:
+    """The folder of the live cache that `name` means: a path, or a name that `cache list` shows.
+
+    Raises:
+        TokenStoreError: it is a folder of several caches, as `--policy.lam_live_cache=FOLDER` fills it.
+    """
+    if name is None:
+        return None
+    for folder in (Path(name).expanduser(), live_cache_folder() / name):
+        if is_pair_cache(folder):
+            return folder
+    inside = [cache for cache in sorted(Path(name).expanduser().glob("*")) if is_pair_cache(cache)]
+    if len(inside) > 1:
+        listed = "".join(f"\n  {cache}" for cache in inside)
+        raise TokenStoreError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
+    return inside[0] if inside else None
 
 
 def live_rows(path: Path) -> dict[str, str]:

@@ -1,18 +1,17 @@
 """`lerobot-lam-tokens add-column`, and `verify` of a dataset that has such a column."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
-from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, usable_device
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import next_step, training
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
@@ -42,7 +41,7 @@ class AddColumnConfig:
     """
 
     store: str
-    dataset: DatasetConfig
+    dataset: DatasetSource
     output_dir: Path
     new_repo_id: str | None = None
     column: str = OBS_LAM_TOKENS
@@ -76,11 +75,6 @@ def add_token_column(config: AddColumnConfig) -> None:
 def _train_on_column(repo_id: str, root: Path | str | None, column: str) -> list[str]:
     named = [] if column == OBS_LAM_TOKENS else [f"--policy.lam_tokens_key={column}"]
     return training(repo_id, root, "--policy.use_precomputed_lam_tokens=true", *named)
-
-
-def means_dataset(path: str) -> bool:
-    """Whether `path` is the root of a LeRobot dataset."""
-    return os.path.isfile(os.path.join(os.path.expanduser(path), "meta", "info.json"))
 
 
 def verify_dataset(config: Any) -> None:
@@ -125,10 +119,10 @@ def _named_as(root: Path, made_of: str) -> str:
     return f"{made_of.partition('/')[0]}/{root.expanduser().resolve().name}"
 
 
-def _dataset_at(root: Path) -> DatasetConfig:
+def _dataset_at(root: Path) -> DatasetSource:
     """The dataset at this root; what it is called does not matter."""
     root = root.expanduser().resolve()
-    return DatasetConfig(repo_id=f"local/{root.name}", root=str(root))
+    return DatasetSource(repo_id=f"local/{root.name}", root=str(root))
 
 
 def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) -> Any:

@@ -9,12 +9,15 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import draccus
+import torch
 from draccus.utils import DraccusException
+from lerobot.utils.device_utils import auto_select_torch_device
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError
@@ -39,6 +42,43 @@ DASHED = {
 }
 SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
 LISTS = {"dataset.episodes"}
+VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
+
+
+@dataclass
+class DatasetSource:
+    """Which dataset. Of LeRobot's `DatasetConfig` the fields that say so; importing that takes many seconds.
+
+    Args:
+        repo_id: The LeRobot dataset, user/name.
+        root: Its folder, if it is not in LeRobot's home ($HF_LEROBOT_HOME).
+        episodes: Only these, [0,1,2]; all if left out.
+        revision: Of a dataset on the Hub: branch, tag or commit.
+        video_backend: torchcodec or pyav; torchcodec where it works, if left out.
+    """
+
+    repo_id: str
+    root: str | None = None
+    episodes: list[int] | None = None
+    revision: str | None = None
+    video_backend: str = field(default_factory=get_safe_default_video_backend)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the flags themselves."""
+        problems = []
+        if self.episodes == []:
+            problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
+        elif self.episodes is not None and (
+            min(self.episodes) < 0 or len(set(self.episodes)) < len(self.episodes)
+        ):
+            problems.append(
+                f"--dataset.episodes={self.episodes} must be different numbers, none of them negative"
+            )
+        if self.video_backend not in VIDEO_BACKENDS:
+            problems.append(
+                f"--dataset.video_backend={self.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
+            )
+        return problems
 
 
 @dataclass
@@ -95,6 +135,23 @@ def refuse(error: BaseException) -> NoReturn:
         sys.exit(text)
     print(text, file=sys.stderr)
     sys.exit(2)
+
+
+def usable_device(device: str | None) -> str:
+    """The device to compute on, found out before the dataset and the LAM are read."""
+    if device is None:
+        if not any(each.is_available() for each in (torch.cuda, torch.backends.mps, torch.xpu)):
+            return "cpu"  # of which LeRobot would warn
+        return auto_select_torch_device().type
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
+            "for the best there is"
+        ) from error
+    return device
 
 
 def counted(number: int, noun: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 from tqdm import tqdm
@@ -31,9 +30,9 @@ from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
-from lerobot_lam_diffusion.scripts.command_line import run_command
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
 from lerobot_lam_diffusion.utils.files import map_array, whole_or_nothing
@@ -79,7 +78,7 @@ class FitLamConfig:
         save_every: Steps between checkpoints.
     """
 
-    dataset: DatasetConfig
+    dataset: DatasetSource
     output_dir: Path
     camera_key: str | None = None
     preset: str = "compact"

@@ -13,18 +13,7 @@ from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from lerobot.configs.default import DatasetConfig
-
 WIDTH = 100
-DATASET_FLAGS = {
-    "repo_id": "The LeRobot dataset, user/name.",
-    "root": "Its folder, if it is not in LeRobot's home ($HF_LEROBOT_HOME).",
-    "episodes": "Only these, [0,1,2]; all if left out.",
-    "revision": "Of a dataset on the Hub: branch, tag or commit.",
-    "video_backend": "torchcodec or pyav; torchcodec where it works, if left out.",
-}
-"""Those of LeRobot's dataset flags that matter to our commands; they take the others as well."""
-
 METAVARS = {bool: "true|false", int: "N", float: "X", list[int]: "[N,N]", list[str]: "[TEXT,TEXT]"}
 CONFIG_PATH = "A YAML file that holds flags; those of the command line win."
 
@@ -165,9 +154,7 @@ def _plain_fields(config_class: type) -> list[Field]:
 
 
 def _inner_flags(outer: Field, inner: type) -> list[Flag]:
-    texts = DATASET_FLAGS
-    if inner is not DatasetConfig:
-        texts = {name: text for entries in documented(inner).values() for name, text in entries.items()}
+    texts = {name: text for entries in documented(inner).values() for name, text in entries.items()}
     optional = outer.default is not MISSING or outer.default_factory is not MISSING
     given = outer.default_factory() if outer.default_factory is not MISSING else None
     flags = []

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.io_utils import load_info
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -17,37 +15,21 @@ from lerobot.datasets.utils import (
     CompatibilityError,
 )
 from lerobot.utils.constants import HF_LEROBOT_HOME
-from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.precompute.dataset import is_local, open_readable, open_whole
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
-from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, raise_problems
 
 
-def usable_device(device: str | None) -> str:
-    """The device to compute on, found out before the dataset and the LAM are read."""
-    if device is None:
-        if not any(each.is_available() for each in (torch.cuda, torch.backends.mps, torch.xpu)):
-            return "cpu"  # of which LeRobot would warn
-        return auto_select_torch_device().type
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
-            "for the best there is"
-        ) from error
-    return device
-
-
-def open_metadata(config: DatasetConfig) -> LeRobotDatasetMetadata:
+def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
     """The dataset's metadata.
 
     Raises:
         UserError: it is not there, older than LeRobot's v3, contradicts itself, or `--dataset.episodes` names
             episodes that it does not have.
     """
+    raise_problems("these flags do not work", config.problems())
     local = config.root is not None and is_local(config.root)
     with _refusing_old_formats(config):
         try:
@@ -110,7 +92,7 @@ def _refuse_absent_metadata(repo_id: str, root: Path) -> None:
         )
 
 
-def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDataset:
+def open_dataset(config: DatasetSource, tolerance_s: float = 1e-4) -> LeRobotDataset:
     """The dataset, or those episodes of it, frames as uint8.
 
     Raises:
@@ -120,13 +102,13 @@ def open_dataset(config: DatasetConfig, tolerance_s: float = 1e-4) -> LeRobotDat
 
 
 def open_readable_dataset(
-    config: DatasetConfig, tolerance_s: float = 1e-4
+    config: DatasetSource, tolerance_s: float = 1e-4
 ) -> tuple[LeRobotDataset, dict[int, str]]:
     """The same without the episodes whose files are not there; and those, with the reason."""
     return open_readable(open_metadata(config), **_options(config, tolerance_s))
 
 
-def _options(config: DatasetConfig, tolerance_s: float) -> dict[str, Any]:
+def _options(config: DatasetSource, tolerance_s: float) -> dict[str, Any]:
     return {
         "root": config.root,
         "episodes": config.episodes,
@@ -137,7 +119,7 @@ def _options(config: DatasetConfig, tolerance_s: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _refusing_old_formats(config: DatasetConfig) -> Iterator[None]:
+def _refusing_old_formats(config: DatasetSource) -> Iterator[None]:
     """LeRobot's error about a format that it does not read any more, as one of ours with its own hint."""
     try:
         yield

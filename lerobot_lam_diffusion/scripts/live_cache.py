@@ -1,54 +1,27 @@
-"""`lerobot-lam-tokens info|verify|merge` of a live cache, which `--policy.lam_live_cache` fills."""
+"""`lerobot-lam-tokens verify|merge` of a live cache, which `--policy.lam_live_cache` fills."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lerobot.configs.default import DatasetConfig
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.scripts.cache import live_rows
-from lerobot_lam_diffusion.scripts.command_line import LamSource, counted
-from lerobot_lam_diffusion.scripts.inputs import open_dataset, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, counted, usable_device
+from lerobot_lam_diffusion.scripts.inputs import open_dataset
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
-from lerobot_lam_diffusion.tokens.pairs import TABLES, PairCache, is_pair_cache
+from lerobot_lam_diffusion.tokens.pairs import TABLES, PairCache
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.scripts.tokens import MergeConfig, VerifyConfig
-
-
-def means_live_cache(name: str | None) -> Path | None:
-    """The folder of the live cache that `name` means: a path, or a name that `cache list` shows.
-
-    Raises:
-        TokenStoreError: it is a folder of several caches, as `--policy.lam_live_cache=FOLDER` fills it.
-    """
-    if name is None:
-        return None
-    for folder in (Path(name).expanduser(), live_cache_folder() / name):
-        if is_pair_cache(folder):
-            return folder
-    inside = [cache for cache in sorted(Path(name).expanduser().glob("*")) if is_pair_cache(cache)]
-    if len(inside) > 1:
-        listed = "".join(f"\n  {cache}" for cache in inside)
-        raise TokenStoreError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
-    return inside[0] if inside else None
-
-
-def print_live_cache(folder: Path) -> None:
-    print(folder)
-    for name, text in live_rows(folder).items():
-        print(f"{name:<10}{text}")
-    told = PairCache.open(folder).provenance
-    print(next_step(verify_against(told, str(folder))))
+    from lerobot_lam_diffusion.scripts.merge import MergeConfig
+    from lerobot_lam_diffusion.scripts.verify import VerifyConfig
 
 
 def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
@@ -86,7 +59,7 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     print(_use_next(cache, known, config.dataset))
 
 
-def _use_next(cache: PairCache, known: int, dataset: DatasetConfig) -> str:
+def _use_next(cache: PairCache, known: int, dataset: DatasetSource) -> str:
     merge = ["lerobot-lam-tokens", "merge", str(cache.path), *dataset_flags(dataset.repo_id, dataset.root)]
     lacks = cache.num_pairs - known
     lam = [f"--lam.path={cache.provenance.lam.path}"] if lacks else []

@@ -10,10 +10,9 @@ from textwrap import indent
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.precompute.video_store import VIDEOS
-from lerobot_lam_diffusion.scripts.inputs import usable_device
+from lerobot_lam_diffusion.scripts.command_line import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.provenance import VIDEOS, VQ, Provenance
 
 UNKNOWN_ROOT = "DIR"
 SMALL_TRAINING = (

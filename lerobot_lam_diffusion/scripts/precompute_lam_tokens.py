@@ -32,7 +32,6 @@ from typing import Any
 
 import draccus
 import torch
-from lerobot.configs.default import DatasetConfig
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
@@ -42,13 +41,18 @@ from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, 
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
-from lerobot_lam_diffusion.scripts.command_line import LamSource, counted, run_command
+from lerobot_lam_diffusion.scripts.command_line import (
+    DatasetSource,
+    LamSource,
+    counted,
+    run_command,
+    usable_device,
+)
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import (
     open_dataset,
     open_metadata,
     open_readable_dataset,
-    usable_device,
 )
 from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
@@ -59,7 +63,6 @@ from lerobot_lam_diffusion.utils.files import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
-VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
 @dataclass(kw_only=True)
@@ -103,8 +106,8 @@ class PrecomputeConfig:
         num_shards: How many tasks the job array has.
     """
 
-    # Not `DatasetConfig | None`: draccus would not say which of its fields is wrong.
-    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(repo_id=""))
+    # Not `DatasetSource | None`: draccus would not say which of its fields is wrong.
+    dataset: DatasetSource = field(default_factory=lambda: DatasetSource(repo_id=""))
     lam: LamSource
     output_dir: Path
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -152,7 +155,7 @@ class PrecomputeConfig:
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
         problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
-        problems += _dataset_problems(self.dataset) if self.has_dataset else self._video_problems()
+        problems += self.dataset.problems() if self.has_dataset else self._video_problems()
         if self.has_dataset and self.videos is not None:
             problems.append("--dataset.repo_id and --videos are two sources of frames; leave one out")
         elif self.has_dataset and self.fps is not None:
@@ -184,19 +187,6 @@ class PrecomputeConfig:
         if self.on_error != "fail":
             problems.append("--on_error=skip is not for --videos: take the file that cannot be read away")
         return problems
-
-
-def _dataset_problems(dataset: DatasetConfig) -> list[str]:
-    problems = []
-    if dataset.streaming:
-        problems.append("--dataset.streaming=true: extraction reads a dataset on disk; leave it out")
-    if dataset.episodes == []:
-        problems.append("--dataset.episodes is empty; name at least one, or leave it out for all")
-    if dataset.video_backend not in VIDEO_BACKENDS:
-        problems.append(
-            f"--dataset.video_backend={dataset.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
-        )
-    return problems
 
 
 COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)

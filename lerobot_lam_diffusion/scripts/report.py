@@ -1,19 +1,18 @@
-"""`lerobot-lam-tokens report`: what is behind it is imported when it runs."""
+"""`lerobot-lam-tokens report`, and the pictures of `push`; LeRobot is imported when there is a dataset."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lerobot.configs.default import DatasetConfig
-
-from lerobot_lam_diffusion.scripts.command_line import LamSource
-from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.lam import LatentActionModel, load_lam
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.card import CardPicture
+from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
+from lerobot_lam_diffusion.utils.errors import LamError, UserError
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.lam import LatentActionModel
     from lerobot_lam_diffusion.report.build import Footage
-    from lerobot_lam_diffusion.tokens import TokenStore
-    from lerobot_lam_diffusion.tokens.card import CardPicture
 
 
 @dataclass
@@ -32,7 +31,7 @@ class ReportConfig:
 
     store: str
     output: Path = Path("report.html")
-    dataset: DatasetConfig | None = None
+    dataset: DatasetSource | None = None
     lam: LamSource | None = None
     camera_key: str | None = None
     seed: int = 0
@@ -55,7 +54,7 @@ def report(config: ReportConfig) -> None:
     print(f"{verdict.word}: {verdict.why}.")
 
 
-def illustrate(store: "TokenStore", footage: "Footage | None") -> tuple[str, list["CardPicture"]]:
+def illustrate(store: TokenStore, footage: "Footage | None") -> tuple[str, list[CardPicture]]:
     """Of a card: the verdict as a sentence, where there is a dataset; pictures, where there is matplotlib."""
     try:
         from lerobot_lam_diffusion.report.build import card_pictures
@@ -68,22 +67,20 @@ def illustrate(store: "TokenStore", footage: "Footage | None") -> tuple[str, lis
 
 def open_footage(
     path: str,
-    dataset: DatasetConfig | None,
+    dataset: DatasetSource | None,
     lam: LamSource | None = None,
     camera_key: str | None = None,
     device: str | None = None,
-) -> tuple["TokenStore", "Footage | None"]:
+) -> tuple[TokenStore, "Footage | None"]:
     """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
+    if dataset is None:
+        return TokenStore.open(path), None
     from lerobot_lam_diffusion.precompute.frames import choose_camera
     from lerobot_lam_diffusion.report.build import Footage
-    from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
-    from lerobot_lam_diffusion.tokens import TokenStore
-    from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
+    from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 
-    meta = None if dataset is None else open_metadata(dataset)
+    meta = open_metadata(dataset)
     store = TokenStore.open(path, meta)
-    if dataset is None or meta is None:
-        return store, None
     camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
     loaded = None
     if lam is not None:
@@ -93,10 +90,8 @@ def open_footage(
     return store, Footage(open_dataset(dataset), camera, dataset.video_backend, loaded)
 
 
-def _open_lam(source: LamSource, device: str) -> "LatentActionModel":
+def _open_lam(source: LamSource, device: str) -> LatentActionModel:
     """With its FDM, if its folder holds one."""
-    from lerobot_lam_diffusion.lam import LamError, load_lam
-
     try:
         return load_lam(source.path, revision=source.revision, device=device, fdm=True)
     except LamError:

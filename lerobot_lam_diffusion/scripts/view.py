@@ -1,4 +1,4 @@
-"""`lerobot-lam-tokens view`: what is behind it is imported when it runs."""
+"""`lerobot-lam-tokens view`."""
 
 import os
 import sys
@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lerobot.configs.default import DatasetConfig
-
-from lerobot_lam_diffusion.scripts.command_line import LamSource
-from lerobot_lam_diffusion.tokens.layout import TokenStoreError
-from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.frames import choose_camera
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.report.view import View
@@ -31,7 +33,7 @@ class ViewConfig:
     """
 
     store: str
-    dataset: DatasetConfig
+    dataset: DatasetSource
     episode: int
     save: Path | None = None
     lam: LamSource | None = None
@@ -74,12 +76,6 @@ def _open(config: ViewConfig) -> "View":
         raise UserError(
             f"view needs Rerun ({error}): pip install 'lerobot_policy_diffusion_lam[viz]'"
         ) from error
-    from lerobot_lam_diffusion.lam import load_lam
-    from lerobot_lam_diffusion.precompute.frames import choose_camera
-    from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata, usable_device
-    from lerobot_lam_diffusion.tokens import TokenStore
-    from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
-
     meta, episode = open_metadata(config.dataset), config.episode
     if not 0 <= episode < meta.total_episodes:
         raise UserError(

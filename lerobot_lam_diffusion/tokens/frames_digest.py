@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lerobot.datasets.io_utils import load_episodes
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.tokens.checked import read_note, write_note
@@ -55,6 +54,8 @@ def frames_digest(meta: Any, camera_key: str) -> str | None:
 
 
 def _digest(meta: Any, camera_key: str) -> str | None:
+    from lerobot.datasets.io_utils import load_episodes  # imports all of LeRobot's datasets
+
     root = Path(meta.root)
     episodes = meta.episodes if meta.episodes is not None else load_episodes(root)
     is_video = camera_key in meta.video_keys

@@ -26,6 +26,8 @@ UNKNOWN_DECODER = "unknown"
 DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
+VIDEOS = "videos/"
+"""Begins what a store says of its dataset where that is a folder of videos."""
 
 NAMES_ONLY = {
     "dataset.repo_id", "dataset.revision", "dataset.frames", "lam.path", "lam.revision", "versions",

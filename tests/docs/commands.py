@@ -115,7 +115,7 @@ def _by_lerobot(checked: Callable, words: list[str]) -> object:
 def _tokens(words: list[str]) -> object:
     name = " ".join(words[:2]) if words[:1] == ["cache"] else words[0]
     assert name in tokens.COMMANDS, f"lerobot-lam-tokens has no command {name}"
-    config_class, _ = tokens.COMMANDS[name]
+    config_class, _ = tokens.subcommand(name)
     flags = tokens._with_flags(words[len(name.split()) :], config_class)
     return draccus.parse(config_class, args=normalise(flags))
 
@@ -218,7 +218,7 @@ def known_flags() -> set[str]:
         fit_lam.FitLamConfig,
         convert_lam.ConvertConfig,
         demo.DemoConfig,
-        *(config_class for config_class, _ in tokens.COMMANDS.values()),
+        *(tokens.subcommand(name)[0] for name in tokens.COMMANDS),
     ]
     parsers = [draccus.argparsing.ArgumentParser(each).parser for each in classes]
     flags = {flag for each in (*parsers, get_args_parser()) for flag in each._option_string_actions}

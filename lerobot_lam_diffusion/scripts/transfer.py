@@ -1,0 +1,96 @@
+"""`lerobot-lam-tokens export`, `push` and `pull`: a store in another format, or in another place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
+from lerobot_lam_diffusion.scripts.report import illustrate, open_footage
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.export import export_store
+from lerobot_lam_diffusion.tokens.pull import pull_store
+from lerobot_lam_diffusion.tokens.push import push_store
+from lerobot_lam_diffusion.utils.errors import UserError
+
+
+@dataclass
+class ExportConfig:
+    """Write a store in another format.
+
+    Args:
+        store: Its folder, or its repository on the Hub.
+        format: pt, parquet or npy; training reads a .pt file, the others are for other programs.
+        output: The new file.
+    """
+
+    store: str
+    format: str
+    output: Path
+
+
+def export(config: ExportConfig) -> None:
+    if config.format == "pt" and config.output.suffix not in (".pt", ".pth"):
+        raise UserError(f"--output={config.output} must end in .pt, by which a token file is known")
+    store = TokenStore.open(config.store)
+    export_store(store, config.output, config.format)
+    print(f"{config.output}: {config.output.stat().st_size:,} bytes")
+    if config.format == "pt":
+        print(next_step(verify_with_its_lam(store, config.output)))
+    elif store.provenance is not None:
+        training = train_on(store, config.store, store.provenance.dataset.repo_id)
+        print(next_step(training, "That file is for other programs; train on the store"))
+
+
+@dataclass
+class PushConfig:
+    """Put a store on the Hub, as a dataset repository with a card, in one commit.
+
+    Args:
+        store: Its folder.
+        repo_id: The repository, user/name; made if there is none.
+        private: Whether a new one is private; left out: as the user or organisation has it.
+        revision: Branch, made if there is none; left out: main.
+        dataset: That the store was made of: the card shows its frames and what the tokens say of its state.
+    """
+
+    store: str
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+    dataset: DatasetSource | None = None
+
+
+def push(config: PushConfig) -> None:
+    store, footage = open_footage(config.store, config.dataset)
+    pushed = push_store(
+        store,
+        config.repo_id,
+        private=config.private,
+        revision=config.revision,
+        illustrate=lambda: illustrate(store, footage),
+    )
+    lam = store.provenance.lam.path if store.provenance is not None else ""
+    if Path(lam).is_absolute():
+        print(f"note: its provenance names the LAM by its path here, {lam}")
+    print(pushed.url)
+    if store.provenance is not None:
+        print(next_step(train_on(store, pushed.hub_id, store.provenance.dataset.repo_id), "Train on it"))
+
+
+@dataclass
+class PullConfig:
+    """Fetch a store from the Hub as a folder. Training needs no folder: it takes the repository's name.
+
+    Args:
+        store: The repository, user/name[@revision].
+        output_dir: The new folder.
+    """
+
+    store: str
+    output_dir: Path
+
+
+def pull(config: PullConfig) -> None:
+    store = pull_store(config.store, config.output_dir)
+    print(f"{config.output_dir}: {store.hub_id}, {len(store.values)} frames; {store.coverage}")
+    print(next_step(verify_with_its_lam(store, config.output_dir)))

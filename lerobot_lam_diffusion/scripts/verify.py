@@ -1,0 +1,145 @@
+"""`lerobot-lam-tokens verify`; LeRobot is imported when there is a dataset."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
+from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.scripts.cache import means_live_cache
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
+from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
+from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+
+if TYPE_CHECKING:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+
+@dataclass
+class VerifyConfig:
+    """Check a store, or a dataset's column of tokens.
+
+    Args:
+        store: Its folder, or its repository on the Hub; a live cache; or a `.pt` file, which needs the
+            dataset. A dataset's folder, or left out: the column of that dataset.
+        column: Of the dataset.
+        dataset: Check that the store was made of this dataset.
+        lam: With a dataset: encode a random sample again with this LAM and compare.
+        camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
+        num_samples: Tokens in that sample.
+        seed: Of the sample.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
+        device: Where the LAM runs; the best there is if left out.
+    """
+
+    store: str | None = None
+    column: str = OBS_LAM_TOKENS
+    dataset: DatasetSource | None = None
+    lam: LamSource | None = None
+    camera_key: str | None = None
+    num_samples: int = 64
+    seed: int = 0
+    tolerance_s: float = 1e-4
+    device: str | None = None
+
+
+def verify(config: VerifyConfig) -> None:
+    if config.store is None or _is_dataset(config.store):
+        from lerobot_lam_diffusion.scripts.column import verify_dataset
+
+        verify_dataset(config)
+        return
+    if config.lam is not None and config.dataset is None:
+        raise UserError(
+            "--lam.path needs --dataset.repo_id as well: the LAM's tokens are those of its frames"
+        )
+    live_cache = means_live_cache(config.store)
+    if live_cache is not None:
+        from lerobot_lam_diffusion.scripts.live_cache import verify_live_cache
+
+        verify_live_cache(live_cache, config)
+        return
+    store = _read_again(config)
+    if config.dataset is None:
+        if store.provenance is not None:
+            print(
+                next_step(verify_with_its_lam(store, config.store), "Next, compare with its dataset and LAM")
+            )
+        return
+    from lerobot_lam_diffusion.precompute.recompute import recompute_sample
+    from lerobot_lam_diffusion.scripts.inputs import open_dataset
+
+    dataset = open_dataset(config.dataset, config.tolerance_s)
+    if store.provenance is not None:
+        try:
+            check_binding(store, dataset.meta)
+        except TokenStoreError:
+            _refuse_damaged_files(dataset, store.provenance.camera_key)
+            raise
+        print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
+    if config.lam is None:
+        print(_train_next(config, store))
+        return
+    dtype = getattr(torch, store.provenance.dtype if store.provenance is not None else "float32")
+    lam = load_lam(
+        config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
+    )
+    result = recompute_sample(
+        store, dataset, lam, config.num_samples, config.seed, camera_key=config.camera_key
+    )
+    told = (
+        f"{result.equal} of {result.checked} sampled tokens agree with the LAM ({result.distinct} different "
+        f"ones, largest difference {result.max_error:.2g})"
+    )
+    if result.equal < result.checked:
+        raise TokenStoreError(
+            f"{told}: the frames or the LAM changed, or the store was made on another kind of device. "
+            "Extract the tokens again with lerobot-lam-precompute"
+        )
+    print(f"ok  {told}")
+    print(_train_next(config, store))
+
+
+def _read_again(config: VerifyConfig) -> TokenStore:
+    assert config.store is not None
+    location = locate_store(config.store)
+    path = location.path
+    meta = None
+    if config.dataset is not None:
+        from lerobot_lam_diffusion.scripts.inputs import open_metadata
+
+        meta = open_metadata(config.dataset)
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        store = TokenStore.open(path, meta)
+        print("ok  all values valid, a row for each frame of the dataset")
+        return store
+    check_located(location, again=True)
+    store = TokenStore.open(config.store)
+    print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
+    return store
+
+
+def _refuse_damaged_files(dataset: "LeRobotDataset", camera_key: str) -> None:
+    """Name the file that cannot be read, if that is why the dataset's frames are not the store's."""
+    from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+
+    if camera_key in dataset.meta.camera_keys:
+        EpisodeFrames(dataset, camera_key).check(range(dataset.meta.total_episodes))
+
+
+def _train_next(config: VerifyConfig, store: TokenStore) -> str:
+    assert config.store is not None
+    assert config.dataset is not None
+    training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
+    return next_step(training, fps=store.provenance.dataset.fps if store.provenance else None)
+
+
+def _is_dataset(path: str) -> bool:
+    """Whether `path` is the root of a LeRobot dataset."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), "meta", "info.json"))
