@@ -32,13 +32,11 @@ class Footage:
     Args:
         dataset: `LeRobotDataset`, bound to the store already.
         camera_key: the camera that the LAM looked at.
-        video_backend: of the decoding; None: the dataset's own.
         lam: with the store's fingerprint, opened with its FDM if it has one; None: no predictions.
     """
 
     dataset: Any
     camera_key: str
-    video_backend: str | None = None
     lam: Any = None
 
 
@@ -330,7 +328,7 @@ class _Report:
     def _decode(self, wanted: dict[int, set[int]], shrink: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
         assert self.footage is not None
         footage = self.footage
-        return decode_frames(footage.dataset, footage.camera_key, wanted, shrink, footage.video_backend)
+        return decode_frames(footage.dataset, footage.camera_key, wanted, shrink)
 
     def _episode_of(self, frame: int) -> int:
         return int(torch.searchsorted(self.store.episode_from, frame, right=True)) - 1

@@ -69,7 +69,6 @@ def decode_frames(
     camera_key: str,
     wanted: dict[int, set[int]],
     shrink: Callable[[Tensor], Tensor],
-    video_backend: str | None,
 ) -> dict[int, Tensor]:
     """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them.
 
@@ -78,7 +77,7 @@ def decode_frames(
     """
     from lerobot_lam_diffusion.precompute.frames import EpisodeFrames  # imports LeRobot
 
-    source = EpisodeFrames(dataset, camera_key, video_backend)
+    source = EpisodeFrames(dataset, camera_key)
     found: dict[int, Tensor] = {}
     for episode in tqdm(sorted(wanted), desc="decode", unit="episode"):
         frame = int(dataset.meta.episodes[episode]["dataset_from_index"])

@@ -41,7 +41,6 @@ class View:
         store: covers the episode.
         dataset: `LeRobotDataset`, bound to the store already; the episode alone is enough.
         camera_key: the camera that the LAM looked at.
-        video_backend: of the decoding; None: the dataset's own.
         lam: opened with its FDM, with the store's fingerprint; None: no predictions.
     """
 
@@ -49,7 +48,6 @@ class View:
     dataset: Any
     camera_key: str
     episode: int
-    video_backend: str | None = None
     lam: Any = None
 
     def save(self, path: Path) -> None:
@@ -111,7 +109,7 @@ class View:
             self._send(recording, path, np.arange(len(values)), values)
 
     def _log_pictures(self, recording: rr.RecordingStream) -> None:
-        source = EpisodeFrames(self.dataset, self.camera_key, self.video_backend)
+        source = EpisodeFrames(self.dataset, self.camera_key)
         stride, start = self.store.frame_stride, 0
         before: Tensor | None = None
         with tqdm(total=len(self._frames), desc="view", unit="frame") as bar:

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,6 @@ import draccus
 import torch
 from draccus.utils import DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
-from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError
@@ -61,7 +60,7 @@ class DatasetSource:
     root: str | None = None
     episodes: list[int] | None = None
     revision: str | None = None
-    video_backend: str = field(default_factory=get_safe_default_video_backend)
+    video_backend: str | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the flags themselves."""
@@ -74,7 +73,7 @@ class DatasetSource:
             problems.append(
                 f"--dataset.episodes={self.episodes} must be different numbers, none of them negative"
             )
-        if self.video_backend not in VIDEO_BACKENDS:
+        if self.video_backend not in (None, *VIDEO_BACKENDS):
             problems.append(
                 f"--dataset.video_backend={self.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
             )

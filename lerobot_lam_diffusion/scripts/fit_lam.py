@@ -228,7 +228,7 @@ def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: Fi
     nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
     # What it checks, it checks before the frames are decoded.
     data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)
-    source = EpisodeFrames(dataset, camera, config.dataset.video_backend)
+    source = EpisodeFrames(dataset, camera)
     source.check(episodes.unique_consecutive().tolist())
     config.output_dir.mkdir(parents=True, exist_ok=True)
     return replace(data, frames=_frames(source, episodes, resolution, config.output_dir / FRAMES_FILE))

@@ -244,7 +244,6 @@ def _extract(
             shard_frames=config.shard_frames,
             skip_unreadable=config.on_error == "skip",
             unreadable=unreadable,
-            video_backend=config.dataset.video_backend,
             process=process,
             extend=[] if config.extend is None else [TokenStore.open(config.extend)],
             merge=merge,

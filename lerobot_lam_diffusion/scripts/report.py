@@ -87,7 +87,7 @@ def open_footage(
         loaded = _open_lam(lam, usable_device(device))
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, loaded)
-    return store, Footage(open_dataset(dataset), camera, dataset.video_backend, loaded)
+    return store, Footage(open_dataset(dataset), camera, loaded)
 
 
 def _open_lam(source: LamSource, device: str) -> LatentActionModel:

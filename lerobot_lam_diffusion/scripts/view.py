@@ -99,4 +99,4 @@ def _open(config: ViewConfig) -> "View":
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, lam)
     dataset = open_dataset(replace(config.dataset, episodes=[episode]))  # the Hub sends no others
-    return View(store, dataset, camera, episode, config.dataset.video_backend, lam)
+    return View(store, dataset, camera, episode, lam)

@@ -1,4 +1,4 @@
-"""How long commands that read token stores only take, next to `import torch`, which a store cannot do without.
+"""How long commands that only read token stores take, next to `import torch`, which a store needs.
 
     python -m tests.benchmarks.quick_answers
 

@@ -1,4 +1,4 @@
-"""`lerobot-lam-tokens export`, `push` and `pull`: a store in another format, or in another place."""
+"""`lerobot-lam-tokens push` and `pull`: a store and the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,39 +6,8 @@ from pathlib import Path
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.scripts.report import illustrate, open_footage
-from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.export import export_store
 from lerobot_lam_diffusion.tokens.pull import pull_store
 from lerobot_lam_diffusion.tokens.push import push_store
-from lerobot_lam_diffusion.utils.errors import UserError
-
-
-@dataclass
-class ExportConfig:
-    """Write a store in another format.
-
-    Args:
-        store: Its folder, or its repository on the Hub.
-        format: pt, parquet or npy; training reads a .pt file, the others are for other programs.
-        output: The new file.
-    """
-
-    store: str
-    format: str
-    output: Path
-
-
-def export(config: ExportConfig) -> None:
-    if config.format == "pt" and config.output.suffix not in (".pt", ".pth"):
-        raise UserError(f"--output={config.output} must end in .pt, by which a token file is known")
-    store = TokenStore.open(config.store)
-    export_store(store, config.output, config.format)
-    print(f"{config.output}: {config.output.stat().st_size:,} bytes")
-    if config.format == "pt":
-        print(next_step(verify_with_its_lam(store, config.output)))
-    elif store.provenance is not None:
-        training = train_on(store, config.store, store.provenance.dataset.repo_id)
-        print(next_step(training, "That file is for other programs; train on the store"))
 
 
 @dataclass
