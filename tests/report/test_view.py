@@ -140,7 +140,7 @@ def test_predictions_are_those_of_the_frame_a_stride_before(make_store, shown, d
 
 
 def test_frames_of_many_chunks_are_paired_alike(store, dataset, lam_folder, tmp_path, monkeypatch):
-    whole = View(store, dataset, TOP, EPISODE, "pyav", load_lam(lam_folder, fdm=True))
+    whole = View(store, dataset, TOP, EPISODE, load_lam(lam_folder, fdm=True))
     whole.save(tmp_path / "whole.rrd")
     monkeypatch.setattr("lerobot_lam_diffusion.precompute.frames.CHUNK_FRAMES", 4)
     monkeypatch.setattr("lerobot_lam_diffusion.report.view._LAM_BATCH", 3)
