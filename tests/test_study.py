@@ -6,7 +6,7 @@ import torch
 
 from tests.benchmarks.study import conveyor, lams
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
-from tests.benchmarks.study.offline import conditions
+from tests.benchmarks.study.offline import STUDIES
 from tests.benchmarks.study.policies import Budget, run
 from tests.benchmarks.study.results import Results
 from tests.benchmarks.study.statistics import ratio, wilson
@@ -49,10 +49,11 @@ def test_finished_runs_are_found_again(tmp_path):
     assert again.values("a", "error", [1]).tolist() == [[1.0, 2.0]]
 
 
-def test_names_of_conditions_are_unique_and_have_a_baseline():
-    names = [condition.name for condition in conditions()]
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_names_of_conditions_are_unique_and_have_a_baseline(study):
+    names = [condition.name for condition in study()]
     assert len(set(names)) == len(names)
-    assert {condition.against for condition in conditions()} <= set(names)
+    assert {condition.against for condition in study()} <= set(names)
 
 
 def test_shuffled_tokens_are_of_other_episodes_of_the_same_side(data):

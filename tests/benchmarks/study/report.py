@@ -1,6 +1,6 @@
 """The study's tables, and its picture.
 
-python -m tests.benchmarks.study.report --work_dir=WORK [--picture=docs/images/evidence.png]
+python -m tests.benchmarks.study.report --work_dir=WORK [--study=5] [--picture=docs/images/evidence.png]
 """
 
 import argparse
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from . import conveyor
-from .offline import Condition, conditions
+from .offline import STUDIES, Condition, results_of
 from .results import Results
 from .statistics import Interval, ratio, wilson
 
@@ -31,12 +31,12 @@ def relative(results: Results, condition: Condition, field: str) -> Interval:
     return ratio(ours, theirs)
 
 
-def offline_table(results: Results) -> str:
+def offline_table(results: Results, conditions: list[Condition]) -> str:
     lines = [
         "| condition | against | seeds | error | relative error | of the mean of 4 samples | probe R² |",
         "|---|---|---|---|---|---|---|",
     ]
-    for condition in conditions():
+    for condition in conditions:
         seeds = results.seeds(condition.name)
         if not seeds:
             lines.append(f"| {condition.name} | {condition.against} | not run | | | | |")
@@ -66,9 +66,9 @@ def conveyor_table(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Relative errors with their intervals, one and two observations side by side."""
+    """Relative errors of study 1 with their intervals, one and two observations side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-    known = {condition.name: condition for condition in conditions()}
+    known = {condition.name: condition for condition in STUDIES[1]()}
     for n, axis in zip((1, 2), axes, strict=True):
         for place, suffix in enumerate(reversed(SHOWN)):
             interval = relative(results, known[f"{n} obs: {suffix}"], "error")
@@ -86,9 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--study", type=int, choices=STUDIES, default=1)
     args = parser.parse_args(argv)
-    results = Results(args.work_dir / "offline.jsonl")
-    print(f"{offline_table(results)}\n\n{conveyor_table(Results(args.work_dir / 'conveyor.jsonl'))}")
+    results = results_of(args.study, args.work_dir)
+    print(offline_table(results, STUDIES[args.study]()))
+    if args.study == 1:
+        print(f"\n{conveyor_table(Results(args.work_dir / 'conveyor.jsonl'))}")
     hours = sum(row["cpu_seconds"] for row in results.rows) / 3600
     print(f"\n{len(results.rows)} policies: {hours:.1f} hours of one CPU core")
     if args.picture is not None:
