@@ -128,7 +128,7 @@ def study_1() -> list[Condition]:
 
 
 def study_5() -> list[Condition]:
-    """Registered after the results of study 1: its questions again, with a LAM whose tokens say what moved."""
+    """Registered after the results of study 1: the same with a LAM whose tokens say what moved."""
     token = partial(Condition, lam=INFORMATIVE)
     one, stock, long = "1 obs: stock", "2 obs: stock", f"2 obs, {LONG} steps: stock"
     found = [
