@@ -32,6 +32,7 @@ from typing import Any
 
 import draccus
 import torch
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
@@ -296,6 +297,8 @@ def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any
     flags["camera_key"] = camera_key
     flags["output_dir"] = str(config.output_dir.expanduser().absolute())
     flags["lam"]["path"] = recorded_path(config.lam.path)
+    # Decoders may differ by a level: all tasks take that of this machine.
+    flags["dataset"]["video_backend"] = config.dataset.video_backend or get_safe_default_video_backend()
     if config.dataset.root is not None:
         flags["dataset"]["root"] = str(Path(config.dataset.root).expanduser().absolute())
     if config.cluster.engine == "local":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from safetensors.torch import load_file, save_file
 
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
@@ -414,3 +415,15 @@ def test_episodes_of_a_missing_file_are_skipped(flags, tmp_path, capsys, lam):
     assert list(store.skipped) == store.missing_episodes == gone
     expected = lam.encode_pairs(frames[:-1], frames[1:]).quantized
     assert torch.equal(store.window(torch.arange(1, 5), [0])[:, 0], expected)
+
+
+def test_tasks_of_a_cluster_decode_as_the_machine_that_submits_them(flags, monkeypatch):
+    submitted = {}
+
+    def submit(_config, _function, task_flags, _output_dir):
+        submitted.update(task_flags)
+        return "submitted"
+
+    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cluster.submit", submit)
+    main(flags(dataset__video_backend=None, cluster__engine="local", cluster__tasks=2))
+    assert submitted["dataset"]["video_backend"] == get_safe_default_video_backend()
