@@ -6,15 +6,15 @@ Nothing in such a file says which LAM, dataset or camera it was made with, so it
 import logging
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
+from lerobot_lam_diffusion.tokens.layout import not_finite
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
-from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, shown
 
 WIDEST_TOKEN = 1 << 16
@@ -22,12 +22,26 @@ WIDEST_TOKEN = 1 << 16
 logger = logging.getLogger(__name__)
 
 
-def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
-    """Open a `.pt` file as an (unverified) store of `dataset_meta`'s frames.
+@dataclass(frozen=True)
+class PtTokens:
+    """What a `.pt` file holds.
+
+    Attributes:
+        values: float32 `(N, n·a)`, a row for each frame of the dataset.
+        kind: "vq" or "continuous", as the file says; "vq" if it does not.
+        frame_stride: As the file says; 1 if it does not.
+    """
+
+    values: Tensor
+    kind: str
+    frame_stride: int
+
+
+def read_pt(path: Path, dataset_meta: Any) -> PtTokens:
+    """Read a `.pt` file of `dataset_meta`'s frames, and warn that nothing vouches for it.
 
     The file is memory-mapped and read by `torch.load(weights_only=True)`, which executes no code; the format
-    of torch before 1.6 is refused. Rows that have no token by the rule "frame i - stride lies in another
-    episode" are zeroed.
+    of torch before 1.6 is refused.
 
     Raises:
         TokenStoreError: missing, damaged, not a dict of tensors, code inside, wrong shape, NaN or Inf, or
@@ -56,21 +70,12 @@ def open_pt(path: Path, dataset_meta: Any) -> TokenStore:
             f"{path} says use_vq_tokens = {shown(use_vq_tokens)}, expected True or False; correct the "
             "file, or make a store with lerobot-lam-precompute"
         )
-    store = TokenStore(
-        path=path,
-        provenance=None,
-        kind=VQ if use_vq_tokens else CONTINUOUS,
-        frame_stride=stride,
-        token_dim=tokens.shape[1],
-        values=tokens,
-        codebook=None,
-        episode_from=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
-        episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
-        episode_row=torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64),
-        episode_hash=unknown_hashes(len(dataset_meta.episodes["dataset_from_index"])),
+    logger.warning(
+        "%s is unverified: a .pt file says nothing reliable about its LAM, dataset and camera. A store made "
+        "by lerobot-lam-precompute is checked.",
+        path,
     )
-    _warn(store)
-    return store
+    return PtTokens(tokens, VQ if use_vq_tokens else CONTINUOUS, stride)
 
 
 def _load(path: Path) -> Any:
@@ -145,22 +150,3 @@ def _metadata(document: dict) -> dict:
     """Metadata beside the tokens, under `metadata` or at the top level."""
     nested = document.get("metadata")
     return {**document, **(nested if isinstance(nested, dict) else {})}
-
-
-def _warn(store: TokenStore) -> None:
-    logger.warning(
-        "%s is unverified: a .pt file says nothing reliable about its LAM, dataset and camera. A store made "
-        "by lerobot-lam-precompute is checked.",
-        store.path,
-    )
-    missing = torch.ones(len(store.values), dtype=torch.bool)
-    missing[store.frames_with_tokens()] = False
-    filled = int(store.values[missing].any(1).sum())
-    if filled:
-        logger.warning(
-            "%s: %d frames at episode starts have no frame %d before them, but hold non-zero tokens; they "
-            "count as missing (zero).",
-            store.path,
-            filled,
-            store.frame_stride,
-        )

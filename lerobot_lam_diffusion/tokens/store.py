@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     TENSORS_FILE,
@@ -34,6 +35,7 @@ from lerobot_lam_diffusion.tokens.layout import (
 )
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.pt import read_pt
 from lerobot_lam_diffusion.tokens.readahead import Readahead
 from lerobot_lam_diffusion.tokens.storage import decode_tokens
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
@@ -102,13 +104,9 @@ class TokenStore:
         location = locate_store(path)
         path = location.path
         if path.suffix in (".pt", ".pth") and not os.path.isdir(path):
-            from lerobot_lam_diffusion.tokens.pt import open_pt
-
-            return open_pt(path, dataset_meta)
+            return cls._of_pt(path, dataset_meta)
         store = cls._map(check_located(location), location.hub_id)
         if dataset_meta is not None:
-            from lerobot_lam_diffusion.tokens.binding import check_binding
-
             check_binding(store, dataset_meta)
         if bool((store.episode_row < 0).any()):
             logger.warning("Token store %s is partial: %s.", store.name, store.coverage)
@@ -123,6 +121,36 @@ class TokenStore:
         """
         check_content(find_folder(folder))
         return cls._map(folder)
+
+    @classmethod
+    def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
+        """A user's `.pt` file; rows that have no token by the stride count as missing, whatever they hold."""
+        read = read_pt(path, dataset_meta)
+        starts = torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64)
+        store = cls(
+            path=path,
+            provenance=None,
+            kind=read.kind,
+            frame_stride=read.frame_stride,
+            token_dim=read.values.shape[1],
+            values=read.values,
+            codebook=None,
+            episode_from=starts,
+            episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
+            episode_row=starts,
+            episode_hash=unknown_hashes(len(starts)),
+        )
+        missing = torch.ones(len(store.values), dtype=torch.bool)
+        missing[store.frames_with_tokens()] = False
+        if filled := int(store.values[missing].any(1).sum()):
+            logger.warning(
+                "%s: %d frames at episode starts have no frame %d before them, but hold non-zero tokens; "
+                "they count as missing (zero).",
+                path,
+                filled,
+                store.frame_stride,
+            )
+        return store
 
     @classmethod
     def _map(cls, folder: Path, hub_id: str | None = None) -> "TokenStore":
