@@ -136,7 +136,8 @@ def convert_lam(
         licence=source.licence,
     )
     about = f"converted from {path.name}" + (f" of {source.repository}" if source.repository else "")
-    write_lam(output_dir, lam, config, translation.state(ours, tensors), description=about, version=1)
+    converted = {key: tensor.float() for key, tensor in translation.state(ours, tensors).items()}
+    write_lam(output_dir, lam, config, converted, description=about, version=1)
     load_lam(output_dir)
     return output_dir
 

@@ -153,15 +153,20 @@ def save_lam(
     *,
     description: str = "",
     version: int = 0,
+    fdm_dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a villa-X model folder that `load_lam` (and the villa-X code) opens; each file appears whole.
+
+    Args:
+        fdm_dtype: How the decoder is kept, torch.float32 or torch.float16; it is no part of the fingerprint.
 
     Returns:
         The folder.
     """
     from .villa_x import VillaXLam
 
-    state = state_of({"encoder": encoder, "vq": vq, "decoder": decoder})
+    state = {key: tensor.float() for key, tensor in state_of({"encoder": encoder, "vq": vq}).items()}
+    state |= {key: tensor.to(fdm_dtype) for key, tensor in state_of({"decoder": decoder}).items()}
     return write_lam(Path(folder), VillaXLam, config, state, description=description, version=version)
 
 
@@ -180,13 +185,13 @@ def write_lam(
         folder: Made if it is not there.
         family: Whose `architecture` opens it again.
         config: Of the family's `config_class`.
-        state: Key in `model.safetensors` (`part.name`) → tensor; kept as float32. May be empty.
+        state: Key in `model.safetensors` (`part.name`) → tensor, kept in its dtype. May be empty.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     document = config_document(family.architecture, config.to_dict(), description, version)
     write_whole(folder / WEIGHTS_FILE, save(tensors))  # `save_file` makes private files
     write_whole(folder / CONFIG_FILE, document)

@@ -193,7 +193,14 @@ def _refine(config: FitLamConfig, recipe: FitRecipe, lam: VillaXLam, data: FitDa
     refinement.run(config.output_dir, config.save_every)
     about = f"{config.refine_decoder}, FDM refined on {config.dataset.repo_id}"
     save_lam(
-        config.output_dir, lam.config, lam.encoder, lam.vq, refinement.decoder, description=about, version=1
+        config.output_dir,
+        lam.config,
+        lam.encoder,
+        lam.vq,
+        refinement.decoder,
+        description=about,
+        version=1,
+        fdm_dtype=torch.float16,
     )
 
 

@@ -1,5 +1,6 @@
 """Is the LAM any good? Figures on episodes that the fit never saw."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class FitReport:
         episodes, pairs: how many were held out.
         error, copy_error: mean square error of the predicted next frame and of the last frame, 0..1 scale.
         moving_error, moving_copy_error: the same where pixels move.
+        deviation, copy_deviation, moving_deviation, moving_copy_deviation: the same as mean absolute errors.
         perplexity: of the codes, per slot; the number of codes if all are used evenly.
         codes_used: per slot.
         probe: None where the data have no state.
@@ -48,6 +50,10 @@ class FitReport:
     copy_error: float
     moving_error: float
     moving_copy_error: float
+    deviation: float
+    copy_deviation: float
+    moving_deviation: float
+    moving_copy_deviation: float
     perplexity: list[float]
     codes_used: list[int]
     probe: Probe | None
@@ -57,14 +63,19 @@ class FitReport:
 
     def lines(self) -> list[str]:
         """Rows of a Markdown table."""
-        copy, moving_copy = (
-            f"copy of the last frame {e:.5f}" for e in (self.copy_error, self.moving_copy_error)
-        )
+        errors = [
+            ("next frame, mean absolute error", ".2%", self.deviation, self.copy_deviation),
+            ("moving pixels, mean absolute error", ".1%", self.moving_deviation, self.moving_copy_deviation),
+            ("next frame, mean square error", ".5f", self.error, self.copy_error),
+            ("moving pixels, mean square error", ".5f", self.moving_error, self.moving_copy_error),
+        ]
         rows = [
             ("figure", "LAM", "against"),
             ("---", "---", "---"),
-            ("next frame, mean square error", f"{self.error:.5f}", copy),
-            ("moving pixels, mean square error", f"{self.moving_error:.5f}", moving_copy),
+            *(
+                (name, format(ours, digits), f"copy of the last frame {format(copied, digits)}")
+                for name, digits, ours, copied in errors
+            ),
             ("codebook perplexity per slot", ", ".join(f"{p:.1f}" for p in self.perplexity), ""),
             ("codes used per slot", ", ".join(str(c) for c in self.codes_used), ""),
         ]
@@ -77,17 +88,19 @@ class FitReport:
 def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> FitReport:
     """Measure a fitted LAM (opened with its FDM) on the held-out pairs of `data`."""
     heldout = data.holdout_pairs()
-    sums = dict.fromkeys(("error", "copy", "moving_error", "moving_copy"), 0.0)
+    sums: Counter[str] = Counter()
     moving_count, indices, tokens = 0, [], []
     for later in tqdm(heldout.split(batch_size), desc="evaluate", unit="batch"):
         prev, cur = (frames.to(lam.device) for frames in data.pair_frames(later))
         encoded = lam.encode_pairs(prev, cur)
         predicted = lam.predict_next(prev, encoded.of_kind(True))
         moving = moving_pixels(prev, cur)
-        for name, frames in (("error", predicted), ("copy", prev)):
-            square = ((frames.float() - cur.float()) / 255).square().mean(1)  # (B, R, R)
-            sums[name] += square.mean((1, 2)).sum().item()
-            sums[f"moving_{name}"] += square[moving].sum().item()
+        for copied, frames in (("", predicted), ("copy_", prev)):
+            difference = (frames.float() - cur.float()) / 255  # (B, 3, R, R)
+            for name, each in (("error", difference.square()), ("deviation", difference.abs())):
+                each = each.mean(1)
+                sums[f"{copied}{name}"] += each.mean((1, 2)).sum().item() / len(heldout)
+                sums[f"moving_{copied}{name}"] += each[moving].sum().item()
         moving_count += int(moving.sum())
         indices.append(encoded.stored(True).cpu())
         tokens.append(encoded.of_kind(True).cpu())
@@ -95,10 +108,10 @@ def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> Fi
     return FitReport(
         episodes=len(data.episodes[heldout].unique()),
         pairs=len(heldout),
-        error=sums["error"] / len(heldout),
-        copy_error=sums["copy"] / len(heldout),
-        moving_error=sums["moving_error"] / max(moving_count, 1),
-        moving_copy_error=sums["moving_copy"] / max(moving_count, 1),
+        **{
+            name: value / max(moving_count, 1) if name.startswith("moving") else value
+            for name, value in sums.items()
+        },
         perplexity=[perplexity(codes[:, slot], lam.num_codes) for slot in range(codes.shape[1])],
         codes_used=[len(codes[:, slot].unique()) for slot in range(codes.shape[1])],
         probe=None if data.states is None else _probe_data(lam, data, torch.cat(tokens), batch_size),
