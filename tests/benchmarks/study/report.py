@@ -15,13 +15,22 @@ from .results import Results
 from .statistics import Interval, ratio, wilson
 
 SHOWN = {
-    "true state change": "the state's true change instead of a token",
-    "LAM with the state's term": "token of a LAM fitted with the state",
-    "latest": "token of a LAM fitted to pixels alone",
-    "random LAM": "token of a LAM of random weights",
-    "shuffled": "tokens of other episodes",
+    1: {
+        "true state change": "the state's true change instead of a token",
+        "LAM with the state's term": "token of a LAM fitted with the state",
+        "latest": "token of a LAM fitted to pixels alone",
+        "random LAM": "token of a LAM of random weights",
+        "shuffled": "tokens of other episodes",
+    },
+    5: {
+        "next 8 (intent)": "the next eight tokens (an oracle)",
+        "true state change": "the state's true change instead of a token",
+        "concat": "the last two tokens",
+        "latest": "the last token",
+        "shuffled": "tokens of other episodes",
+    },
 }
-"""Conditions of the picture, with their labels."""
+"""Conditions of each study's picture, with their labels."""
 
 
 def relative(results: Results, condition: Condition, field: str) -> Interval:
@@ -65,12 +74,14 @@ def conveyor_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Results, path: Path) -> None:
-    """Relative errors of study 1 with their intervals, one and two observations side by side."""
+def draw(results: Results, study: int, path: Path) -> None:
+    """Relative errors of a study with their intervals, one and two observations side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-    known = {condition.name: condition for condition in STUDIES[1]()}
+    known, shown = {condition.name: condition for condition in STUDIES[study]()}, SHOWN[study]
     for n, axis in zip((1, 2), axes, strict=True):
-        for place, suffix in enumerate(reversed(SHOWN)):
+        for place, suffix in enumerate(reversed(shown)):
+            if f"{n} obs: {suffix}" not in known:
+                continue
             interval = relative(results, known[f"{n} obs: {suffix}"], "error")
             spread = [[interval.value - interval.low], [interval.high - interval.value]]
             axis.errorbar(interval.value, place, xerr=spread, fmt="o", color="tab:blue", capsize=3)
@@ -78,7 +89,7 @@ def draw(results: Results, path: Path) -> None:
         axis.set_xlim(0, 1.2)
         axis.set_title(f"{n} observation{'s' if n > 1 else ''}", fontsize=10)
         axis.set_xlabel("error of the next actions, stock policy = 1", fontsize=9)
-    axes[0].set_yticks(range(len(SHOWN)), list(reversed(SHOWN.values())), fontsize=9)
+    axes[0].set_yticks(range(len(shown)), list(reversed(shown.values())), fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -95,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     hours = sum(row["cpu_seconds"] for row in results.rows) / 3600
     print(f"\n{len(results.rows)} policies: {hours:.1f} hours of one CPU core")
     if args.picture is not None:
-        draw(results, args.picture)
+        draw(results, args.study, args.picture)
 
 
 if __name__ == "__main__":
