@@ -46,6 +46,12 @@ def test_every_slot_uses_the_codebook(report):
 
 def test_predicted_frames_move_what_moves(report):
     assert report.moving_error < 0.7 * report.moving_copy_error
+    assert report.moving_deviation < 0.8 * report.moving_copy_deviation
+
+
+def test_predicted_frames_keep_what_stays(report):
+    assert report.error < 0.8 * report.copy_error
+    assert report.deviation < 1.1 * report.copy_deviation
 
 
 def test_is_small():
