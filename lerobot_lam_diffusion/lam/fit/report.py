@@ -1,6 +1,6 @@
 """Is the LAM any good? Figures on episodes that the fit never saw."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class FitReport:
 def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> FitReport:
     """Measure a fitted LAM (opened with its FDM) on the held-out pairs of `data`."""
     heldout = data.holdout_pairs()
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     moving_count, indices, tokens = 0, [], []
     for later in tqdm(heldout.split(batch_size), desc="evaluate", unit="batch"):
         prev, cur = (frames.to(lam.device) for frames in data.pair_frames(later))
