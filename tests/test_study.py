@@ -1,13 +1,18 @@
 """The study behind docs/EVIDENCE.md: its intervals, its controls, and that its trainer trains."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.study import conveyor, lams
+from lerobot_lam_diffusion.demo.console import output_to
+from lerobot_lam_diffusion.demo.record import record_pusht
+from tests.benchmarks.study import closed_loop, conveyor, lams
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
 from tests.benchmarks.study.offline import STUDIES
 from tests.benchmarks.study.policies import Budget, run
+from tests.benchmarks.study.report import closed_loop_table, conveyor_table
 from tests.benchmarks.study.results import Results
 from tests.benchmarks.study.statistics import ratio, wilson
 
@@ -98,15 +103,43 @@ def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
     assert np.isfinite(measured(None, n_obs_steps=4)["error"]).all()
 
 
-def test_conveyor_records_fits_and_measures_every_arm(tmp_path, monkeypatch):
-    small = {"TRAIN": 6, "HELD_OUT": 3, "SEEDS": (0,), "LAM": lams.LamChoice(2), "LAM_BATCH": 4}
-    for name, value in {**small, "BUDGET": TINY}.items():
+@pytest.mark.parametrize("number", conveyor.STUDIES)
+def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypatch):
+    arms = {
+        name: (n, which, lam and dataclasses.replace(lam, steps=2))
+        for name, (n, which, lam) in conveyor.STUDIES[number].conditions.items()
+    }
+    study = dataclasses.replace(conveyor.STUDIES[number], train=6, budget=TINY, conditions=arms)
+    monkeypatch.setitem(conveyor.STUDIES, number, study)
+    for name, value in {"HELD_OUT": 3, "SEEDS": (0,), "LAM_BATCH": 4}.items():
         monkeypatch.setattr(conveyor, name, value)
-    conveyor.main([f"--work_dir={tmp_path}"])
-    conveyor.main([f"--work_dir={tmp_path}"])  # nothing is left to do
-    rows = Results(tmp_path / "conveyor.jsonl").rows
-    assert [row["condition"] for row in rows] == list(conveyor.CONDITIONS)
+    command = [f"--work_dir={tmp_path}", f"--study={number}"]
+    conveyor.main(command)
+    conveyor.main(command)  # nothing is left to do
+    rows = conveyor.results_of(number, tmp_path).rows
+    assert [row["condition"] for row in rows] == list(arms)
     assert all(row["n"] == 3 * 11 and len(row["error"]) == 3 for row in rows)
+    assert conveyor_table(conveyor.results_of(number, tmp_path), number).count("\n") == len(arms) + 1
+
+
+def test_closed_loop_acts_in_the_arena_with_live_tokens(tmp_path, monkeypatch):
+    root = tmp_path / "near"
+    with output_to(tmp_path / "log"):
+        record_pusht(root, "local/near", 3, near_goal=True, first_seed=20_000)
+    small = {"HELD_OUT": 1, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
+    for name, value in {**small, "BUDGET": TINY, "LONGEST": {True: 6}}.items():
+        monkeypatch.setattr(closed_loop, name, value)
+    command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--steps=2", "--seeds", "0"]
+    closed_loop.main(command)
+    closed_loop.main(command)  # nothing is left to do
+    results = closed_loop.results_of(6, tmp_path)
+    assert [row["condition"] for row in results.rows] == [
+        f"{name}, 2 steps" for name in closed_loop.CONDITIONS
+    ]
+    assert all(len(row["success"]) == len(row["coverage"]) == 2 for row in results.rows)
+    table = closed_loop_table(results)
+    assert table.count("\n") == 4
+    assert "| stock, 2 steps | 1 | 0.00 [0.00," in table
 
 
 def test_conveyor_shows_its_action_only_by_motion():

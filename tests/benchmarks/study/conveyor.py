@@ -1,6 +1,6 @@
 """Where motion must be seen: a conveyor whose speed differs by episode, and no single picture tells it.
 
-    python -m tests.benchmarks.study.conveyor --work_dir=WORK
+    python -m tests.benchmarks.study.conveyor --work_dir=WORK [--study=7]
 
 A block rides through the picture; the action is where it will be `LEAD` frames later, where a gripper has
 to close. Recorded as a LeRobot dataset with encoded video; the LAM sees pixels of training episodes only.
@@ -23,22 +23,61 @@ from torch import Tensor
 from lerobot_lam_diffusion.demo.console import output_to
 
 from . import lams
-from .data import ACTION, ENV, IMAGE, STATE, load
-from .lams import LamChoice
+from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
+from .lams import LamChoice, Tokens
 from .policies import Budget, Windows, denoised, errors, train
 from .results import Results
 
-TRAIN, HELD_OUT, LENGTH, FPS = 120, 60, 12, 10
+HELD_OUT, LENGTH, FPS = 60, 12, 10
 SIZE, BLOCK, LEAD, FASTEST = 96, 12, 8, 3.0  # px; frames; px a frame
 GRIP = 5.0  # px that a grip may miss the block's middle by
 SEEDS = (0, 1, 2)
-LAM, LAM_BATCH, PRESET = LamChoice(400), 32, "compact"
-BUDGET = Budget(every=1)
-CONDITIONS = {  # name → observations, tokens
-    "stock, 1 observation": (1, None),
-    "stock, 2 observations": (2, None),
-    "1 observation and LAM token": (1, "latest"),
-    "1 observation and token of another episode": (1, "shuffled"),
+LAM_BATCH, PRESET = 32, "compact"
+Condition = tuple[int, str | None, LamChoice | None]  # observations; which tokens; of which LAM
+
+
+@dataclass(frozen=True)
+class Study:
+    """One registered run.
+
+    Attributes:
+        train: Training episodes.
+        one_scale: Pixels are normalised by their common extremes; else each by its own, which blows up the
+            codec's noise wherever nothing moves.
+        conditions: By name.
+    """
+
+    train: int
+    budget: Budget
+    one_scale: bool
+    conditions: dict[str, Condition]
+
+
+SHORT, PIXELS, PLACE = LamChoice(400), LamChoice(1200), LamChoice(1200, uses_state=True)
+STUDIES = {
+    2: Study(
+        120,
+        Budget(every=1),
+        False,
+        {
+            "stock, 1 observation": (1, None, None),
+            "stock, 2 observations": (2, None, None),
+            "1 observation and LAM token": (1, "latest", SHORT),
+            "1 observation and token of another episode": (1, "shuffled", SHORT),
+        },
+    ),
+    7: Study(
+        400,
+        Budget(every=1, steps=2000),
+        True,
+        {
+            "stock, 1 observation": (1, None, None),
+            "stock, 2 observations": (2, None, None),
+            "1 observation and token, LAM fitted with the block's place": (1, "latest", PLACE),
+            "1 observation and such a token of another episode": (1, "shuffled", PLACE),
+            "1 observation and token, LAM of pixels alone": (1, "latest", PIXELS),
+        },
+    ),
 }
 FEATURES = {
     IMAGE: {"dtype": "video", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]},
@@ -86,12 +125,12 @@ class Ride:
         ]
 
 
-def record(root: Path) -> LeRobotDataset:
+def record(root: Path, episodes: int) -> LeRobotDataset:
     if not root.exists():
         part = root.with_suffix(".part")
         with output_to(root.with_suffix(".log")):
             dataset = LeRobotDataset.create("local/conveyor", FPS, FEATURES, root=part, video_backend="pyav")
-            for seed in range(TRAIN + HELD_OUT):
+            for seed in range(episodes):
                 for frame in Ride.drawn(seed).frames():
                     dataset.add_frame(frame)
                 dataset.save_episode()
@@ -106,35 +145,65 @@ def strips(frames: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(grey, (4, 2)).flatten(1)
 
 
+class OneScale(Recorded):
+    """All pixels of the policy's input on the scale of the whole strip."""
+
+    def _scale(self, key: str) -> tuple[Tensor, Tensor]:
+        low, spread = super()._scale(key)
+        if key != ENV:
+            return low, spread
+        return low.min(), (low + spread).max() - low.min()
+
+
+def places(data: Recorded) -> Recorded:
+    """The same recording with the block's place (F, 1) as its state: for the LAM, never for the policy."""
+    found = [Ride.drawn(seed).place(frame) for seed in range(len(data.stop)) for frame in range(LENGTH)]
+    return replace(data, columns={**data.columns, STATE: torch.tensor(found)[:, None]})
+
+
+def tokens_of(which: str | None, lam: LamChoice | None, data: Recorded, folder: Path) -> Tokens | None:
+    if lam is None:
+        return None
+    how = {"folder": folder / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
+    tokens = lams.of_lam(lam, "vq", places(data), **how)
+    return lams.of_other_episodes(tokens, data) if which == "shuffled" else tokens
+
+
+def results_of(study: int, work_dir: Path) -> Results:
+    return Results(work_dir / ("conveyor.jsonl" if study == 2 else f"conveyor_{study}.jsonl"))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--study", type=int, choices=STUDIES, default=7)
     args = parser.parse_args(argv)
-    folder = args.work_dir / "conveyor"
+    study, folder = STUDIES[args.study], args.work_dir / f"conveyor_{args.study}"
     folder.mkdir(parents=True, exist_ok=True)
-    data = load(record(folder / "data"), folder, HELD_OUT)
+    data = load(record(folder / "data", study.train + HELD_OUT), folder, HELD_OUT)
     data.columns[ENV] = strips(data.frames)
-    how = {"folder": folder / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
-    tokens = lams.of_lam(LAM, "vq", data, **how)
-    seen = {"latest": tokens, "shuffled": lams.of_other_episodes(tokens, data), None: None}
-    places = data.columns[ACTION][data.train_frames]
-    px = float(places.max() - places.min()) / 2  # of a normalised unit
+    if study.one_scale:
+        data = OneScale(data.columns, data.frames, data.episode, data.held_out)
+    actions = data.columns[ACTION][data.train_frames]
+    px = float(actions.max() - actions.min()) / 2  # of a normalised unit
     # The first frame of an episode has no motion yet, for no policy.
     frames = data.held_out_frames[data.held_out_frames % LENGTH > 0]
-    results = Results(args.work_dir / "conveyor.jsonl")
+    results = results_of(args.study, args.work_dir)
     for seed in SEEDS:
-        for name, (n_obs_steps, which) in CONDITIONS.items():
+        for name, (n_obs_steps, which, lam) in study.conditions.items():
             if results.has(name, seed):
                 continue
-            windows = Windows(data, n_obs_steps, BUDGET.horizon, seen[which], (0,))
-            policy = train(windows, data.train_frames, BUDGET, seed)
-            found = errors(policy, windows, BUDGET, frames)
-            first = denoised(policy, windows, frames, replace(BUDGET, noise_samples=1))[0, :, 0, 0]
+            tokens = tokens_of(which, lam, data, folder)
+            r2 = lams.probe_r2(tokens, places(data)) if tokens else None
+            windows = Windows(data, n_obs_steps, study.budget.horizon, tokens, (0,))
+            policy = train(windows, data.train_frames, study.budget, seed)
+            found = errors(policy, windows, study.budget, frames)
+            first = denoised(policy, windows, frames, replace(study.budget, noise_samples=1))[0, :, 0, 0]
             missed = px * (first - windows.columns[ACTION][frames, 0]).abs()
             count = int((missed <= GRIP).sum())
-            results.add(condition=name, seed=seed, px=px, grips=count, n=len(frames), **found)
+            results.add(condition=name, seed=seed, px=px, grips=count, n=len(frames), probe_r2=r2, **found)
             miss = px * np.mean(found["error"]) ** 0.5
-            print(f"{name:<45} seed {seed}  misses by {miss:.1f} px, grips {count}/{len(frames)}", flush=True)
+            print(f"{name:<60} seed {seed}  misses by {miss:.1f} px, grips {count}/{len(frames)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,20 @@ class Recorded:
 
     def normalized(self) -> dict[str, Tensor]:
         """The columns on -1…1 by the training episodes' extremes: LeRobot's MIN_MAX, for ENV as well."""
-        normalized = {}
-        for key, values in self.columns.items():
-            low, high = values[self.train_frames].amin(0), values[self.train_frames].amax(0)
-            normalized[key] = (values - low) / (high - low).clamp(min=1e-6) * 2 - 1
-        return normalized
+        return {key: self.normalize(key, values) for key, values in self.columns.items()}
+
+    def normalize(self, key: str, values: Tensor) -> Tensor:
+        low, spread = self._scale(key)
+        return (values - low) / spread * 2 - 1
+
+    def denormalize(self, key: str, values: Tensor) -> Tensor:
+        low, spread = self._scale(key)
+        return (values + 1) / 2 * spread + low
+
+    def _scale(self, key: str) -> tuple[Tensor, Tensor]:
+        values = self.columns[key][self.train_frames]
+        low = values.amin(0)
+        return low, (values.amax(0) - low).clamp(min=1e-6)
 
     def window(self, index: Tensor, deltas: list[int]) -> tuple[Tensor, Tensor]:
         """Frames (B, T) of a window, clamped to the episode as LeRobot does, and which ones were (B, T)."""
@@ -92,23 +101,28 @@ def load(dataset: LeRobotDataset, folder: Path, held_out: int) -> Recorded:
     return Recorded(columns, torch.from_numpy(np.load(path)), episode, held_out)
 
 
-def replayed_keypoints(data: Recorded, first_seed: int) -> Tensor:
+def replayed_keypoints(data: Recorded, first_seed: int, near_goal: bool) -> Tensor:
     """Keypoints of PushT's block (F, 16), which the recording lacks: its actions, acted out again.
 
     Raises:
         ValueError: an episode does not take the course that was recorded.
     """
+    from lerobot_lam_diffusion.demo.expert import near_goal_start
     from lerobot_lam_diffusion.demo.pusht import make_env
+
+    def reset(seed: int) -> dict[str, np.ndarray]:
+        options = near_goal_start(np.random.default_rng(seed)) if near_goal else None
+        return env.reset(seed=seed, options=options)[0]
 
     env, seed, keypoints = make_env("environment_state_agent_pos"), first_seed, []
     for start, stop in zip(data.start.tolist(), data.stop.tolist(), strict=True):
         states, actions = data.columns[STATE][start:stop].numpy(), data.columns[ACTION][start:stop].numpy()
-        observation, _ = env.reset(seed=seed)
+        observation = reset(seed)
         while np.abs(observation["agent_pos"] - states[0]).max() > 0.01:  # seeds without a demonstration
             seed += 1
             if seed > first_seed + 10 * len(data.stop):
                 raise ValueError(f"no seed from {first_seed} on starts as the episode at frame {start}")
-            observation, _ = env.reset(seed=seed)
+            observation = reset(seed)
         for state, action in zip(states, actions, strict=True):
             if np.abs(observation["agent_pos"] - state).max() > 0.01:
                 raise ValueError(f"seed {seed} is not what was recorded from frame {start} on")
@@ -118,13 +132,13 @@ def replayed_keypoints(data: Recorded, first_seed: int) -> Tensor:
     return torch.from_numpy(np.stack(keypoints)).float()
 
 
-def pusht(root: Path, work_dir: Path, held_out: int, first_seed: int) -> Recorded:
+def pusht(root: Path, work_dir: Path, held_out: int, first_seed: int, near_goal: bool = False) -> Recorded:
     """PushT demonstrations with keypoints, cached as tensors in `work_dir`."""
     cached = work_dir / "columns.pt"
     if not cached.exists():
         dataset = LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
         data = load(dataset, work_dir, held_out)
-        data.columns[ENV] = replayed_keypoints(data, first_seed)
+        data.columns[ENV] = replayed_keypoints(data, first_seed, near_goal)
         torch.save({"columns": data.columns, "episode": data.episode}, cached)
     saved = torch.load(cached, weights_only=True)
     return Recorded(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lerobot_lam_diffusion import DiffusionLamConfig, DiffusionLamPolicy
 
@@ -29,6 +30,7 @@ class Budget:
     n_action_steps: int = 4
     noise_samples: int = 4
     every: int = 4  # held-out frames that are measured
+    ema: float | None = None  # decay of averaged weights, which then are the policy's
 
 
 class Windows:
@@ -91,6 +93,7 @@ def train(windows: Windows, frames: Tensor, budget: Budget, seed: int) -> Diffus
         optimizer, budget.learning_rate, total_steps=max(budget.steps, 10)
     )
     generator = torch.Generator().manual_seed(seed)
+    averaged = budget.ema and AveragedModel(policy.diffusion, multi_avg_fn=get_ema_multi_avg_fn(budget.ema))
     for _ in range(budget.steps):
         index = frames[torch.randint(len(frames), (budget.batch_size,), generator=generator)]
         loss, _ = policy.forward(windows.batch(index))
@@ -98,6 +101,10 @@ def train(windows: Windows, frames: Tensor, budget: Budget, seed: int) -> Diffus
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if averaged:
+            averaged.update_parameters(policy.diffusion)
+    if averaged:
+        policy.diffusion.load_state_dict(averaged.module.state_dict())
     return policy.eval()
 
 

@@ -1,6 +1,6 @@
 """The study's tables, and its picture.
 
-python -m tests.benchmarks.study.report --work_dir=WORK [--study=5] [--picture=docs/images/evidence.png]
+python -m tests.benchmarks.study.report --work_dir=WORK --study=5 [--picture=docs/images/evidence.png]
 """
 
 import argparse
@@ -9,10 +9,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import conveyor
-from .offline import STUDIES, Condition, results_of
+from . import closed_loop, conveyor, offline
+from .offline import Condition
 from .results import Results
-from .statistics import Interval, ratio, wilson
+from .statistics import Interval, difference, ratio, wilson
 
 SHOWN = {
     1: {
@@ -61,23 +61,46 @@ def offline_table(results: Results, conditions: list[Condition]) -> str:
     return "\n".join(lines)
 
 
-def conveyor_table(results: Results) -> str:
-    lines = ["| condition | seeds | misses by (px) | grips within 5 px |", "|---|---|---|---|"]
-    for name in conveyor.CONDITIONS:
+def conveyor_table(results: Results, study: int) -> str:
+    lines = ["| condition | seeds | misses by (px) | grips within 5 px | probe R² |", "|---|---|---|---|---|"]
+    for name in conveyor.STUDIES[study].conditions:
         rows = [row for row in results.rows if row["condition"] == name]
         if not rows:
-            lines.append(f"| {name} | not run | | |")
+            lines.append(f"| {name} | not run | | | |")
             continue
         misses = [row["px"] * np.mean(row["error"]) ** 0.5 for row in rows]
         grips = wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
-        lines.append(f"| {name} | {len(rows)} | {np.mean(misses):.1f} | {grips} |")
+        probe = rows[0].get("probe_r2")
+        probe = "" if probe is None else f"{probe:.2f}"
+        lines.append(f"| {name} | {len(rows)} | {np.mean(misses):.1f} | {grips} | {probe} |")
+    return "\n".join(lines)
+
+
+def closed_loop_table(results: Results) -> str:
+    """Success of all seeds pooled; coverage as the paired difference to stock after as many steps."""
+    lines = [
+        "| condition | seeds | success | mean of the largest coverage | coverage, against stock |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["condition"] for row in results.rows):
+        condition, steps = name.split(", ")
+        seeds, stock = results.seeds(name), f"stock, {steps}"
+        success = results.values(name, "success", seeds)
+        coverage = results.values(name, "coverage", seeds)
+        both = [seed for seed in seeds if seed in results.seeds(stock)]
+        against = ""
+        if condition != "stock" and both:
+            ours, theirs = (results.values(arm, "coverage", both) for arm in (name, stock))
+            against = str(difference(ours, theirs))
+        share = wilson(int(success.sum()), success.size)
+        lines.append(f"| {name} | {len(seeds)} | {share} | {coverage.mean():.3f} | {against} |")
     return "\n".join(lines)
 
 
 def draw(results: Results, study: int, path: Path) -> None:
     """Relative errors of a study with their intervals, one and two observations side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-    known, shown = {condition.name: condition for condition in STUDIES[study]()}, SHOWN[study]
+    known, shown = {condition.name: condition for condition in offline.STUDIES[study]()}, SHOWN[study]
     for n, axis in zip((1, 2), axes, strict=True):
         for place, suffix in enumerate(reversed(shown)):
             if f"{n} obs: {suffix}" not in known:
@@ -96,13 +119,18 @@ def draw(results: Results, study: int, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--study", type=int, choices=STUDIES, default=1)
+    parser.add_argument("--picture", type=Path, help="of studies 1 and 5")
+    studies = [*offline.STUDIES, *conveyor.STUDIES, *closed_loop.STUDIES]
+    parser.add_argument("--study", type=int, choices=sorted(studies), default=1)
     args = parser.parse_args(argv)
-    results = results_of(args.study, args.work_dir)
-    print(offline_table(results, STUDIES[args.study]()))
-    if args.study == 1:
-        print(f"\n{conveyor_table(Results(args.work_dir / 'conveyor.jsonl'))}")
+    if args.study in closed_loop.STUDIES:
+        print(closed_loop_table(closed_loop.results_of(args.study, args.work_dir)))
+        return
+    if args.study in conveyor.STUDIES:
+        print(conveyor_table(conveyor.results_of(args.study, args.work_dir), args.study))
+        return
+    results = offline.results_of(args.study, args.work_dir)
+    print(offline_table(results, offline.STUDIES[args.study]()))
     hours = sum(row["cpu_seconds"] for row in results.rows) / 3600
     print(f"\n{len(results.rows)} policies: {hours:.1f} hours of one CPU core")
     if args.picture is not None:

@@ -26,11 +26,18 @@ def ratio(errors: np.ndarray, baseline: np.ndarray, draws: int = 10_000, seed: i
     Args:
         errors, baseline: (training seeds, episodes) of the same held-out episodes.
     """
-    ours, theirs = errors.mean(0), baseline.mean(0)
+    return _paired(errors.mean(0), baseline.mean(0), np.divide, draws, seed)
+
+
+def difference(values: np.ndarray, baseline: np.ndarray, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Mean value minus that of a baseline, bootstrapped over starts in the same way."""
+    return _paired(values.mean(0), baseline.mean(0), np.subtract, draws, seed)
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray, compare: np.ufunc, draws: int, seed: int) -> Interval:
     chosen = np.random.default_rng(seed).integers(len(ours), size=(draws, len(ours)))
-    drawn = ours[chosen].mean(1) / theirs[chosen].mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(float(ours.mean() / theirs.mean()), float(low), float(high))
+    low, high = np.percentile(compare(ours[chosen].mean(1), theirs[chosen].mean(1)), [2.5, 97.5])
+    return Interval(float(compare(ours.mean(), theirs.mean())), float(low), float(high))
 
 
 def wilson(count: int, n: int, z: float = 1.959964) -> Interval:

@@ -1,0 +1,163 @@
+"""Success in closed loop on PushT: the diffusion policy with and without the live token of the last pair.
+
+    python -m tests.benchmarks.study.closed_loop --dataset.root=DIR --work_dir=WORK [--study=3]
+
+Each finished training is a line; a command that is run again goes on where it stopped. `--steps` and
+`--seeds` say how much to train.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lerobot_lam_diffusion import DiffusionLamPolicy
+from lerobot_lam_diffusion.demo.expert import near_goal_start
+from lerobot_lam_diffusion.demo.pusht import PushTEnv, make_env
+from lerobot_lam_diffusion.lam import load_lam
+
+from . import lams
+from .data import ACTION, ENV, STATE, Recorded, pusht
+from .lams import LamChoice, Tokens
+from .policies import Budget, Windows, train
+from .results import Results
+
+LAM, LAM_BATCH, PRESET = LamChoice(1200, uses_state=True), 32, "compact"
+HELD_OUT = 40  # episodes that the LAM's probe is measured on; the policy's test are new starts
+FIRST_START, STARTS = 50_000, 200  # seeds of the test's starts; no demonstration has one of them
+CONDITIONS = ("stock", "latest", "true state change")
+BUDGET = Budget(steps=20_000, learning_rate=1e-3, down_dims=(64, 128), ema=0.999)
+STUDIES = {3: False, 6: True}  # whether episodes start near the goal
+LONGEST = {True: 150, False: 300}  # steps of an episode, near the goal and from the task's own starts
+
+Token = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Token (B, D) of the pair of frames (B, 3, H, W) and states (B, 2): before, now."""
+
+
+class Arena:
+    """Several environments that advance in step, each from its own start.
+
+    Attributes:
+        coverage: Largest share of the goal covered so far (B,).
+        solved: Whether an environment has reported success (B,); a solved one stands still.
+    """
+
+    def __init__(self, near_goal: bool, starts: int) -> None:
+        self.envs: list[PushTEnv] = [make_env("environment_state_agent_pos") for _ in range(starts)]
+        self.seen = []
+        for seed, env in enumerate(self.envs, FIRST_START):
+            options = near_goal_start(np.random.default_rng(seed)) if near_goal else None
+            self.seen.append(env.reset(seed=seed, options=options)[0])
+        self.coverage = np.array([env._get_coverage() for env in self.envs])
+        self.solved = np.zeros(starts, bool)
+
+    def observed(self) -> dict[str, Tensor]:
+        """State (B, 2) and keypoints (B, 16), as recorded."""
+        keys = {STATE: "agent_pos", ENV: "environment_state"}
+        return {
+            key: torch.from_numpy(np.stack([seen[name] for seen in self.seen])).float()
+            for key, name in keys.items()
+        }
+
+    def frames(self) -> Tensor:
+        """uint8 (B, 3, 96, 96)."""
+        return torch.from_numpy(np.stack([env._render() for env in self.envs])).permute(0, 3, 1, 2)
+
+    def step(self, actions: Tensor) -> None:
+        for i, (env, action) in enumerate(zip(self.envs, actions.double().numpy(), strict=True)):
+            if not self.solved[i]:
+                self.seen[i], _, self.solved[i], _, info = env.step(action)
+                self.coverage[i] = max(self.coverage[i], info["coverage"])
+
+
+@torch.no_grad()
+def act(
+    policy: DiffusionLamPolicy, data: Recorded, arena: Arena, steps: int, token: Token | None
+) -> None:  # fmt: skip
+    """Let the policy act in all environments; its noise is the same for every policy of a shape."""
+    torch.manual_seed(2)
+    policy.reset()
+    before: tuple[Tensor, Tensor] | None = None  # frames and states of the last tick
+    for _ in range(steps):
+        columns = arena.observed()
+        batch = {key: data.normalize(key, values) for key, values in columns.items()}
+        if token is not None:
+            now = arena.frames(), columns[STATE]
+            found = token(*(before or now), *now)
+            batch["observation.lam_tokens"] = found if before else torch.zeros_like(found)
+            before = now
+        arena.step(data.denormalize(ACTION, policy.select_action(batch)))
+        if arena.solved.all():
+            return
+
+
+def seen_by(condition: str, data: Recorded, work_dir: Path) -> tuple[Tokens | None, Token | None]:
+    """A condition's tokens in training, and how it comes by them in the arena."""
+    if condition == "stock":
+        return None, None
+    if condition == "true state change":
+        return lams.state_changes(data), lambda _, state, __, now: now - state
+    how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
+    tokens = lams.of_lam(LAM, "vq", data, **how)
+    lam = load_lam(lams.fitted(LAM, data, **how))
+    return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True)
+
+
+def folder_of(study: int, work_dir: Path) -> Path:
+    return work_dir / f"closed_loop_{study}"
+
+
+def results_of(study: int, work_dir: Path) -> Results:
+    return Results(folder_of(study, work_dir) / "finished.jsonl")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--dataset.root", dest="root", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--study", type=int, choices=STUDIES, default=6)
+    parser.add_argument(
+        "--first_seed", type=int, default=20_000, help="of the recording, to recover keypoints"
+    )
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
+    parser.add_argument("--steps", type=int, default=BUDGET.steps)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    args = parser.parse_args(argv)
+    near_goal, folder = STUDIES[args.study], folder_of(args.study, args.work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = pusht(args.root, folder, HELD_OUT, args.first_seed, near_goal)
+    results, budget = results_of(args.study, args.work_dir), replace(BUDGET, steps=args.steps)
+    for seed in args.seeds:
+        for condition in args.conditions:
+            name = f"{condition}, {args.steps} steps"
+            if results.has(name, seed):
+                continue
+            started = time.process_time()
+            tokens, token = seen_by(condition, data, folder)
+            windows = Windows(data, 2, budget.horizon, tokens, (0,))
+            policy = train(windows, data.train_frames, budget, seed)
+            trained = time.process_time() - started
+            arena = Arena(near_goal, STARTS)
+            act(policy, data, arena, LONGEST[near_goal], token)
+            results.add(
+                condition=name, seed=seed, success=arena.solved.tolist(), coverage=arena.coverage.tolist(),
+                probe_r2=lams.probe_r2(tokens, data) if tokens else None,
+                cpu_seconds=round(time.process_time() - started), train_seconds=round(trained),
+            )  # fmt: skip
+            print(
+                f"{name:<40} seed {seed}  success {arena.solved.mean():.2f}  "
+                f"coverage {arena.coverage.mean():.3f}  {trained:.0f} CPU-seconds of training",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
