@@ -23,7 +23,7 @@ from lerobot_lam_diffusion.precompute.encode import PairEncoder
 from lerobot_lam_diffusion.precompute.frames import CHUNK_BYTES, CHUNK_FRAMES
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs, rebatch
 from lerobot_lam_diffusion.precompute.pipeline import ResizeOnDevice
-from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_line
 
 PAIRS_AT_A_TIME = 16
 """The one batch shape of guidance and of stores made of videos, so that even continuous tokens are equal."""
@@ -191,10 +191,9 @@ class DemonstrationVideo:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DatasetError(
-                f"{self.path} cannot be read as a video ({reason}); it may be damaged or cut off: play it to "
-                "the end, copy it again, or re-encode it (ffmpeg -i IN OUT.mp4)"
+                f"{self.path} cannot be read as a video ({first_line(error)}); it may be damaged or cut "
+                "off: play it to the end, copy it again, or re-encode it (ffmpeg -i IN OUT.mp4)"
             ) from error
 
     def _refuse_early_end(self, stream: Any, last: float, frame_s: float) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.precompute.dataset import decoder_version
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, decoder_of
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
 from lerobot_lam_diffusion.precompute.recompute import refuse_other_tokens
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -97,7 +97,7 @@ def store_of_live_cache(
         )
     covered = torch.zeros(len(tables.episode_from), dtype=torch.bool)
     covered[list(blocks)] = True
-    decoder, told = decoder_of(dataset.meta, camera, dataset._video_backend), cache.provenance
+    decoder, told = decoder_of(dataset.meta, camera, backend_of(dataset)), cache.provenance
     store = write_store(
         folder,
         replace(told, decoder=decoder, versions=told.versions | decoder_version(decoder)),

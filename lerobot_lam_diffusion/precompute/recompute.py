@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.precompute.frames import decode_error, file_of
+from lerobot_lam_diffusion.precompute.frames import backend_of, decode_error, file_of
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
@@ -122,7 +122,7 @@ def _undecodable(dataset: Any, episode: int, frame: int) -> str | None:
     """Which of the cameras kept as video it is: LeRobot decodes all of them for an item."""
     for key in dataset.meta.video_keys:
         seconds = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"] + frame / dataset.fps
-        path, backend = file_of(dataset, key, episode), dataset._video_backend
+        path, backend = file_of(dataset, key, episode), backend_of(dataset)
         try:
             decode_video_frames(path, [seconds], dataset.tolerance_s, backend, return_uint8=True)
         except Exception:

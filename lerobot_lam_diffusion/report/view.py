@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.utils.errors import UserError, first_line
 from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
 FRAME, SECONDS = "frame_index", "timestamp"
@@ -243,7 +243,7 @@ def _refusing(what: str, path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if path is not None:
             raise UserError(f"{what}={path} cannot be written ({reason})") from error
         raise UserError(

@@ -19,7 +19,7 @@ from draccus.utils import DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.utils.errors import FlagError, UserError
+from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line
 
 DASHED = {
     "--dataset-repo-id": "dataset.repo_id",
@@ -145,10 +145,9 @@ def usable_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device={device} cannot be used here ({reason}); expected cuda, mps or cpu, or leave it out "
-            "for the best there is"
+            f"--device={device} cannot be used here ({first_line(error)}); expected cuda, mps or cpu, or "
+            "leave it out for the best there is"
         ) from error
     return device
 

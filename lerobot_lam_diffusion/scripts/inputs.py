@@ -19,7 +19,7 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot_lam_diffusion.precompute.dataset import is_local, open_readable, open_whole
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
-from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_line, raise_problems
 
 
 def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
@@ -40,7 +40,7 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
         except (CompatibilityError, NotImplementedError, DatasetError):
             raise
         except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
             if config.root is not None and not root.is_dir():
                 raise DatasetError(

@@ -59,7 +59,7 @@ from lerobot_lam_diffusion.scripts.next_step import follow, next_step, train_on
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
+from lerobot_lam_diffusion.utils.errors import ExtractionError, first_line, raise_problems
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -252,7 +252,7 @@ def _extract(
         )
     except torch.OutOfMemoryError as error:
         raise ExtractionError(
-            f"the GPU's memory is not enough ({str(error).splitlines()[0]}); pass a smaller --batch_size"
+            f"the GPU's memory is not enough ({first_line(error)}); pass a smaller --batch_size"
         ) from error
     except (KeyboardInterrupt, DecodeError, OSError) as error:
         told = None if isinstance(error, FileExistsError) else resume_hint(output_dir)

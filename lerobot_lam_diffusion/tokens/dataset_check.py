@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
+from lerobot_lam_diffusion.utils.errors import DatasetError, first_line, raise_problems
 
 RGB_CHANNELS = 3
 LFS_POINTER = b"version https://git-lfs"
@@ -280,7 +280,7 @@ def _recorded_episodes(root: Path) -> set[int]:
         try:
             column = pq.ParquetFile(path).read(columns=["episode_index"])["episode_index"]
         except (OSError, pa.ArrowException, KeyError) as error:
-            reason = why_absent(path) or f"cannot be read ({(str(error).splitlines() or ['damaged'])[0]})"
+            reason = why_absent(path) or f"cannot be read ({first_line(error)})"
             raise DatasetError(f"{path} {reason}. Fetch or repair the file") from error
         recorded.update(int(episode) for episode in column.unique().to_pylist())
     return recorded

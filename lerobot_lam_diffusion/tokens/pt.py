@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.layout import not_finite
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, VQ
-from lerobot_lam_diffusion.utils.errors import TokenStoreError, shown
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, first_line, shown
 
 WIDEST_TOKEN = 1 << 16
 
@@ -85,10 +85,10 @@ def _load(path: Path) -> Any:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files make torch raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TokenStoreError(
             f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
-            f"({shown(reason)}). Save it again with torch.save, or make a store with lerobot-lam-precompute"
+            f"({first_line(error)}). Save it again with torch.save, or make a store with "
+            "lerobot-lam-precompute"
         ) from error
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lerobot_lam_diffusion.utils.errors import HubError, shown
+from lerobot_lam_diffusion.utils.errors import HubError, first_line, shown
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no way out of the cache's folder of branches
@@ -81,7 +81,7 @@ def reason(error: Exception, kind: str) -> str:
 
 def _refused(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    told = f"{status}: {_line(getattr(error, 'server_message', None) or error)}"
+    told = f"{status}: {first_line(getattr(error, 'server_message', None) or error)}"
     if status in (401, 403):
         return f"the Hub refused the credentials ({told}). Log in {_ACCOUNT} do this"
     if status == 429 or (status or 0) >= 500:
@@ -101,17 +101,15 @@ def _not_delivered(error: Exception) -> str:
         )
     if isinstance(error, httpx.ConnectError | httpx.TimeoutException | errors.LocalEntryNotFoundError):
         return (
-            f"the Hub could not be reached, nor does its cache {cache} have it whole ({_line(error)}). Go "
-            "online once, or name a local copy"
+            f"the Hub could not be reached, nor does its cache {cache} have it whole "
+            f"({first_line(error)}). Go online once, or name a local copy"
         )
     if isinstance(error, httpx.HTTPError) or "Consistency check failed" in str(error):
-        return f"the transfer broke off ({_line(error)}); nothing of it is used. Run the same command again"
+        return (
+            f"the transfer broke off ({first_line(error)}); nothing of it is used. Run the same command again"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or cache} cannot be used ({error.strerror}). Make room there, or set HF_HOME"
-    return f"the Hub did not answer as expected ({type(error).__name__}: {_line(error)}). Correct the name"
-
-
-def _line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return (
+        f"the Hub did not answer as expected ({type(error).__name__}: {first_line(error)}). Correct the name"
+    )
