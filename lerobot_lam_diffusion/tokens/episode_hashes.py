@@ -75,7 +75,7 @@ def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
 
 def are_known(hashes: Tensor) -> Tensor:
     """Which of the hashes are not the zeros of an episode that could not be read, bool `(E,)`."""
-    return hashes.any(1)
+    return (hashes != 0).any(1)  # `any` of uint8 is uint8, whose `~` is never 0
 
 
 def _files(root: Path, camera_key: str) -> list[tuple[Path, os.stat_result]]:

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.episode_hashes import are_known
+from lerobot_lam_diffusion.tokens.episode_hashes import are_known, differing_episodes
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.storage import StoredRows
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
@@ -67,39 +66,17 @@ def _provenance(store: TokenStore) -> Provenance:
     return store.provenance
 
 
-def _identity(store: TokenStore) -> dict[str, Any]:
-    """What tokens have to agree in to be of one kind."""
-    told = _provenance(store)
-    return {
-        "dataset digest": told.dataset.digest,
-        "frames": told.dataset.total_frames,
-        "episodes": told.dataset.total_episodes,
-        "fps": told.dataset.fps,
-        "LAM fingerprint": told.lam.fingerprint,
-        "tokens": f"{told.lam.num_learned_tokens} x {told.lam.action_latent_dim}",
-        "camera": told.camera_key,
-        "frame stride": told.frame_stride,
-        "context": told.context,
-        "token kind": told.token_kind,
-        "dtype": told.dtype,
-        "storage": told.storage_dtype,
-        "device": told.device,
-        "decoder": told.decoder,
-    }
-
-
 def _refuse_different(stores: Sequence[TokenStore]) -> None:
     first, *others = stores
-    expected = _identity(first)
+    expected = _provenance(first)
     problems = []
     for other in others:
+        told = _provenance(other)
         problems += [
-            f"{other.path}: {name} is {value}, of {first.path} {expected[name]}"
-            for name, value in _identity(other).items()
-            if value != expected[name]
+            f"{other.path}: {difference} as in {first.path}" for difference in told.differences(expected)
         ]
-        frames = {_provenance(store).dataset.frames for store in (first, other)} - {""}
-        if len(frames) > 1:
+        digests_differ = len({expected.dataset.frames, told.dataset.frames} - {""}) > 1
+        if digests_differ or differing_episodes(first.episode_hash, other.episode_hash):
             problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):
             problems.append(f"{other.path} has another codebook than {first.path}")

@@ -237,7 +237,7 @@ class TokenStore:
                 dataset.
         """
         device = index.device
-        index = index.reshape(-1).cpu()
+        index = index.reshape(-1).cpu().contiguous()
         episode = torch.searchsorted(self.episode_from, index, right=True) - 1
         self._refuse_uncovered(index, episode)
         first = self.episode_from[episode].unsqueeze(1)

@@ -30,7 +30,7 @@ def contents(store) -> list[bytes]:
 def part_of(tmp_path):
     """Some episodes of a store, as a store: `part_of(whole, [0, 2], "name", camera_key=…)`."""
 
-    def make(whole, episodes, name, **changes):
+    def make(whole, episodes, name, hashes=None, **changes):
         covered = torch.zeros(len(whole.episode_row), dtype=torch.bool)
         covered[episodes] = True
         frame, _ = whole.frames_at(torch.arange(len(whole.values)))
@@ -39,7 +39,7 @@ def part_of(tmp_path):
         codebook = torch.empty(0) if whole.codebook is None else whole.codebook
         provenance = replace(whole.provenance, **changes)
         start, stop = whole.episode_from, whole.episode_to
-        return write_store(tmp_path / name, provenance, blocks, codebook, start, stop, covered)
+        return write_store(tmp_path / name, provenance, blocks, codebook, start, stop, covered, hashes)
 
     return make
 
@@ -82,19 +82,19 @@ def test_every_difference_is_told_at_once(write_random, part_of, tmp_path):
     told = refusal([whole, other], tmp_path / "merged")
     assert "4 problems" in told
     for difference in (
-        "LAM fingerprint is another, of",
-        "camera is wrist, of",
-        "frame stride is 2, of",
-        "device is cuda, of",
+        "lam.fingerprint is 'another', expected 'fingerprint'",
+        "camera_key is 'wrist', expected 'observation.images.top'",
+        "frame_stride is 2, expected 1",
+        "device is 'cuda', expected 'unknown'",
     ):
-        assert f"{other.path}: {difference} {whole.path}" in told
+        assert f"{other.path}: {difference} as in {whole.path}" in told
 
 
 def test_another_kind_codebook_or_storage(write_random, part_of, tmp_path):
     vq, int8 = (write_random(tmp_path / kind, LENGTHS, **KINDS[kind]) for kind in ("vq", "int8"))
     float32 = write_random(tmp_path / "float32", LENGTHS, **KINDS["float32"])
-    assert "token kind is continuous, of" in refusal([vq, int8], tmp_path / "merged")
-    assert "storage is float32, of" in refusal([int8, float32], tmp_path / "merged")
+    assert "token_kind is 'continuous', expected 'vq'" in refusal([vq, int8], tmp_path / "merged")
+    assert "storage_dtype is 'float32', expected 'int8'" in refusal([int8, float32], tmp_path / "merged")
     provenance = replace(vq.provenance)
     every = torch.ones(4, dtype=torch.bool)
     other = write_store(
@@ -119,6 +119,29 @@ def test_two_accounts_of_an_episode(write_random, part_of, tmp_path, kind):
     told = refusal([whole, other], tmp_path / "merged")
     assert "have different tokens of episode" in told
     assert "lerobot-lam-tokens verify" in told
+
+
+def test_what_any_store_knows_of_an_episodes_frames_is_kept(write_random, part_of, tmp_path):
+    whole = write_random(tmp_path / "whole", LENGTHS)
+    hashes = torch.arange(1, 5, dtype=torch.uint8).unsqueeze(1).expand(4, 16).contiguous()
+    of_some = hashes * torch.tensor([[1], [1], [0], [0]], dtype=torch.uint8)
+    of_others = hashes * torch.tensor([[0], [1], [1], [0]], dtype=torch.uint8)
+    stores = [
+        part_of(whole, [0], "one", of_some),
+        part_of(whole, [1, 2], "other", of_others),
+        part_of(whole, [3], "without"),
+    ]
+    merged = merge_stores(stores, tmp_path / "merged")
+    assert merged.episode_hash[:, 0].tolist() == [1, 2, 3, 0]
+
+
+def test_episodes_of_other_frames(write_random, part_of, tmp_path):
+    whole = write_random(tmp_path / "whole", LENGTHS)
+    hashes = torch.ones(4, 16, dtype=torch.uint8)
+    edited = hashes + torch.tensor([[0], [0], [1], [0]], dtype=torch.uint8)
+    one, other = part_of(whole, [0, 1], "one", hashes), part_of(whole, [2, 3], "other", edited)
+    told = refusal([one, other], tmp_path / "merged")
+    assert f"{other.path} was made of other frames than {one.path}" in told
 
 
 def test_an_episode_that_one_store_skipped_and_another_covers(write_random, part_of, tmp_path):
