@@ -4,6 +4,7 @@ python -m tests.benchmarks.study.report --work_dir=WORK --study=5 [--picture=doc
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -116,10 +117,41 @@ def draw(results: Results, study: int, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def draw_conveyor(results: Results, study: int, path: Path) -> None:
+    """What the task is, and the share of grips of each condition with Wilson's interval."""
+    figure, (scene, axis) = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=(1, 2.2), layout="constrained")
+    ride = conveyor.Ride(middle=48, speed=0, rest=0)
+    scene.imshow(ride.picture(0)[36:84], extent=(0, 96, 84, 36))
+    for speed in (-conveyor.FASTEST, conveyor.FASTEST):
+        arrow = {"arrowstyle": "->", "linewidth": 2, "color": "black"}
+        scene.annotate("", (48 + conveyor.LEAD * speed, 50), (48 + 7 * np.sign(speed), 50), arrowprops=arrow)
+        scene.text(48 + conveyor.LEAD * speed, 44, "here?", ha="center", fontsize=9)
+    scene.set_title("where will the block\nbe in 0.8 s?", fontsize=10)
+    scene.set_axis_off()
+    names = [name for name in reversed(conveyor.STUDIES[study].conditions) if results.seeds(name)]
+    for place, name in enumerate(names):
+        rows = [row for row in results.rows if row["condition"] == name]
+        share = wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
+        color = "tab:blue" if "token, LAM" in name else "tab:grey"
+        axis.barh(place, share.value, color=color, height=0.6)
+        axis.errorbar(
+            share.value,
+            place,
+            xerr=[[share.value - share.low], [share.high - share.value]],
+            color="black",
+            capsize=3,
+        )
+        axis.text(share.high + 0.02, place, f"{share.value:.0%}", va="center", fontsize=9)
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names], fontsize=9)
+    axis.set_xlim(0, 1.12)
+    axis.set_xlabel(f"grips within {conveyor.GRIP:.0f} px of the block", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--picture", type=Path, help="of studies 1 and 5")
+    parser.add_argument("--picture", type=Path, help="of studies 1, 2, 5 and 7")
     studies = [*offline.STUDIES, *conveyor.STUDIES, *closed_loop.STUDIES]
     parser.add_argument("--study", type=int, choices=sorted(studies), default=1)
     args = parser.parse_args(argv)
@@ -127,7 +159,10 @@ def main(argv: list[str] | None = None) -> None:
         print(closed_loop_table(closed_loop.results_of(args.study, args.work_dir)))
         return
     if args.study in conveyor.STUDIES:
-        print(conveyor_table(conveyor.results_of(args.study, args.work_dir), args.study))
+        results = conveyor.results_of(args.study, args.work_dir)
+        print(conveyor_table(results, args.study))
+        if args.picture is not None:
+            draw_conveyor(results, args.study, args.picture)
         return
     results = offline.results_of(args.study, args.work_dir)
     print(offline_table(results, offline.STUDIES[args.study]()))
