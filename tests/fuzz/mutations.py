@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 INTERESTING = [
@@ -40,28 +40,7 @@ def _truncate(data: bytearray, rng: random.Random, at: int) -> None:
     del data[at:]
 
 
-def _duplicate(data: bytearray, rng: random.Random, at: int) -> None:
-    data[at:at] = data[at : at + rng.randint(1, 256)]
-
-
-def _clear(data: bytearray, rng: random.Random, at: int) -> None:
-    size = len(data[at : at + rng.randint(1, 512)])
-    data[at : at + size] = bytes(size)
-
-
-def _move(data: bytearray, rng: random.Random, at: int) -> None:
-    block = data[at : at + rng.randint(1, 64)]
-    to = rng.randrange(len(data))
-    data[to : to + len(block)] = block
-
-
-def _append(data: bytearray, rng: random.Random, at: int) -> None:
-    data += rng.randbytes(rng.randint(1, 64))
-
-
-BYTE_CHANGES: list[Callable[[bytearray, random.Random, int], None]] = [
-    _flip, _flip, _overwrite, _overwrite, _insert, _delete, _truncate, _duplicate, _clear, _move, _append,
-]  # fmt: skip
+BYTE_CHANGES = [_flip, _overwrite, _insert, _delete, _truncate]
 
 
 def damaged(whole: bytes, seeds: range, hot: list[range] | None = None) -> Iterator[tuple[str, bytes]]:
@@ -132,26 +111,6 @@ def damaged_json(document: Any) -> Iterator[tuple[str, bytes]]:
             yield f"JSON {where} twice", twice.encode()
 
 
-def random_json(document: Any, seeds: range) -> Iterator[tuple[str, bytes]]:
-    """Two or three values replaced at once."""
-    places = list(paths(document))
-    for seed in seeds:
-        rng = random.Random(seed)
-        changed = copy.deepcopy(document)
-        texts = {}
-        for number, path in enumerate(rng.sample(places, rng.choice([2, 3]))):
-            marker = f"\x02{number}\x03"
-            try:
-                _parent(changed, path)[path[-1]] = marker
-            except (TypeError, KeyError, IndexError):  # below a value that is replaced already
-                continue
-            texts[json.dumps(marker)] = rng.choice(JSON_VALUES)
-        text = json.dumps(changed)
-        for marker, value in texts.items():
-            text = text.replace(marker, value)
-        yield f"JSON values, seed {seed}", text.encode()
-
-
 # ruff: noqa: E501
 # Whole contents of any small document.
 JSON_CONTENTS = [
@@ -167,116 +126,41 @@ def split(whole: bytes) -> tuple[dict, bytes]:
     return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
-def joined(header: bytes | dict, data: bytes, length: int | None = None, pad: bool = True) -> bytes:
+def joined(header: bytes | dict, data: bytes, length: int | None = None) -> bytes:
     """A `.safetensors` file; `length`: what it claims of its header."""
     text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
-    if pad:
-        text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-HEADER_VALUES = [
-    "null", "true", "0", "1", "-1", "0.5", "1e999", "NaN", '"F32"', '"F64"', '"F8_E4M3"', '"F8_E8M0"', '"F4"',
-    '"F6_E2M3"', '"C64"', '"BOOL"', '"U8"', '"I64"', '"PICKLE"', '""', str(2**31), str(2**63 - 1), str(2**63),
-    str(2**64), str(10**12), "9" * 400, "9" * 5000, "[]", "[0]", "[1]", "[-1]", "[0, 0]", "[0, 1]", "[1, 0]",
-    "[8, 16]", "[0, 1000000000000]", "[4294967296, 4294967296]", "[9223372036854775807, 2]", "[0, 1000000000000000000]",
-    "[true]", "[1.0]", "[null]", '["1"]', "[" + "1," * 100 + "1]", "[" + "1," * 70_000 + "1]", "{}", "[" * 1000 + "]" * 1000,
-]  # fmt: skip
-
-
-def damaged_headers(whole: bytes, every: int = 1) -> Iterator[tuple[str, bytes]]:
-    """A `.safetensors` file whose header says something else than its data is, of each `every`th tensor."""
+def forged_headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
+    """A `.safetensors` file whose header says something else than its data is."""
     header, data = split(whole)
-    size = len(whole) - len(data) - 8
-    for length in (0, 1, 7, 8, size - 1, size + 1, size + 8, len(whole), len(whole) - 8, 2**20, 10**8, 2**31,
-                   2**32, 2**63 - 1, 2**63, 2**64 - 1):  # fmt: skip
+    for length in (0, 7, len(whole), 10**8, 2**63 - 1, 2**64 - 1):
         yield f"header of {length} bytes", joined(header, data, length)
     for number, content in enumerate(JSON_CONTENTS):
         yield f"header content {number}", joined(content, data)
-    for name in sorted(header.keys() - {"__metadata__"})[::every]:
-        for path in ((name,), *((name, key) for key in ("dtype", "shape", "data_offsets"))):
-            for number, text in enumerate(HEADER_VALUES):
-                yield (
-                    f"header {path}, value {number}: {text[:40]}",
-                    joined(with_text(header, path, text).encode(), data),
-                )
-        for change in (_shift(-1), _shift(1), _shift(8), _grow(1), _grow(-1), _grow(2**40)):
-            changed = copy.deepcopy(header)
-            change(changed[name]["data_offsets"])
-            yield f"header {name}, offsets {changed[name]['data_offsets']}", joined(changed, data)
-        yield (
-            f"header {name} twice",
-            joined(
-                with_text(
-                    header,
-                    (name,),
-                    f"{json.dumps(header[name])}, {json.dumps(name)}: {json.dumps(header[name])}",
-                ).encode(),
-                data,
-            ),
-        )
-        yield f"header {name} missing", joined({key: v for key, v in header.items() if key != name}, data)
-        yield (
-            f"header {name} renamed",
-            joined({key + "\n" * (key == name): v for key, v in header.items()}, data),
-        )
-    for names in (("a", "b"), ("episode_from", "x")):
-        extra = {
-            name: {"dtype": "U8", "shape": [0, 2**62], "data_offsets": [len(data)] * 2} for name in names
+    for name in header.keys() - {"__metadata__"}:
+        told = header[name]
+        start, stop = told["data_offsets"]
+        changes = {
+            "a step to the right": {"data_offsets": [start + 8, stop + 8]},
+            "overlapping": {"data_offsets": [max(start - 8, 0), stop]},
+            "beyond the end": {"data_offsets": [start, stop + 2**40]},
+            "backwards": {"data_offsets": [stop, start]},
+            "huge": {"shape": [2**32, 2**32], "data_offsets": [start, start + 2**62]},
+            "another shape": {"shape": [*told["shape"], 2]},
+            "turned": {"shape": told["shape"][::-1]},
+            "another dtype": {"dtype": "F64" if told["dtype"] != "F64" else "I64"},
+            "of no dtype": {"dtype": "PICKLE"},
+            "without a shape": {"shape": None},
         }
-        yield f"empty tensors {names}", joined(header | extra, data)
-    for size in (1, 3, 5, 9):
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8 + size)
-        yield f"data not aligned, {size}", joined(text, data, pad=False)
-    many = {
-        f"t{number}": {"dtype": "U8", "shape": [0], "data_offsets": [len(data)] * 2}
-        for number in range(20_000)
-    }
-    yield "20,000 tensors", joined(header | many, data)
-    yield "metadata", joined(header | {"__metadata__": {"a": "b"}}, data)
+        for change, values in changes.items():
+            yield f"header {name} {change}", joined(header | {name: told | values}, data)
+        yield f"header {name} missing", joined({key: v for key, v in header.items() if key != name}, data)
+        others = {key + "\n" * (key == name): v for key, v in header.items()}
+        yield f"header {name} renamed", joined(others, data)
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [len(data)] * 2}
+    yield "20,000 tensors", joined(header | {f"t{number}": empty for number in range(20_000)}, data)
     yield "metadata that is a number", joined(header | {"__metadata__": 1}, data)
     yield "metadata of 6 MB", joined(header | {"__metadata__": {"a": "b" * (6 << 20)}}, data)
-
-
-def swapped_headers(whole: bytes, seeds: range) -> Iterator[tuple[str, bytes]]:
-    """Descriptions of tensors exchanged, shapes turned, offsets overlapping, dtypes of the same width."""
-    header, data = split(whole)
-    names = [name for name in header if name != "__metadata__"]
-    for seed in seeds:
-        rng = random.Random(seed)
-        changed = copy.deepcopy(header)
-        for _ in range(rng.choice([1, 1, 2])):
-            one, other = changed[rng.choice(names)], changed[rng.choice(names)]
-            kind = rng.randrange(6)
-            if kind == 0:
-                key = rng.choice(["dtype", "shape", "data_offsets"])
-                one[key], other[key] = other[key], one[key]
-            elif kind == 1:
-                rng.shuffle(one["shape"])
-            elif kind == 2:
-                one["data_offsets"] = [rng.randint(-4, len(data) + 4) for _ in range(2)]
-            elif kind == 3:
-                one["dtype"] = rng.choice(
-                    ["F64", "F32", "F16", "BF16", "I64", "I32", "U16", "U8", "I8", "BOOL"]
-                )
-            elif kind == 4:
-                factor = rng.choice([2, 3, 4, 8])
-                one["shape"] = [*one["shape"], factor] if rng.random() < 0.5 else one["shape"][:-1]
-            else:
-                one["data_offsets"] = list(other["data_offsets"])
-        yield f"header, seed {seed}", joined(changed, data)
-
-
-def _shift(by: int) -> Callable[[list[int]], None]:
-    def change(offsets: list[int]) -> None:
-        offsets[:] = [offset + by for offset in offsets]
-
-    return change
-
-
-def _grow(by: int) -> Callable[[list[int]], None]:
-    def change(offsets: list[int]) -> None:
-        offsets[1] += by
-
-    return change

@@ -122,15 +122,9 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     return {name: Reader(store, folder / "copies" / name) for name, store in stores.items()}
 
 
-def tensor_files(whole: bytes, seeds: range) -> Iterator[tuple[str, bytes]]:
-    header = range(8 + int.from_bytes(whole[:8], "little"))
-    yield from mutations.damaged(whole, seeds, [range(9), header])
-    yield from mutations.swapped_headers(whole, seeds)
-
-
-def documents(content: bytes, seeds: range) -> Iterator[tuple[str, bytes]]:
-    yield from mutations.damaged(content, seeds)
-    yield from mutations.random_json(json.loads(content), seeds)
+def damaged_tensors(reader: Reader) -> Iterator[tuple[str, bytes]]:
+    header = range(8 + int.from_bytes(reader.tensors[:8], "little"))
+    return mutations.damaged(reader.tensors, range(30), [range(9), header])
 
 
 def each(
@@ -158,8 +152,7 @@ def test_damaged_tensors_are_refused(readers, fuzz):
     """All of them: a hash stands in the provenance."""
 
     def make(reader: Reader) -> Iterator[tuple[str, bytes]]:
-        inputs = tensor_files(reader.tensors, range(15))
-        return ((told, content) for told, content in inputs if content != reader.tensors)
+        return ((told, content) for told, content in damaged_tensors(reader) if content != reader.tensors)
 
     counts = fuzz("store", each(readers, make, "with_tensors"), run)
     assert counts["refused"] == counts.total() > 150
@@ -167,10 +160,10 @@ def test_damaged_tensors_are_refused(readers, fuzz):
 
 def test_forged_tensors(readers, fuzz):
     some = {name: readers[name] for name in ("vq", "int8")}
-    headers = each(some, lambda reader: mutations.damaged_headers(reader.tensors, every=4), "forged")
-    damaged = each(readers, lambda reader: tensor_files(reader.tensors, range(30)), "forged")
+    headers = each(some, lambda reader: mutations.forged_headers(reader.tensors), "forged")
+    damaged = each(readers, damaged_tensors, "forged")
     counts = fuzz("store", itertools.chain(headers, damaged), run)
-    assert counts["refused"] > 400
+    assert counts["refused"] > 200
     assert counts["opened"] > 10
 
 
@@ -179,30 +172,19 @@ def test_damaged_provenance(readers, fuzz):
     every = list(mutations.damaged_json(json.loads(reader.provenance)))
     contents = [(f"content {number}", content) for number, content in enumerate(mutations.JSON_CONTENTS)]
     contents.append(("8 MB of lists", b"[" + b"[]," * 2_600_000 + b"[]]"))
-    inputs = [*every[::4], *contents, *documents(reader.provenance, range(100))]
+    inputs = [*every[::4], *contents, *mutations.damaged(reader.provenance, range(100))]
     counts = fuzz("provenance", inputs, reader.with_provenance)
     assert counts["refused"] > 300
     assert counts["opened"] > 10
 
 
 @pytest.mark.slow
-def test_many_damaged_tensors(readers, fuzz):
-    seeds = range(1000, 1700)
-    fuzz("store", each(readers, lambda reader: tensor_files(reader.tensors, seeds), "forged"), run)
-    fuzz("store", each(readers, lambda reader: mutations.damaged_headers(reader.tensors), "forged"), run)
-
-
-@pytest.mark.slow
-def test_many_damaged_provenances(readers, fuzz):
+def test_every_value_of_the_provenance(readers, fuzz):
     def make(reader: Reader) -> Iterator[tuple[str, bytes]]:
         return mutations.damaged_json(json.loads(reader.provenance))
 
-    def random(reader: Reader) -> Iterator[tuple[str, bytes]]:
-        return documents(reader.provenance, range(1000, 1800))
-
     some = {name: readers[name] for name in ("vq", "int8", "v1_continuous")}
     fuzz("provenance", each(some, make, "with_provenance"), run)
-    fuzz("provenance", each(some, random, "with_provenance"), run)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
