@@ -22,14 +22,14 @@ COMMANDS = [
     precompute_lam_tokens.COMMAND,
     fit_lam.COMMAND,
     convert_lam.COMMAND,
-    *(tokens.told_of(name) for name in tokens.COMMANDS),
+    *(tokens.command_of(name) for name in tokens.COMMANDS),
     demo.COMMAND,
 ]
 
 HEAD = """# Reference
 
 Generated from the code by `make docs`: the fields of the policy and the flags of the commands. What they are
-for is told in [PRECOMPUTED_LAM_TOKENS.md](PRECOMPUTED_LAM_TOKENS.md), what can go wrong in
+for is explained in [PRECOMPUTED_LAM_TOKENS.md](PRECOMPUTED_LAM_TOKENS.md), what can go wrong in
 [TROUBLESHOOTING.md](TROUBLESHOOTING.md).
 
 `unset` by default: it is found out, or decided, as the text says. Every command takes `--help`, and

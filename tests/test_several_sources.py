@@ -233,7 +233,7 @@ def test_stores_that_differ_are_refused_with_all_problems_at_once(both, stores, 
         "link is named twice",
         f"different frame strides (--frame_stride): {stores[0].path} has 2, {continuous.path} has 1",
         f"different kinds of tokens (--use_vq_tokens): {stores[0].path} has vq, {continuous.path} has contin",
-        f"different arithmetics (--dtype): {stores[0].path} has float32, {continuous.path} has bfloat16",
+        f"different compute dtypes (--dtype): {stores[0].path} has float32, {continuous.path} has bfloat16",
         f"{continuous.path}: it holds continuous tokens: pass --policy.lam_use_vq_tokens=false",
     ):
         build(lam_config(lam_tokens_path=paths, input_features=dict(SMALL_FEATURES)), both)

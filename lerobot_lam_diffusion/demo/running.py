@@ -116,7 +116,7 @@ class LiveLine:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._started = time.perf_counter()
-        self._told = 0  # quarters, where the stream is no terminal
+        self._printed = 0  # quarters, where the stream is no terminal
 
     @property
     def seconds(self) -> float:
@@ -139,8 +139,8 @@ class LiveLine:
             self._stream.flush()
             return
         quarter = 4 * progress.done // max(progress.total, 1) if progress else 0
-        if quarter > self._told:
-            self._told = quarter
+        if quarter > self._printed:
+            self._printed = quarter
             print(f"  {self._text(progress)}", file=self._stream, flush=True)
 
     def _text(self, progress: Progress | None) -> str:

@@ -77,7 +77,7 @@ class Demo:
 
 @dataclass
 class Table:
-    """What was made, told at the end."""
+    """What was made, printed at the end."""
 
     rows: list[tuple[str, str, float | None]] = field(default_factory=list)
 
@@ -282,8 +282,8 @@ def what_next(demo: Demo) -> str:
     ]
     texts = "\n\n".join(indent(shell_text(command), "  ") for command in commands)
     activate = "" if shutil.which("lerobot-train") else f" (first: export PATH={_bin_folder()}:$PATH)"
-    told = "look into the store, then do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)"
-    return f"Next{activate}: {told}:\n\n{texts}"
+    steps = "look into the store, then do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)"
+    return f"Next{activate}: {steps}:\n\n{texts}"
 
 
 def log_of(made: Path) -> Path:

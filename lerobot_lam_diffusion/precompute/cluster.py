@@ -252,9 +252,9 @@ def _described(
     """What would be submitted: for SLURM its scripts, else tasks and resources; leaves nothing behind."""
     if cluster.engine != "slurm":
         resources = _resources(cluster, flags) if cluster.engine == "ray" else {}
-        told = {"engine": cluster.engine, "tasks": cluster.tasks, "at a time": cluster.workers or "all"}
+        described = {"engine": cluster.engine, "tasks": cluster.tasks, "at a time": cluster.workers or "all"}
         return yaml.safe_dump(
-            {**told, **resources, "logs": str(logs), "flags": flags}, sort_keys=False, allow_unicode=True
+            {**described, **resources, "logs": str(logs), "flags": flags}, sort_keys=False, allow_unicode=True
         )
     with tempfile.TemporaryDirectory() as there:  # datatrove makes folders as it writes a script
         extraction = _executor(cluster, extract, flags, Path(there))

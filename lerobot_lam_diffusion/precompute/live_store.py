@@ -97,10 +97,10 @@ def store_of_live_cache(
         )
     covered = torch.zeros(len(tables.episode_from), dtype=torch.bool)
     covered[list(blocks)] = True
-    decoder, told = decoder_of(dataset.meta, camera, backend_of(dataset)), cache.provenance
+    decoder, provenance = decoder_of(dataset.meta, camera, backend_of(dataset)), cache.provenance
     store = write_store(
         folder,
-        replace(told, decoder=decoder, versions=told.versions | decoder_version(decoder)),
+        replace(provenance, decoder=decoder, versions=provenance.versions | decoder_version(decoder)),
         blocks.values(),
         torch.empty(0) if tables.codebook is None else tables.codebook,
         tables.episode_from,

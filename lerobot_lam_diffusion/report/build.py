@@ -118,9 +118,9 @@ class _Report:
         )
         if probe.still:
             section.texts.append(f"Left out, since they never change: {', '.join(probe.still)}.")
-        told = ", ".join(f"{n} {r:.2f}" for n, r in list(zip(probe.names, probe.token, strict=True))[:20])
+        each = ", ".join(f"{n} {r:.2f}" for n, r in list(zip(probe.names, probe.token, strict=True))[:20])
         bars = Picture(
-            figures.png(figures.probe_bars(probe)), f"Bars: R² of each state dimension from its token: {told}"
+            figures.png(figures.probe_bars(probe)), f"Bars: R² of each state dimension from its token: {each}"
         )
         section.groups.append(Group([bars]))
         best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
@@ -224,9 +224,9 @@ class _Report:
         )
         section.groups.append(Group([maps]))
         unlike = codes.unlike_others()
-        told = "; ".join(f"episode {episode} ({bits:.2f} bit)" for episode, bits in unlike[:10])
+        listed = "; ".join(f"episode {episode} ({bits:.2f} bit)" for episode, bits in unlike[:10])
         more = f"; and {len(unlike) - 10} more" if len(unlike) > 10 else ""
-        section.rows.append(("episodes unlike the others", f"{told}{more}" if unlike else "none"))
+        section.rows.append(("episodes unlike the others", f"{listed}{more}" if unlike else "none"))
         return section
 
     def strip_section(self, strips: dict[int, list[int]], thumbs: dict[int, Tensor]) -> Section:
@@ -301,12 +301,12 @@ class _Report:
         if provenance is None:
             section.rows.append(("provenance", "none: a .pt file does not say what its tokens are"))
             return section
-        origin, lam = provenance.dataset, provenance.lam
+        source, lam = provenance.dataset, provenance.lam
         section.rows += [
-            ("dataset", f"{origin.repo_id}, revision {origin.revision}"),
+            ("dataset", f"{source.repo_id}, revision {source.revision}"),
             (
                 "its size",
-                f"{origin.total_frames:,} frames, {origin.total_episodes:,} episodes, {origin.fps:g} fps",
+                f"{source.total_frames:,} frames, {source.total_episodes:,} episodes, {source.fps:g} fps",
             ),
             ("camera", provenance.camera_key),
             ("stride", f"{provenance.frame_stride} frames = {provenance.stride_seconds:g} s"),

@@ -31,13 +31,13 @@ def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) 
         return Verdict(DOUBTFUL, f"nobody can tell from here: {why_no_probe}")
     best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
     gain = probe.mean - max(probe.mean_shuffled, 0.0)
-    told = (
+    described = (
         f"on held-out episodes they explain {max(probe.mean, 0):.0%} of the state's change (R², mean over "
         f"dimensions; shuffled tokens {max(probe.mean_shuffled, 0):.0%}), {probe.names[best]} best with "
         f"{max(probe.token[best], 0):.0%}"
     )
     if gain >= _GOOD_R2:
-        return Verdict(GOOD, told)
+        return Verdict(GOOD, described)
     if gain >= _SOME_R2 or probe.token[best] >= _GOOD_R2:
-        return Verdict(DOUBTFUL, told)
-    return Verdict(USELESS, f"{told}: hardly more than chance")
+        return Verdict(DOUBTFUL, described)
+    return Verdict(USELESS, f"{described}: hardly more than chance")

@@ -81,13 +81,13 @@ def prune_cache(config: CachePruneConfig) -> None:
     limit = None if config.older_than_days is None else time.time() - config.older_than_days * DAY
     removed, freed = 0, 0
     for entry in cached_entries():
-        told = _dataset_of(entry)
+        dataset = _dataset_of(entry)
         num_bytes = entry.remove(older_than=limit)
         if num_bytes is not None:
             removed, freed = removed + 1, freed + num_bytes
-            print(f"removed {entry.name} ({told}), {num_bytes:,} bytes")
+            print(f"removed {entry.name} ({dataset}), {num_bytes:,} bytes")
         elif builder := entry.builder():
-            print(f"kept    {entry.name} ({told}): {builder} is at it")
+            print(f"kept    {entry.name} ({dataset}): {builder} is building it")
     print(f"{counted(removed, 'token store')} removed, {freed:,} bytes")
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
     if pruned or not removed:
@@ -102,18 +102,18 @@ def _rows(entry: CacheEntry) -> dict[str, str]:
     try:
         if not entry.is_finished:
             finished, total = entry.shards()
-            state = f"{builder} is at it" if builder else "interrupted; training with auto goes on with it"
+            state = f"{builder} is building it" if builder else "interrupted; training with auto resumes it"
             rows = {"state": f"{finished} of {total} shards: {state}", **rows}
         provenance = entry.provenance()
     except UserError as error:
         return {"damaged": str(error), **rows}
-    return {**_told(provenance), **rows}
+    return {**_facts(provenance), **rows}
 
 
-def _told(provenance: Provenance) -> dict[str, str]:
-    origin, lam = provenance.dataset, provenance.lam
+def _facts(provenance: Provenance) -> dict[str, str]:
+    source, lam = provenance.dataset, provenance.lam
     return {
-        "dataset": f"{origin.repo_id} ({origin.total_frames} frames, {origin.total_episodes} episodes)",
+        "dataset": f"{source.repo_id} ({source.total_frames} frames, {source.total_episodes} episodes)",
         "LAM": f"{lam.path} (fingerprint {lam.fingerprint[:16]}…)",
         "camera": f"{provenance.camera_key}, stride {provenance.frame_stride} frames",
         "tokens": f"{provenance.token_kind}, encoded in {provenance.dtype} on {provenance.device}",
@@ -147,7 +147,7 @@ def live_rows(path: Path) -> dict[str, str]:
         return {"damaged": str(error)}
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(path)))
     return {
-        **_told(cache.provenance),
+        **_facts(cache.provenance),
         "pairs": f"{known:,} of {cache.num_pairs:,} are kept",
         "size": f"{bytes_on_disk(path):,} bytes",
         "last used": used,

@@ -159,21 +159,21 @@ def _column(meta: LeRobotDatasetMetadata, key: str) -> TokenColumn:
 
 
 def _compared(column: TokenColumn, found: Agreement) -> str:
-    told = (
+    agreement = (
         f"{found.equal} of {found.checked} sampled tokens agree with the LAM ({found.distinct} different "
         f"ones, largest difference {found.max_error:.2g})"
     )
     if found.equal == found.checked:
-        return f"ok  {told}"
+        return f"ok  {agreement}"
     if column.derived is None:
         raise DatasetError(
-            f"{told}: the frames or the LAM changed, or the tokens were made on another kind of device. "
+            f"{agreement}: the frames or the LAM changed, or the tokens were made on another kind of device. "
             "Extract them again with lerobot-lam-precompute"
         )
-    told += (
+    agreement += (
         f"; they differ by {found.mean_error:.2g} on average, tokens of other frames by "
         f"{found.mean_error_of_others:.2g}"
     )
     if found.distinct > 1 and found.mean_error >= NEARER * found.mean_error_of_others:
-        raise DatasetError(f"{told}: the rows are not those of their frames. Extract the tokens again")
-    return f"ok  {told}: the frames were encoded again since"
+        raise DatasetError(f"{agreement}: the rows are not those of their frames. Extract the tokens again")
+    return f"ok  {agreement}: the frames were encoded again since"

@@ -97,24 +97,24 @@ def run_command(
     config_class: type,
     command: Callable[[Any], None],
     argv: Sequence[str] | None = None,
-    told: Command | None = None,
+    spec: Command | None = None,
 ) -> None:
-    """Parse the command line into `config_class` and run `command` on it; `told` answers `--help`.
+    """Parse the command line into `config_class` and run `command` on it; `spec` answers `--help`.
 
     Exits with one message where the input is bad: status 2 where a flag is unknown, missing or cannot be
     read, else 1. Exits with 130 after an interrupt.
     """
-    told = told or Command(Path(sys.argv[0]).name, config_class, "")
+    spec = spec or Command(Path(sys.argv[0]).name, config_class, "")
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     try:
         arguments = normalise(sys.argv[1:] if argv is None else argv)
         if {"-h", "--help"} & set(arguments):
-            print(told.help(), end="")
+            print(spec.help(), end="")
             sys.exit(0)
         _refuse_missing_config(arguments)
         command(draccus.parse(config_class, args=arguments, exit_on_error=False))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
-        refuse(_as_flag_error(_told_by(error), told))
+        refuse(_as_flag_error(_root_cause(error), spec))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -168,11 +168,11 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return "libtorchcodec" not in record.getMessage()
 
 
-def _as_flag_error(error: BaseException, told: Command) -> BaseException:
+def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
     """What argparse and draccus say of flags, in our words; other errors as they are."""
-    flags = {flag.name: flag for group in told.groups() for flag in group.flags}
+    flags = {flag.name: flag for group in spec.groups() for flag in group.flags}
     if isinstance(error, argparse.ArgumentError):
-        return FlagError(f"{error.argument_name} needs a value ({told.name} --help)")
+        return FlagError(f"{error.argument_name} needs a value ({spec.name} --help)")
     if not isinstance(error, DraccusException):
         return error
     path = [*getattr(error, "key_path", [])]
@@ -180,43 +180,43 @@ def _as_flag_error(error: BaseException, told: Command) -> BaseException:
     named = [".".join([*path, name]) for name in re.findall("`(.+?)`", text)]
     if text.startswith("unrecognized arguments: "):
         words = text.removeprefix("unrecognized arguments: ").split()
-        return _unknown([word.partition("=")[0] for word in words if word.startswith("-")] or words, told)
+        return _unknown([word.partition("=")[0] for word in words if word.startswith("-")] or words, spec)
     if text.startswith("The fields "):
-        return _unknown([f"--{name}" for name in named], told)
+        return _unknown([f"--{name}" for name in named], spec)
     if text.startswith("Missing required field(s) "):
-        return FlagError("\n  ".join(_missing_problems(named, told)) + f" ({told.name} --help)")
+        return FlagError("\n  ".join(_missing_problems(named, spec)) + f" ({spec.name} --help)")
     unread = re.match(r"Couldn't parse '(.*)' into (?:an? )?(.*)", text, re.S)
     if path and unread:
         flag = flags.get(".".join(path))
         kind = flag.metavar if flag is not None else unread[2]
         return FlagError(
-            f"--{'.'.join(path)}={unread[1]} cannot be read, expected {kind} ({told.name} --help)"
+            f"--{'.'.join(path)}={unread[1]} cannot be read, expected {kind} ({spec.name} --help)"
         )
     where = f"--{'.'.join(path)}: " if path else ""
-    return FlagError(f"{where}{text} ({told.name} --help)")
+    return FlagError(f"{where}{text} ({spec.name} --help)")
 
 
-def _missing_problems(names: list[str], told: Command) -> list[str]:
+def _missing_problems(names: list[str], spec: Command) -> list[str]:
     """Of these flags and of what is required below them."""
     below = tuple(f"{name}." for name in names)
-    flags = [flag for group in told.groups() for flag in group.flags]
+    flags = [flag for group in spec.groups() for flag in group.flags]
     missing = [
         flag for flag in flags if flag.name in names or (flag.required and f"{flag.name}.".startswith(below))
     ]
-    return [f"{' or '.join(told.spelled(flag))} is missing: {flag.text}" for flag in missing]
+    return [f"{' or '.join(spec.spelled(flag))} is missing: {flag.text}" for flag in missing]
 
 
-def _unknown(words: list[str], told: Command) -> FlagError:
-    return FlagError("\n  ".join(_unknown_problems(words, told)) + f" All flags: {told.name} --help")
+def _unknown(words: list[str], spec: Command) -> FlagError:
+    return FlagError("\n  ".join(_unknown_problems(words, spec)) + f" All flags: {spec.name} --help")
 
 
-def _unknown_problems(words: list[str], told: Command) -> list[str]:
-    known = [f"--{flag.name}" for group in told.groups() for flag in group.flags]
+def _unknown_problems(words: list[str], spec: Command) -> list[str]:
+    known = [f"--{flag.name}" for group in spec.groups() for flag in group.flags]
     known += ["--config_path", *(dashed for dashed, name in DASHED.items() if f"--{name}" in known)]
     return [f"unknown flag {word}{did_you_mean(word, known)}" for word in words]
 
 
-def _told_by(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """The error that says what is wrong: draccus wraps what a config's own checks raise."""
     while type(error) is draccus.ParsingError and error.__cause__ is not None:
         error = error.__cause__

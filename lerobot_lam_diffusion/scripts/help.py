@@ -162,7 +162,7 @@ def _inner_flags(outer: Field, inner: type) -> list[Flag]:
         if each.name not in texts:
             continue
         flag = _flag(inner, each, texts)
-        default = flag.default if given is None else _told(getattr(given, each.name))
+        default = flag.default if given is None else _shown_default(getattr(given, each.name))
         required = flag.required and not optional
         flags.append(Flag(f"{outer.name}.{each.name}", flag.kind, required, default, flag.text))
     return flags
@@ -170,11 +170,11 @@ def _inner_flags(outer: Field, inner: type) -> list[Flag]:
 
 def _flag(config_class: type, each: Field, texts: dict[str, str]) -> Flag:
     required = each.default is MISSING and each.default_factory is MISSING
-    default = None if each.default is MISSING else _told(each.default)
+    default = None if each.default is MISSING else _shown_default(each.default)
     return Flag(each.name, _kinds(config_class)[each.name], required, default, texts.get(each.name, ""))
 
 
-def _told(default: Any) -> str | None:
+def _shown_default(default: Any) -> str | None:
     """A default as the command line writes it."""
     if default is None:
         return None

@@ -28,15 +28,15 @@ def info(config: InfoConfig) -> None:
         return
     store = TokenStore.open(config.store)
     assert store.provenance is not None
-    origin, lam = store.provenance.dataset, store.provenance.lam
+    source, lam = store.provenance.dataset, store.provenance.lam
     frames = len(store.values)
     missing = frames - store.num_tokens
     perplexity = store.code_perplexity()
     num_bytes = sum((store.path / name).stat().st_size for name in (TENSORS_FILE, PROVENANCE_FILE))
     rows = {
         "store": f"{store.hub_id or store.path.resolve()}, {num_bytes:,} bytes",
-        "dataset": f"{origin.repo_id} ({origin.total_frames} frames, {origin.total_episodes} episodes, "
-        f"{origin.fps:g} fps, revision {origin.revision})",
+        "dataset": f"{source.repo_id} ({source.total_frames} frames, {source.total_episodes} episodes, "
+        f"{source.fps:g} fps, revision {source.revision})",
         "coverage": f"{frames} frames, {missing} of them without a token; {store.coverage}",
         "camera": store.provenance.camera_key,
         "stride": f"{store.frame_stride} frames = {store.provenance.stride_seconds:g} s",
@@ -62,5 +62,5 @@ def _print_live_cache(folder: Path) -> None:
     print(folder)
     for name, text in live_rows(folder).items():
         print(f"{name:<10}{text}")
-    told = PairCache.open(folder).provenance
-    print(next_step(verify_against(told, str(folder))))
+    provenance = PairCache.open(folder).provenance
+    print(next_step(verify_against(provenance, str(folder))))

@@ -1,4 +1,4 @@
-"""What a command line opens before it works: metadata first, so that bad input is told at once."""
+"""What a command line opens before it works: metadata first, so that bad input is reported at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

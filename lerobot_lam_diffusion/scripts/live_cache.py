@@ -52,10 +52,10 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
             f"note: {others} sampled tokens were made of other pixels than the dataset's (augmentation, "
             "another decoder) and cannot be compared; training computes such tokens again"
         )
-    told = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
+    agreement = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
     if result.equal < result.checked:
-        raise TokenStoreError(f"{told}: another kind of device, or a damaged cache. Remove {folder}")
-    print(f"ok  {told} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
+        raise TokenStoreError(f"{agreement}: another kind of device, or a damaged cache. Remove {folder}")
+    print(f"ok  {agreement} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
     print(_use_next(cache, known, config.dataset))
 
 

@@ -122,13 +122,13 @@ def follow(tokens: str | Path) -> list[str]:
     return ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={tokens}#0"]
 
 
-def verify_against(told: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:
+def verify_against(provenance: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:
     return [
         "lerobot-lam-tokens",
         "verify",
         str(tokens),
-        *dataset_flags(told.dataset.repo_id, root),
-        f"--lam.path={told.lam.path}",
+        *dataset_flags(provenance.dataset.repo_id, root),
+        f"--lam.path={provenance.lam.path}",
     ]
 
 

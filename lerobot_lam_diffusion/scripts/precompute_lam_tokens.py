@@ -82,11 +82,11 @@ class PrecomputeConfig:
         fps: Frames per second of their tokens: that of the dataset which the policy is trained on.
 
     Tokens:
-        frame_stride: Gap of a frame pair, in frames; if left out, that on which the LAM was trained where it
-            says so (LAPA 0.6 s, UniVLA 0.9 s), else 1.
+        frame_stride: Offset between the frames of a pair, in frames; if left out, that on which the LAM was
+            trained where it says so (LAPA 0.6 s, UniVLA 0.9 s), else 1.
         use_vq_tokens: Codebook rows (true) or the vectors before quantisation (false); if left out, true
             where the LAM has a codebook.
-        dtype: Arithmetic of the encoder, float32 or bfloat16; the quantiser is always float32.
+        dtype: Compute dtype of the encoder, float32 or bfloat16; the quantiser is always float32.
         storage_dtype: How continuous tokens are kept: float32, float16, bfloat16 or int8.
 
     Speed and memory:
@@ -175,8 +175,8 @@ class PrecomputeConfig:
             ]
         problems = []
         if self.fps is None or not 0 < self.fps < math.inf:
-            told = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
-            problems.append(f"--fps{told}: how many frames per second the policy's dataset has")
+            what = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
+            problems.append(f"--fps{what}: how many frames per second the policy's dataset has")
         if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
             problems.append(
                 "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
@@ -255,9 +255,9 @@ def _extract(
             f"the GPU's memory is not enough ({first_line(error)}); pass a smaller --batch_size"
         ) from error
     except (KeyboardInterrupt, DecodeError, OSError) as error:
-        told = None if isinstance(error, FileExistsError) else resume_hint(output_dir)
-        if told:
-            print(f"Stopped. {told}.", file=sys.stderr)
+        hint = None if isinstance(error, FileExistsError) else resume_hint(output_dir)
+        if hint:
+            print(f"Stopped. {hint}.", file=sys.stderr)
         if isinstance(error, DecodeError):
             raise DecodeError(
                 error.what,
@@ -286,8 +286,8 @@ def _by_cluster(config: PrecomputeConfig) -> None:
         )
     from lerobot_lam_diffusion.precompute.cluster import submit
 
-    told = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
-    print(told or report(summary_of(output_dir), config))
+    message = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
+    print(message or report(summary_of(output_dir), config))
 
 
 def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tu
 
 
 def _proposed_stride(lam: TokenShape, fps: float) -> int:
-    """The stride where the user names none; told, since it decides what the tokens mean."""
+    """The stride where the user names none; printed, since it decides what the tokens mean."""
     stride = proposed_stride([lam], fps)
     if stride is None:
         return 1
@@ -365,7 +365,7 @@ def _precompute_videos(config: PrecomputeConfig) -> str:
     lengths = (store.episode_to - store.episode_from).tolist()
     lines = [
         f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
-        f"tokens    {store.kind}, {store.token_dim} numbers a frame",
+        f"tokens    {store.kind}, {store.token_dim} values a frame",
         f"store     {store.path.resolve()}",
         *(
             f"#{number:<8} {length / config.fps:6.1f} s  {video.name}"
@@ -402,7 +402,7 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         f"frames    {summary.frames} in {summary.episodes} episodes",
         f"missing   {summary.missing} tokens: the first {counted(store.frame_stride, 'frame')} of an episode "
         "have none",
-        f"tokens    {store.kind}, {store.token_dim} numbers a frame, camera {store.provenance.camera_key}",
+        f"tokens    {store.kind}, {store.token_dim} values a frame, camera {store.provenance.camera_key}",
         *(_times(summary) if config.cluster.engine is None else []),
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     name = words.pop(0)
     config_class, command = subcommand(name)
-    run_command(config_class, command, _with_flags(words, config_class), told_of(name))
+    run_command(config_class, command, _with_flags(words, config_class), command_of(name))
 
 
 def subcommand(name: str) -> tuple[type, Callable[[Any], None]]:
@@ -95,7 +95,7 @@ def command_list(prefix: str = "") -> str:
     return "\n".join(["usage: lerobot-lam-tokens COMMAND [STORE …] [flags]\n", about, *names, f"\n{flags}"])
 
 
-def told_of(name: str) -> Command:
+def command_of(name: str) -> Command:
     """A subcommand with its examples."""
     config_class, _ = subcommand(name)
     begin = f"    lerobot-lam-tokens {name}"

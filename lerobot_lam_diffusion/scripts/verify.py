@@ -93,16 +93,16 @@ def verify(config: VerifyConfig) -> None:
     result = recompute_sample(
         store, dataset, lam, config.num_samples, config.seed, camera_key=config.camera_key
     )
-    told = (
+    agreement = (
         f"{result.equal} of {result.checked} sampled tokens agree with the LAM ({result.distinct} different "
         f"ones, largest difference {result.max_error:.2g})"
     )
     if result.equal < result.checked:
         raise TokenStoreError(
-            f"{told}: the frames or the LAM changed, or the store was made on another kind of device. "
+            f"{agreement}: the frames or the LAM changed, or the store was made on another kind of device. "
             "Extract the tokens again with lerobot-lam-precompute"
         )
-    print(f"ok  {told}")
+    print(f"ok  {agreement}")
     print(_train_next(config, store))
 
 

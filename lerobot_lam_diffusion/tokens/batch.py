@@ -35,12 +35,12 @@ def check_batch(store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None
         )
     if not isinstance(episodes, Tensor) or episodes.numel() != batch["index"].numel():
         return
-    index, told = torch.stack([batch["index"].reshape(-1), episodes.reshape(-1).to(batch["index"])]).cpu()
+    index, episode = torch.stack([batch["index"].reshape(-1), episodes.reshape(-1).to(batch["index"])]).cpu()
     known = torch.searchsorted(first.episode_from, index.contiguous(), right=True) - 1
-    wrong = ((known != told) & (index < first.num_frames)).nonzero().flatten()
+    wrong = ((known != episode) & (index < first.num_frames)).nonzero().flatten()
     if len(wrong):
         at = int(wrong[0])
         raise TokenStoreError(
-            f"frame {int(index[at])} of the batch lies in episode {int(told[at])}, and in episode "
+            f"frame {int(index[at])} of the batch lies in episode {int(episode[at])}, and in episode "
             f"{int(known[at])} of the dataset that token store {first.name} was made of. {REMEDY}"
         )

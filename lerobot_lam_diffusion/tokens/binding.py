@@ -111,10 +111,10 @@ def _flat(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def same_frames(meta: Any, camera_key: str, origin: "DatasetInfo") -> bool | None:
-    """Whether a camera's frames are those of `origin`; None where the files that would tell are not here."""
-    here = frames_digest(meta, camera_key) if origin.frames and camera_key in meta.camera_keys else None
-    return None if here is None else here == origin.frames
+def same_frames(meta: Any, camera_key: str, source: "DatasetInfo") -> bool | None:
+    """Whether a camera's frames are those of `source`; None where the files that would tell are not here."""
+    here = frames_digest(meta, camera_key) if source.frames and camera_key in meta.camera_keys else None
+    return None if here is None else here == source.frames
 
 
 def check_binding(store: "TokenStore", meta: Any) -> None:
@@ -127,14 +127,14 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
     """
     if store.provenance is None:
         return
-    origin = store.provenance.dataset
-    told = {
-        "frames": (origin.total_frames, meta.total_frames),
-        "episodes": (origin.total_episodes, meta.total_episodes),
-        "fps": (origin.fps, meta.fps),
+    source = store.provenance.dataset
+    counts = {
+        "frames": (source.total_frames, meta.total_frames),
+        "episodes": (source.total_episodes, meta.total_episodes),
+        "fps": (source.fps, meta.fps),
     }
     problems = [
-        f"it has {have} {name}, the dataset {want}" for name, (have, want) in told.items() if have != want
+        f"it has {have} {name}, the dataset {want}" for name, (have, want) in counts.items() if have != want
     ]
     camera = store.provenance.camera_key
     if camera not in meta.camera_keys:
@@ -145,7 +145,7 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
             "video encoded again, or another dataset with as many frames)"
         )
     raise_problems(
-        f"token store {store.name} (made of {origin.repo_id!r}) does not belong to dataset "
+        f"token store {store.name} (made of {source.repo_id!r}) does not belong to dataset "
         f"{meta.repo_id!r} at {meta.root}; name the dataset that it was made of, or extract this one's "
         "tokens with lerobot-lam-precompute",
         problems,
@@ -154,15 +154,15 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
 
 
 def _is_of(store: "TokenStore", meta: Any) -> bool:
-    """Whether the dataset's frames are the store's, as far as it can be told here."""
+    """Whether the dataset's frames are the store's, as far as it is known here."""
     assert store.provenance is not None
-    camera, origin = store.provenance.camera_key, store.provenance.dataset
-    same = same_frames(meta, camera, origin)
+    camera, source = store.provenance.camera_key, store.provenance.dataset
+    same = same_frames(meta, camera, source)
     if same is not None:
         return same
-    known = has_digest(meta, camera, origin.digest)
-    if known and not origin.frames and store.name not in _told:
-        _told.add(store.name)
+    known = has_digest(meta, camera, source.digest)
+    if known and not source.frames and store.name not in _warned:
+        _warned.add(store.name)
         logger.warning(
             "Token store %s is bound to its dataset by lengths and statistics only, for it was made before "
             "the frames themselves were compared. Check it with lerobot-lam-tokens verify, or extract the "
@@ -172,4 +172,4 @@ def _is_of(store: "TokenStore", meta: Any) -> bool:
     return known
 
 
-_told: set[str] = set()
+_warned: set[str] = set()

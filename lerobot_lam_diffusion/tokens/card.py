@@ -86,12 +86,12 @@ def _section(
     store: TokenStore, repo_id: str, revision: str | None, pictures: Sequence[CardPicture], verdict: str
 ) -> str:
     assert store.provenance is not None
-    origin, lam = store.provenance.dataset, store.provenance.lam
+    source, lam = store.provenance.dataset, store.provenance.lam
     where = repo_id if revision is None else f"{repo_id}@{revision}"
     parts = [
         f"# {repo_id.split('/')[1]}",
         "Tokens of a latent action model (LAM) for the frames of the LeRobot dataset "
-        f"{_code(origin.repo_id)}: what moved in the {store.provenance.stride_seconds:g} s before each of "
+        f"{_code(source.repo_id)}: what moved in the {store.provenance.stride_seconds:g} s before each of "
         f"them. They condition the policy `diffusion_lam` of {_code(PACKAGE)}; training with them loads no "
         "LAM.",
         "## What they are",
@@ -111,13 +111,13 @@ def _section(
 
 
 def _facts(store: TokenStore, provenance: Provenance) -> dict[str, str]:
-    origin, lam = provenance.dataset, provenance.lam
+    source, lam = provenance.dataset, provenance.lam
     missing = len(store.values) - store.num_tokens
-    revision = _code(origin.revision) if origin.revision else "not recorded"
+    revision = _code(source.revision) if source.revision else "not recorded"
     facts = {
-        "dataset": f"{_code(origin.repo_id)}, revision {revision}, "
-        f"{origin.total_frames} frames in {origin.total_episodes} episodes at {origin.fps:g} fps",
-        "dataset digest": _code(origin.digest),
+        "dataset": f"{_code(source.repo_id)}, revision {revision}, "
+        f"{source.total_frames} frames in {source.total_episodes} episodes at {source.fps:g} fps",
+        "dataset digest": _code(source.digest),
         "coverage": f"{store.coverage}; {missing} frames at episode starts have no token, and give zeros",
         "camera": _code(provenance.camera_key),
         "stride": f"{provenance.frame_stride} frame{'s' if provenance.frame_stride > 1 else ''} = "

@@ -25,11 +25,11 @@ _checked_here: dict[Path, str] = {}  # where no stamp can be written, once per p
 
 def stamp_of(*files: Path) -> str:
     """What a store's files look like from outside, without reading them."""
-    told = {}
+    states = {}
     for file in files:
         stat = file.stat()
-        told[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    return json.dumps({"format": STAMP_FORMAT, "files": told}, sort_keys=True)
+        states[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return json.dumps({"format": STAMP_FORMAT, "files": states}, sort_keys=True)
 
 
 def is_checked(folder: Path, stamp: str) -> bool:

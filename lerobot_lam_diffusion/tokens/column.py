@@ -72,7 +72,7 @@ class TokenColumn:
 
     @property
     def state(self) -> str:
-        """For people."""
+        """Human-readable: as extracted, or what changed since."""
         return AS_EXTRACTED if self.derived is None else f"derived: {self.derived}"
 
 
@@ -137,19 +137,19 @@ def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
             derived=f"{ORIGINS_FILE} says nothing about it, so the dataset was made of the extracted one",
         )
     try:
-        origin = Provenance.from_document(document.get("store"), str(Path(meta.root) / ORIGINS_FILE))
+        recorded = Provenance.from_document(document.get("store"), str(Path(meta.root) / ORIGINS_FILE))
     except TokenStoreError as error:
         return dataclasses.replace(column, derived=str(error))
     video = document.get("video")
-    same = same_frames(meta, origin.camera_key, origin.dataset)
-    as_told = has_digest(meta, origin.camera_key, origin.dataset.digest, video)
-    encoded_again = video != video_info(meta, origin.camera_key)
-    if not (as_told if same is None else same or (as_told and encoded_again)):
-        reason = f"the dataset's episodes are no longer those of {origin.dataset.repo_id!r}"
+    same = same_frames(meta, recorded.camera_key, recorded.dataset)
+    same_digest = has_digest(meta, recorded.camera_key, recorded.dataset.digest, video)
+    encoded_again = video != video_info(meta, recorded.camera_key)
+    if not (same_digest if same is None else same or (same_digest and encoded_again)):
+        reason = f"the dataset's episodes are no longer those of {recorded.dataset.repo_id!r}"
     elif encoded_again and not same:
-        reason = f"the video of {origin.camera_key} was encoded again"
-    elif column_info(origin) != column_info(column.provenance):
+        reason = f"the video of {recorded.camera_key} was encoded again"
+    elif column_info(recorded) != column_info(column.provenance):
         reason = f"{ORIGINS_FILE} contradicts the column's info"
     else:
-        return dataclasses.replace(column, provenance=origin)
+        return dataclasses.replace(column, provenance=recorded)
     return dataclasses.replace(column, derived=reason)

@@ -85,10 +85,10 @@ def _contradictions(meta: Any) -> list[str]:
     wrong = np.ones(len(rows), bool) if length is None else (stop <= start) | (length != stop - start)
     if wrong.any():
         row = int(wrong.argmax())
-        told = "none" if length is None else f"{length[row]}"
+        described = "none" if length is None else f"{length[row]}"
         problems.append(
             f"in meta/episodes episode {row} has the frames {start[row]} to {stop[row]} (exclusive) and the "
-            f"length {told}"
+            f"length {described}"
         )
     return problems
 

@@ -35,7 +35,7 @@ from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
 logger = logging.getLogger(__name__)
 
 FORMAT = b"episode hashes 1"  # to be changed where the same frames would get another hash
-TOLD_BYTES = 1 << 30  # reading that much takes seconds
+LOGGED_BYTES = 1 << 30  # reading that much takes seconds
 _ROWS_AT_ONCE = 256
 
 _known_here: dict[Path, tuple[str, Tensor]] = {}
@@ -60,7 +60,7 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
         table = _read(place, stamp, meta.total_episodes)
         if table is None:
             size = sum(stat.st_size for _, stat in files)
-            if size > TOLD_BYTES:
+            if size > LOGGED_BYTES:
                 logger.info("Reading %.1f GB of %s once, to know its frames again.", size / 1e9, root)
             table = _hash_all(meta, camera_key)
             write_note(place, json.dumps([stamp, table.numpy().tobytes().hex()]))

@@ -49,7 +49,7 @@ def frames_digest(meta: Any, camera_key: str) -> str | None:
     try:
         return _digest(meta, camera_key)
     except (OSError, KeyError, pa.ArrowException) as error:
-        logger.debug("the frames of %s cannot be told: %s", meta.root, error)
+        logger.debug("the frames of %s cannot be identified: %s", meta.root, error)
         return None
 
 
@@ -60,15 +60,15 @@ def _digest(meta: Any, camera_key: str) -> str | None:
     episodes = meta.episodes if meta.episodes is not None else load_episodes(root)
     is_video = camera_key in meta.video_keys
     names = [name for name in _BOUNDARIES if name in episodes.column_names]
-    told = {name: _column(episodes, name, "<i8") for name in names}
+    columns = {name: _column(episodes, name, "<i8") for name in names}
     videos: list[Path] = []
     if is_video:
         place = f"videos/{camera_key}/"
         pairs = np.stack([_column(episodes, f"{place}{name}_index", "<i8") for name in ("chunk", "file")], 1)
         numbers, first, which = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         order = np.argsort(first)  # files in the order in which episodes come to them
-        told["file"] = np.argsort(order)[which.reshape(-1)].astype("<i8")
-        told["from"] = _column(episodes, f"{place}from_timestamp", "<f8")
+        columns["file"] = np.argsort(order)[which.reshape(-1)].astype("<i8")
+        columns["from"] = _column(episodes, f"{place}from_timestamp", "<f8")
         videos = [
             root / meta.video_path.format(video_key=camera_key, chunk_index=chunk, file_index=file)
             for chunk, file in numbers[order].tolist()
@@ -77,7 +77,7 @@ def _digest(meta: Any, camera_key: str) -> str | None:
     if content is None:
         return None
     digest = hashlib.sha256(f"{SCHEME}:{'video' if is_video else 'images'}:{content}".encode())
-    for name, values in told.items():
+    for name, values in columns.items():
         digest.update(f"{name}:{len(values)}:".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()

@@ -34,7 +34,7 @@ def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> 
     """Open and check each store (or check one that is open already).
 
     Raises:
-        UserError: some cannot be used with this dataset; all of them are told at once.
+        UserError: some cannot be used with this dataset; all of them are named at once.
     """
     stores: list[TokenStore] = []
     errors: list[UserError] = []
@@ -77,12 +77,12 @@ def differences(stores: Sequence[TokenStore]) -> list[str]:
                 f"{a.name} and {b.name} hold the same tokens: both are of camera {camera} and the LAM with "
                 f"fingerprint {fingerprint[:16]}…. Leave one of them out"
             )
-    told: dict[str, list[Any]] = {
+    fields: dict[str, list[Any]] = {
         "frame strides (--frame_stride)": [store.frame_stride for store in stores],
         "kinds of tokens (--use_vq_tokens)": [store.kind for store in stores],
-        "arithmetics (--dtype)": [store.provenance and store.provenance.dtype for store in stores],
+        "compute dtypes (--dtype)": [store.provenance and store.provenance.dtype for store in stores],
     }
-    for what, values in told.items():
+    for what, values in fields.items():
         if len({value for value in values if value is not None}) > 1:
             listed = ", ".join(f"{store.name} has {have}" for store, have in zip(stores, values, strict=True))
             problems.append(

@@ -154,8 +154,8 @@ def _layout_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list
         if tensor.ndim != len(shape) or any(
             want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
         ):
-            told = ", ".join("N" if size is None else str(size) for size in shape)
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected ({told})")
+            axes = ", ".join("N" if size is None else str(size) for size in shape)
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected ({axes})")
     return problems or _table_problems(tensors, provenance)
 
 

@@ -30,7 +30,7 @@ def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:
 
     Raises:
         UserError: no store.
-        TokenStoreError: they differ in what makes a token (every difference is told), or in the tokens of an
+        TokenStoreError: they differ in what makes a token (every difference is named), or in the tokens of an
             episode that several of them cover.
         FileExistsError: see `refuse_existing`.
     """
@@ -71,11 +71,11 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
     expected = _provenance(first)
     problems = []
     for other in others:
-        told = _provenance(other)
+        made = _provenance(other)
         problems += [
-            f"{other.path}: {difference} as in {first.path}" for difference in told.differences(expected)
+            f"{other.path}: {difference} as in {first.path}" for difference in made.differences(expected)
         ]
-        digests_differ = len({expected.dataset.frames, told.dataset.frames} - {""}) > 1
+        digests_differ = len({expected.dataset.frames, made.dataset.frames} - {""}) > 1
         if digests_differ or differing_episodes(first.episode_hash, other.episode_hash):
             problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):
@@ -143,17 +143,17 @@ def _stored(store: TokenStore, start: int, stop: int) -> dict[str, Tensor]:
 
 
 def _merged(stores: Sequence[TokenStore], covered: Tensor) -> Provenance:
-    told = [_provenance(store) for store in stores]
-    skipped = {episode: reason for one in reversed(told) for episode, reason in one.skipped.items()}
+    provenances = [_provenance(store) for store in stores]
+    skipped = {episode: reason for one in reversed(provenances) for episode, reason in one.skipped.items()}
     versions: dict[str, list[str]] = {}
-    for one in told:
+    for one in provenances:
         for name, version in one.versions.items():
             known = versions.setdefault(name, [])
             known += [version] if version not in known else []
     return replace(
-        told[0],
+        provenances[0],
         versions={name: ", ".join(known) for name, known in versions.items()},
-        max_error=max(one.max_error for one in told),
+        max_error=max(one.max_error for one in provenances),
         skipped={
             episode: skipped[episode] for episode in sorted(skipped, key=int) if not covered[int(episode)]
         },

@@ -23,7 +23,7 @@ VQ_STORAGE = ("uint8", "uint16")
 CONTINUOUS_STORAGE = ("float32", "float16", "bfloat16", "int8")
 UNKNOWN_DEVICE = "unknown"
 UNKNOWN_DECODER = "unknown"
-DOCUMENT_BYTES = 1 << 23  # what could not be read is told episode by episode
+DOCUMENT_BYTES = 1 << 23  # it lists each episode that could not be read
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
 VIDEOS = "videos/"
@@ -87,13 +87,13 @@ class Provenance:
         dataset: Which frames.
         lam: Which LAM.
         camera_key: The dataset's name of the camera.
-        frame_stride: Gap of a frame pair, in frames; `stride_seconds`: the same in seconds.
+        frame_stride: Offset between the frames of a pair; `stride_seconds`: the same in seconds.
         context: How many frames the LAM saw for a token; "pair": the two of the pair.
         token_kind: "vq" (codebook rows) or "continuous" (vectors before quantisation).
-        dtype: Arithmetic of the encoder; the quantiser always ran in float32.
+        dtype: Compute dtype of the encoder; the quantiser always ran in float32.
         versions: Packages that made the store.
         tensors_sha256: SHA-256 of `lam_tokens.safetensors`.
-        storage_dtype: How rows are kept (see `storage.py`); settled by the writer.
+        storage_dtype: How rows are kept (see `storage.py`); chosen by the writer.
         max_error: Largest absolute difference between a number given to the writer and the one read back.
         device: Kind of device that the LAM ran on: "cpu", "cuda", "mps"; "unknown" in format version 1.
         decoder: The way from files to pixels: "pyav", "torchcodec" (they may differ by a level), "images";
@@ -148,7 +148,7 @@ class Provenance:
 
         Raises:
             TokenStoreError: it is not JSON, not ours, newer than this package, or fields are missing or of
-                the wrong type (all of them are told at once).
+                the wrong type (all of them are named at once).
         """
         try:
             document = read_json(path, DOCUMENT_BYTES)

@@ -59,13 +59,13 @@ class TokenStore:
         path: Folder of the store (or the user's `.pt` file).
         provenance: What the tokens are; None for a `.pt` file, which says nothing reliable about itself.
         kind: "vq" or "continuous".
-        frame_stride: Gap of a frame pair; a frame less than that after its episode's start has no token.
+        frame_stride: Offset of a frame pair; a frame less than that after its episode's start has no token.
         token_dim: n * a, numbers in one token.
         values: Rows as stored. VQ: `(N, n)` code indices. Continuous: `(N, n·a)`; `decode` gives the tokens.
         codebook: VQ: `(K, a)` float32, else None.
         episode_hash: uint8 `(E, 16)`, of each episode's frames (see `episode_hashes.py`); zeros: not known.
         row_scale: int8 storage: `(N,)` float32, else None.
-        readahead: Of a mapped file: told which rows a batch is going to need.
+        readahead: Of a mapped file: it is given the rows that a batch is going to need.
         hub_id: `user/name@commit` of a store that came from the Hub, else None.
     """
 
@@ -196,8 +196,8 @@ class TokenStore:
     @property
     def skipped(self) -> dict[int, str]:
         """Episodes that extraction could not read, and why."""
-        told = self.provenance.skipped if self.provenance is not None else {}
-        return {int(episode): reason for episode, reason in told.items()}
+        skipped = self.provenance.skipped if self.provenance is not None else {}
+        return {int(episode): reason for episode, reason in skipped.items()}
 
     @property
     def num_tokens(self) -> int:
@@ -206,17 +206,17 @@ class TokenStore:
 
     @property
     def coverage(self) -> str:
-        """For people: which episodes this store covers, and which could not be read."""
+        """Human-readable: which episodes this store covers, and which could not be read."""
         total = len(self.episode_row)
         covered = torch.nonzero(self.episode_row >= 0).flatten()
         if len(covered) == total:
             return f"it covers all {total} episodes"
-        told = f"it covers {len(covered)} of {total} episodes ({_ranges(covered)})"
+        covers = f"it covers {len(covered)} of {total} episodes ({_ranges(covered)})"
         skipped = [f"episode {episode} ({reason})" for episode, reason in sorted(self.skipped.items())]
         if skipped:
             more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-            told += f"; extraction skipped {', '.join(skipped[:3])}{more}"
-        return told
+            covers += f"; extraction skipped {', '.join(skipped[:3])}{more}"
+        return covers
 
     def window(self, index: Tensor, deltas: Sequence[int], *, ahead: bool = False) -> Tensor:
         """Tokens of the frames `index + deltas`: the one join.

@@ -81,12 +81,12 @@ def reason(error: Exception, kind: str) -> str:
 
 def _refused(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    told = f"{status}: {first_line(getattr(error, 'server_message', None) or error)}"
+    reason = f"{status}: {first_line(getattr(error, 'server_message', None) or error)}"
     if status in (401, 403):
-        return f"the Hub refused the credentials ({told}). Log in {_ACCOUNT} do this"
+        return f"the Hub refused the credentials ({reason}). Log in {_ACCOUNT} do this"
     if status == 429 or (status or 0) >= 500:
-        return f"the Hub is overloaded or out of order ({told}). Try again later"
-    return f"the Hub refused ({told}). Correct the request, or try again later"
+        return f"the Hub is overloaded or out of order ({reason}). Try again later"
+    return f"the Hub refused ({reason}). Correct the request, or try again later"
 
 
 def _not_delivered(error: Exception) -> str:

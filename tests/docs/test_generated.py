@@ -46,7 +46,7 @@ def test_help_names_the_choices():
 
     assert not missing(fit_lam.COMMAND.help(), PRESETS)
     assert not missing(precompute_lam_tokens.COMMAND.help(), (*CONTINUOUS_STORAGE, "fail", "skip", "pyav"))
-    assert not missing(tokens.told_of("export").help(), FORMATS)
+    assert not missing(tokens.command_of("export").help(), FORMATS)
 
 
 MAINS = {

@@ -290,7 +290,7 @@ def test_an_interrupted_build_is_listed_gone_on_with_or_pruned(dataset, auto, bu
             build(lam_config(**auto), dataset)
     tokens_command(["cache", "list"])
     told = capsys.readouterr().out
-    assert "shards: interrupted; training with auto goes on with it" in told
+    assert "shards: interrupted; training with auto resumes it" in told
     assert "local/squares (60 frames, 5 episodes)" in told
     (entry,) = cached_entries()
     assert entry.shards()[0] == entry.shards()[1] > 0

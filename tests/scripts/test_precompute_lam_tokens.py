@@ -114,7 +114,7 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
     for line in (
         "frames    60 in 5 episodes",
         "missing   15 tokens: the first 3 frames of an episode have none",
-        f"tokens    vq, 64 numbers a frame, camera {TOP}",
+        f"tokens    vq, 64 values a frame, camera {TOP}",
         f"codebook  perplexity {perplexity} of 16 codes a slot",
         f"size      {size:,} bytes",
         f"store     {place}",
