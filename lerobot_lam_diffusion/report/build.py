@@ -118,9 +118,12 @@ class _Report:
         )
         if probe.still:
             section.texts.append(f"Left out, since they never change: {', '.join(probe.still)}.")
-        each = ", ".join(f"{n} {r:.2f}" for n, r in list(zip(probe.names, probe.token, strict=True))[:20])
+        per_dimension = ", ".join(
+            f"{n} {r:.2f}" for n, r in list(zip(probe.names, probe.token, strict=True))[:20]
+        )
         bars = Picture(
-            figures.png(figures.probe_bars(probe)), f"Bars: R² of each state dimension from its token: {each}"
+            figures.png(figures.probe_bars(probe)),
+            f"Bars: R² of each state dimension from its token: {per_dimension}",
         )
         section.groups.append(Group([bars]))
         best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])

@@ -40,7 +40,7 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
         except (CompatibilityError, NotImplementedError, DatasetError):
             raise
         except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
-            reason = first_line(error)
+            reason = first_line(str(error) or type(error).__name__)  # `strerror` would not name the file
             root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
             if config.root is not None and not root.is_dir():
                 raise DatasetError(

@@ -71,11 +71,12 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
     expected = _provenance(first)
     problems = []
     for other in others:
-        made = _provenance(other)
+        provenance = _provenance(other)
         problems += [
-            f"{other.path}: {difference} as in {first.path}" for difference in made.differences(expected)
+            f"{other.path}: {difference} as in {first.path}"
+            for difference in provenance.differences(expected)
         ]
-        digests_differ = len({expected.dataset.frames, made.dataset.frames} - {""}) > 1
+        digests_differ = len({expected.dataset.frames, provenance.dataset.frames} - {""}) > 1
         if digests_differ or differing_episodes(first.episode_hash, other.episode_hash):
             problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):

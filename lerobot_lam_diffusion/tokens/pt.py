@@ -87,7 +87,7 @@ def _load(path: Path) -> Any:
     except Exception as error:  # damaged files make torch raise almost anything
         raise TokenStoreError(
             f"{path} is refused: it is damaged or not plain tensors, and reading it could execute code "
-            f"({first_line(error)}). Save it again with torch.save, or make a store with "
+            f"({shown(first_line(error))}). Save it again with torch.save, or make a store with "
             "lerobot-lam-precompute"
         ) from error
 

@@ -81,12 +81,12 @@ def reason(error: Exception, kind: str) -> str:
 
 def _refused(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = f"{status}: {first_line(getattr(error, 'server_message', None) or error)}"
+    answer = f"{status}: {first_line(getattr(error, 'server_message', None) or error)}"
     if status in (401, 403):
-        return f"the Hub refused the credentials ({reason}). Log in {_ACCOUNT} do this"
+        return f"the Hub refused the credentials ({answer}). Log in {_ACCOUNT} do this"
     if status == 429 or (status or 0) >= 500:
-        return f"the Hub is overloaded or out of order ({reason}). Try again later"
-    return f"the Hub refused ({reason}). Correct the request, or try again later"
+        return f"the Hub is overloaded or out of order ({answer}). Try again later"
+    return f"the Hub refused ({answer}). Correct the request, or try again later"
 
 
 def _not_delivered(error: Exception) -> str:

@@ -140,23 +140,23 @@ def forged_headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"header of {length} bytes", joined(header, data, length)
     for number, content in enumerate(JSON_CONTENTS):
         yield f"header content {number}", joined(content, data)
-    for name in header.keys() - {"__metadata__"}:
-        told = header[name]
-        start, stop = told["data_offsets"]
+    for name in sorted(header.keys() - {"__metadata__"}):
+        tensor = header[name]
+        start, stop = tensor["data_offsets"]
         changes = {
             "a step to the right": {"data_offsets": [start + 8, stop + 8]},
             "overlapping": {"data_offsets": [max(start - 8, 0), stop]},
             "beyond the end": {"data_offsets": [start, stop + 2**40]},
             "backwards": {"data_offsets": [stop, start]},
             "huge": {"shape": [2**32, 2**32], "data_offsets": [start, start + 2**62]},
-            "another shape": {"shape": [*told["shape"], 2]},
-            "turned": {"shape": told["shape"][::-1]},
-            "another dtype": {"dtype": "F64" if told["dtype"] != "F64" else "I64"},
+            "another shape": {"shape": [*tensor["shape"], 2]},
+            "turned": {"shape": tensor["shape"][::-1]},
+            "another dtype": {"dtype": "F64" if tensor["dtype"] != "F64" else "I64"},
             "of no dtype": {"dtype": "PICKLE"},
             "without a shape": {"shape": None},
         }
         for change, values in changes.items():
-            yield f"header {name} {change}", joined(header | {name: told | values}, data)
+            yield f"header {name} {change}", joined(header | {name: tensor | values}, data)
         yield f"header {name} missing", joined({key: v for key, v in header.items() if key != name}, data)
         others = {key + "\n" * (key == name): v for key, v in header.items()}
         yield f"header {name} renamed", joined(others, data)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion import DiffusionLamPolicy
-from lerobot_lam_diffusion.demo.expert import near_goal_start
 from lerobot_lam_diffusion.demo.pusht import PushTEnv, make_env
 from lerobot_lam_diffusion.lam import load_lam
 
 from . import lams
-from .data import ACTION, ENV, STATE, Recorded, pusht
+from .data import ACTION, ENV, STATE, Recorded, pusht, reset_to_start
 from .lams import LamChoice, Tokens
 from .policies import Budget, Windows, train
 from .results import Results
@@ -52,10 +51,7 @@ class Arena:
 
     def __init__(self, near_goal: bool, starts: int) -> None:
         self.envs: list[PushTEnv] = [make_env("environment_state_agent_pos") for _ in range(starts)]
-        self.seen = []
-        for seed, env in enumerate(self.envs, FIRST_START):
-            options = near_goal_start(np.random.default_rng(seed)) if near_goal else None
-            self.seen.append(env.reset(seed=seed, options=options)[0])
+        self.seen = [reset_to_start(env, seed, near_goal) for seed, env in enumerate(self.envs, FIRST_START)]
         self.coverage = np.array([env._get_coverage() for env in self.envs])
         self.solved = np.zeros(starts, bool)
 
@@ -79,9 +75,7 @@ class Arena:
 
 
 @torch.no_grad()
-def act(
-    policy: DiffusionLamPolicy, data: Recorded, arena: Arena, steps: int, token: Token | None
-) -> None:  # fmt: skip
+def act(policy: DiffusionLamPolicy, data: Recorded, arena: Arena, steps: int, token: Token | None) -> None:
     """Let the policy act in all environments; its noise is the same for every policy of a shape."""
     torch.manual_seed(2)
     policy.reset()
@@ -111,12 +105,8 @@ def seen_by(condition: str, data: Recorded, work_dir: Path) -> tuple[Tokens | No
     return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True)
 
 
-def folder_of(study: int, work_dir: Path) -> Path:
-    return work_dir / f"closed_loop_{study}"
-
-
 def results_of(study: int, work_dir: Path) -> Results:
-    return Results(folder_of(study, work_dir) / "finished.jsonl")
+    return Results(work_dir / f"closed_loop_{study}.jsonl")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=BUDGET.steps)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args(argv)
-    near_goal, folder = STUDIES[args.study], folder_of(args.study, args.work_dir)
+    near_goal, folder = STUDIES[args.study], args.work_dir / f"closed_loop_{args.study}"
     folder.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, folder, HELD_OUT, args.first_seed, near_goal)
     results, budget = results_of(args.study, args.work_dir), replace(BUDGET, steps=args.steps)

@@ -1,6 +1,6 @@
 """Where motion must be seen: a conveyor whose speed differs by episode, and no single picture tells it.
 
-    python -m tests.benchmarks.study.conveyor --work_dir=WORK [--study=7]
+    python -m tests.benchmarks.study.conveyor --work_dir=WORK [--study=2]
 
 A block rides through the picture; the action is where it will be `LEAD` frames later, where a gripper has
 to close. Recorded as a LeRobot dataset with encoded video; the LAM sees pixels of training episodes only.
@@ -157,7 +157,8 @@ class OneScale(Recorded):
 
 def places(data: Recorded) -> Recorded:
     """The same recording with the block's place (F, 1) as its state: for the LAM, never for the policy."""
-    found = [Ride.drawn(seed).place(frame) for seed in range(len(data.stop)) for frame in range(LENGTH)]
+    rides = map(Ride.drawn, range(len(data.stop)))
+    found = [ride.place(frame) for ride in rides for frame in range(LENGTH)]
     return replace(data, columns={**data.columns, STATE: torch.tensor(found)[:, None]})
 
 

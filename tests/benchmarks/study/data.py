@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,28 +102,31 @@ def load(dataset: LeRobotDataset, folder: Path, held_out: int) -> Recorded:
     return Recorded(columns, torch.from_numpy(np.load(path)), episode, held_out)
 
 
+def reset_to_start(env: Any, seed: int, near_goal: bool) -> dict[str, np.ndarray]:
+    """The first observation of the start that belongs to this seed, as `demo.expert.plan_episode` has it."""
+    from lerobot_lam_diffusion.demo.expert import near_goal_start
+
+    options = near_goal_start(np.random.default_rng(seed)) if near_goal else None
+    return env.reset(seed=seed, options=options)[0]
+
+
 def replayed_keypoints(data: Recorded, first_seed: int, near_goal: bool) -> Tensor:
     """Keypoints of PushT's block (F, 16), which the recording lacks: its actions, acted out again.
 
     Raises:
         ValueError: an episode does not take the course that was recorded.
     """
-    from lerobot_lam_diffusion.demo.expert import near_goal_start
     from lerobot_lam_diffusion.demo.pusht import make_env
-
-    def reset(seed: int) -> dict[str, np.ndarray]:
-        options = near_goal_start(np.random.default_rng(seed)) if near_goal else None
-        return env.reset(seed=seed, options=options)[0]
 
     env, seed, keypoints = make_env("environment_state_agent_pos"), first_seed, []
     for start, stop in zip(data.start.tolist(), data.stop.tolist(), strict=True):
         states, actions = data.columns[STATE][start:stop].numpy(), data.columns[ACTION][start:stop].numpy()
-        observation = reset(seed)
+        observation = reset_to_start(env, seed, near_goal)
         while np.abs(observation["agent_pos"] - states[0]).max() > 0.01:  # seeds without a demonstration
             seed += 1
             if seed > first_seed + 10 * len(data.stop):
                 raise ValueError(f"no seed from {first_seed} on starts as the episode at frame {start}")
-            observation = reset(seed)
+            observation = reset_to_start(env, seed, near_goal)
         for state, action in zip(states, actions, strict=True):
             if np.abs(observation["agent_pos"] - state).max() > 0.01:
                 raise ValueError(f"seed {seed} is not what was recorded from frame {start} on")

@@ -41,6 +41,22 @@ def relative(results: Results, condition: Condition, field: str) -> Interval:
     return ratio(ours, theirs)
 
 
+def probe_of(rows: list[dict]) -> str:
+    """Of a condition's finished runs; empty where it has no LAM."""
+    probe = rows[0].get("probe_r2")
+    return "" if probe is None else f"{probe:.2f}"
+
+
+def grips(rows: list[dict]) -> Interval:
+    """Share of grips, training seeds pooled."""
+    return wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
+
+
+def spread(interval: Interval) -> list[list[float]]:
+    """As matplotlib's `xerr`."""
+    return [[interval.value - interval.low], [interval.high - interval.value]]
+
+
 def offline_table(results: Results, conditions: list[Condition]) -> str:
     lines = [
         "| condition | against | seeds | error | relative error | of the mean of 4 samples | probe R² |",
@@ -52,12 +68,11 @@ def offline_table(results: Results, conditions: list[Condition]) -> str:
             lines.append(f"| {condition.name} | {condition.against} | not run | | | | |")
             continue
         error = results.values(condition.name, "error", seeds).mean()
-        probes = [row["probe_r2"] for row in results.rows if row["condition"] == condition.name]
+        rows = [row for row in results.rows if row["condition"] == condition.name]
         shares = [str(relative(results, condition, field)) for field in ("error", "error_of_mean")]
         if condition.name == condition.against:
             shares = ["1", "1"]
-        probe = "" if probes[0] is None else f"{probes[0]:.2f}"
-        cells = [condition.name, condition.against, str(len(seeds)), f"{error:.4f}", *shares, probe]
+        cells = [condition.name, condition.against, str(len(seeds)), f"{error:.4f}", *shares, probe_of(rows)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,10 +85,8 @@ def conveyor_table(results: Results, study: int) -> str:
             lines.append(f"| {name} | not run | | | |")
             continue
         misses = [row["px"] * np.mean(row["error"]) ** 0.5 for row in rows]
-        grips = wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
-        probe = rows[0].get("probe_r2")
-        probe = "" if probe is None else f"{probe:.2f}"
-        lines.append(f"| {name} | {len(rows)} | {np.mean(misses):.1f} | {grips} | {probe} |")
+        cells = [name, str(len(rows)), f"{np.mean(misses):.1f}", str(grips(rows)), probe_of(rows)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -107,8 +120,7 @@ def draw(results: Results, study: int, path: Path) -> None:
             if f"{n} obs: {suffix}" not in known:
                 continue
             interval = relative(results, known[f"{n} obs: {suffix}"], "error")
-            spread = [[interval.value - interval.low], [interval.high - interval.value]]
-            axis.errorbar(interval.value, place, xerr=spread, fmt="o", color="tab:blue", capsize=3)
+            axis.errorbar(interval.value, place, xerr=spread(interval), fmt="o", color="tab:blue", capsize=3)
         axis.axvline(1, color="grey", linewidth=1)
         axis.set_xlim(0, 1.2)
         axis.set_title(f"{n} observation{'s' if n > 1 else ''}", fontsize=10)
@@ -131,16 +143,11 @@ def draw_conveyor(results: Results, study: int, path: Path) -> None:
     names = [name for name in reversed(conveyor.STUDIES[study].conditions) if results.seeds(name)]
     for place, name in enumerate(names):
         rows = [row for row in results.rows if row["condition"] == name]
-        share = wilson(sum(row["grips"] for row in rows), sum(row["n"] for row in rows))
-        color = "tab:blue" if "token, LAM" in name else "tab:grey"
+        share = grips(rows)
+        _, tokens, _ = conveyor.STUDIES[study].conditions[name]
+        color = "tab:blue" if tokens == "latest" else "tab:grey"
         axis.barh(place, share.value, color=color, height=0.6)
-        axis.errorbar(
-            share.value,
-            place,
-            xerr=[[share.value - share.low], [share.high - share.value]],
-            color="black",
-            capsize=3,
-        )
+        axis.errorbar(share.value, place, xerr=spread(share), color="black", capsize=3)
         axis.text(share.high + 0.02, place, f"{share.value:.0%}", va="center", fontsize=9)
     axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names], fontsize=9)
     axis.set_xlim(0, 1.12)
