@@ -1,16 +1,17 @@
 """Success in closed loop on PushT: the diffusion policy with and without the live token of the last pair.
 
     python -m tests.benchmarks.study.closed_loop --dataset.root=DIR --work_dir=WORK [--study=3]
+    python -m tests.benchmarks.study.closed_loop … --study=8 --device=cuda --steps=N --seeds 0 1 2
 
 Each finished training is a line; a command that is run again goes on where it stopped. `--steps` and
-`--seeds` say how much to train.
+`--seeds` say how much to train. Commands for different conditions or seeds may run side by side.
 """
 
 import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,16 +27,52 @@ from lerobot_lam_diffusion.lam import load_lam
 from . import lams
 from .data import ACTION, ENV, STATE, Recorded, pusht, reset_to_start
 from .lams import LamChoice, Tokens
-from .policies import Budget, Windows, train
+from .policies import Budget, Pictures, Windows, errors, train
 from .results import Results
 
 LAM, LAM_BATCH, PRESET = LamChoice(1200, uses_state=True), 32, "compact"
 HELD_OUT = 40  # episodes that the LAM's probe is measured on; the policy's test are new starts
 FIRST_START, STARTS = 50_000, 200  # seeds of the test's starts; no demonstration has one of them
-CONDITIONS = ("stock", "latest", "true state change")
 BUDGET = Budget(steps=20_000, learning_rate=1e-3, down_dims=(64, 128), ema=0.999)
-STUDIES = {3: False, 6: True}  # whether episodes start near the goal
-LONGEST = {True: 150, False: 300}  # steps of an episode, near the goal and from the task's own starts
+
+Condition = tuple[int, str]  # observations; which tokens
+
+
+@dataclass(frozen=True)
+class Study:
+    """One registered run.
+
+    Attributes:
+        near_goal: Whether episodes start near the goal.
+        longest: Steps of an episode.
+        windows: What the policy sees: keypoints or pictures, and the agent's state.
+        conditions: By name; the first one is what the others are compared with.
+        budget: Of each training; `--steps` replaces its steps.
+    """
+
+    near_goal: bool
+    longest: int
+    windows: type[Windows]
+    conditions: dict[str, Condition]
+    budget: Budget = BUDGET
+
+
+TWO = {name: (2, name) for name in ("stock", "latest", "true state change")}
+STUDIES = {
+    3: Study(False, 300, Windows, TWO),
+    6: Study(True, 150, Windows, TWO),
+    8: Study(
+        True,
+        150,
+        Pictures,
+        {
+            "stock with 1 observation": (1, "stock"),
+            "stock with 2 observations": (2, "stock"),
+            "latest with 1 observation": (1, "latest"),
+            "latest with 2 observations": (2, "latest"),
+        },
+    ),
+}
 
 Token = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Token (B, D) of the pair of frames (B, 3, H, W) and states (B, 2): before, now."""
@@ -54,6 +91,7 @@ class Arena:
         self.seen = [reset_to_start(env, seed, near_goal) for seed, env in enumerate(self.envs, FIRST_START)]
         self.coverage = np.array([env._get_coverage() for env in self.envs])
         self.solved = np.zeros(starts, bool)
+        self.rendered: dict[int, np.ndarray] = {}
 
     def observed(self) -> dict[str, Tensor]:
         """State (B, 2) and keypoints (B, 16), as recorded."""
@@ -64,8 +102,13 @@ class Arena:
         }
 
     def frames(self) -> Tensor:
-        """uint8 (B, 3, 96, 96)."""
-        return torch.from_numpy(np.stack([env._render() for env in self.envs])).permute(0, 3, 1, 2)
+        """uint8 (B, 3, 96, 96); of a solved environment the last one that was asked for."""
+        for i, env in enumerate(self.envs):
+            if not self.solved[i] or i not in self.rendered:
+                self.rendered[i] = env._render()
+        return torch.from_numpy(np.stack([self.rendered[i] for i in range(len(self.envs))])).permute(
+            0, 3, 1, 2
+        )
 
     def step(self, actions: Tensor) -> None:
         for i, (env, action) in enumerate(zip(self.envs, actions.double().numpy(), strict=True)):
@@ -75,34 +118,36 @@ class Arena:
 
 
 @torch.no_grad()
-def act(policy: DiffusionLamPolicy, data: Recorded, arena: Arena, steps: int, token: Token | None) -> None:
+def act(policy: DiffusionLamPolicy, windows: Windows, arena: Arena, steps: int, token: Token | None) -> None:
     """Let the policy act in all environments; its noise is the same for every policy of a shape."""
     torch.manual_seed(2)
     policy.reset()
+    device = policy.config.device
     before: tuple[Tensor, Tensor] | None = None  # frames and states of the last tick
     for _ in range(steps):
         columns = arena.observed()
-        batch = {key: data.normalize(key, values) for key, values in columns.items()}
+        batch = windows.live(columns, arena.frames)
         if token is not None:
             now = arena.frames(), columns[STATE]
             found = token(*(before or now), *now)
             batch["observation.lam_tokens"] = found if before else torch.zeros_like(found)
             before = now
-        arena.step(data.denormalize(ACTION, policy.select_action(batch)))
+        action = policy.select_action({key: value.to(device) for key, value in batch.items()})
+        arena.step(windows.data.denormalize(ACTION, action.cpu()))
         if arena.solved.all():
             return
 
 
-def seen_by(condition: str, data: Recorded, work_dir: Path) -> tuple[Tokens | None, Token | None]:
+def seen_by(which: str, data: Recorded, work_dir: Path, device: str) -> tuple[Tokens | None, Token | None]:
     """A condition's tokens in training, and how it comes by them in the arena."""
-    if condition == "stock":
+    if which == "stock":
         return None, None
-    if condition == "true state change":
+    if which == "true state change":
         return lams.state_changes(data), lambda _, state, __, now: now - state
     how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
     tokens = lams.of_lam(LAM, "vq", data, **how)
-    lam = load_lam(lams.fitted(LAM, data, **how))
-    return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True)
+    lam = load_lam(lams.fitted(LAM, data, **how), device=device)
+    return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True).cpu()
 
 
 def results_of(study: int, work_dir: Path) -> Results:
@@ -117,34 +162,42 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--first_seed", type=int, default=20_000, help="of the recording, to recover keypoints"
     )
-    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
+    parser.add_argument("--conditions", nargs="+", help="of the study; all if left out")
     parser.add_argument("--steps", type=int, default=BUDGET.steps)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    near_goal, folder = STUDIES[args.study], args.work_dir / f"closed_loop_{args.study}"
+    study, folder = STUDIES[args.study], args.work_dir / f"closed_loop_{args.study}"
+    if unknown := set(args.conditions or ()) - study.conditions.keys():
+        parser.error(f"--conditions: {sorted(unknown)} are not among {list(study.conditions)}")
     folder.mkdir(parents=True, exist_ok=True)
-    data = pusht(args.root, folder, HELD_OUT, args.first_seed, near_goal)
-    results, budget = results_of(args.study, args.work_dir), replace(BUDGET, steps=args.steps)
+    data = pusht(args.root, folder, HELD_OUT, args.first_seed, study.near_goal)
+    if study.windows is Pictures:
+        data = replace(data, columns={key: data.columns[key] for key in (STATE, ACTION)})
+    results, budget = results_of(args.study, args.work_dir), replace(study.budget, steps=args.steps)
     for seed in args.seeds:
-        for condition in args.conditions:
+        for condition in args.conditions or study.conditions:
             name = f"{condition}, {args.steps} steps"
             if results.has(name, seed):
                 continue
-            started = time.process_time()
-            tokens, token = seen_by(condition, data, folder)
-            windows = Windows(data, 2, budget.horizon, tokens, (0,))
-            policy = train(windows, data.train_frames, budget, seed)
-            trained = time.process_time() - started
-            arena = Arena(near_goal, STARTS)
-            act(policy, data, arena, LONGEST[near_goal], token)
+            started = time.time()
+            n_obs_steps, which = study.conditions[condition]
+            tokens, token = seen_by(which, data, folder, args.device)
+            windows = study.windows(data, n_obs_steps, budget.horizon, tokens, (0,))
+            policy = train(windows, data.train_frames, budget, seed, args.device)
+            trained = time.time() - started
+            found = errors(policy, windows, budget, data.held_out_frames[:: budget.every])
+            arena = Arena(study.near_goal, STARTS)
+            act(policy, windows, arena, study.longest, token)
             results.add(
                 condition=name, seed=seed, success=arena.solved.tolist(), coverage=arena.coverage.tolist(),
-                probe_r2=lams.probe_r2(tokens, data) if tokens else None,
-                cpu_seconds=round(time.process_time() - started), train_seconds=round(trained),
+                probe_r2=lams.probe_r2(tokens, data) if tokens else None, error=found["error"],
+                seconds=round(time.time() - started), train_seconds=round(trained), device=args.device,
             )  # fmt: skip
             print(
                 f"{name:<40} seed {seed}  success {arena.solved.mean():.2f}  "
-                f"coverage {arena.coverage.mean():.3f}  {trained:.0f} CPU-seconds of training",
+                f"coverage {arena.coverage.mean():.3f}  error {np.mean(found['error']):.4f}  "
+                f"{trained:.0f} seconds of training",
                 flush=True,
             )
 

@@ -1,21 +1,24 @@
 """One trainer, one measure: the package's own policy on tensors in memory."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lerobot_lam_diffusion import DiffusionLamConfig, DiffusionLamPolicy
 
-from .data import ACTION, ENV, STATE, Recorded
+from .data import ACTION, ENV, IMAGE, STATE, Recorded
 from .lams import Tokens
 
 FEATURE_TYPES = {STATE: FeatureType.STATE, ENV: FeatureType.ENV}
+CROP = 84  # px, of a picture of 96: LeRobot's default for PushT
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,20 @@ class Windows:
         self.observed = list(range(1 - n_obs_steps, 1))
         self.acted = list(range(1 - n_obs_steps, 1 - n_obs_steps + horizon))
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
+    def features(self) -> dict[str, PolicyFeature]:
+        return {
+            key: PolicyFeature(FEATURE_TYPES[key], (values.shape[1],))
+            for key, values in self.columns.items()
+            if key != ACTION
+        }
+
+    def live(self, columns: Batch, frames: Callable[[], Tensor]) -> Batch:
+        """What a policy that acts is shown: columns (B, D) as recorded, frames uint8 (B, 3, 96, 96)."""
+        return {
+            key: self.data.normalize(key, values) for key, values in columns.items() if key in self.columns
+        }
+
+    def batch(self, index: Tensor, augment: bool = False) -> Batch:
         acted, is_pad = self.data.window(index, self.acted)
         observed, _ = self.data.window(index, self.observed)
         batch = {key: values[observed] for key, values in self.columns.items() if key != ACTION}
@@ -60,7 +76,30 @@ class Windows:
         return batch
 
 
-def config_of(windows: Windows, budget: Budget) -> DiffusionLamConfig:
+class Pictures(Windows):
+    """With pictures (B, T, 3, CROP, CROP) on -1…1: in training a random part of each, else its middle."""
+
+    def features(self) -> dict[str, PolicyFeature]:
+        return {**super().features(), IMAGE: PolicyFeature(FeatureType.VISUAL, (3, CROP, CROP))}
+
+    def live(self, columns: Batch, frames: Callable[[], Tensor]) -> Batch:
+        return {**super().live(columns, frames), IMAGE: self._cropped(frames(), False)}
+
+    def batch(self, index: Tensor, augment: bool = False) -> Batch:
+        observed, _ = self.data.window(index, self.observed)
+        pictures = self._cropped(self.data.frames[observed], augment)
+        return {**super().batch(index), IMAGE: pictures}
+
+    def _cropped(self, frames: Tensor, augment: bool) -> Tensor:
+        room = frames.shape[-1] - CROP
+        at = torch.randint(room + 1, (len(frames), 2)) if augment else torch.full((len(frames), 2), room // 2)
+        parts = [
+            frame[..., y : y + CROP, x : x + CROP] for frame, (y, x) in zip(frames, at.tolist(), strict=True)
+        ]
+        return torch.stack(parts) / 127.5 - 1
+
+
+def config_of(windows: Windows, budget: Budget, device: str = "cpu") -> DiffusionLamConfig:
     columns, tokens = windows.columns, windows.tokens
     lam: dict[str, Any] = {"use_lam_conditioning": tokens is not None, "use_precomputed_lam_tokens": True}
     if tokens is not None:
@@ -71,40 +110,78 @@ def config_of(windows: Windows, budget: Budget) -> DiffusionLamConfig:
             "lam_token_offsets": windows.offsets,
         }
     return DiffusionLamConfig(
-        input_features={
-            key: PolicyFeature(FEATURE_TYPES[key], (values.shape[1],))
-            for key, values in columns.items()
-            if key != ACTION
-        },
+        input_features=windows.features(),
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (columns[ACTION].shape[1],))},
-        device="cpu", push_to_hub=False, pretrained_backbone_weights=None, crop_shape=None,
+        device=device, push_to_hub=False, pretrained_backbone_weights=None, crop_shape=None,
         n_obs_steps=len(windows.observed), horizon=budget.horizon, n_action_steps=budget.n_action_steps,
         down_dims=budget.down_dims, diffusion_step_embed_dim=32,
         noise_scheduler_type="DDIM", num_inference_steps=10, **lam,
     )  # fmt: skip
 
 
-def train(windows: Windows, frames: Tensor, budget: Budget, seed: int) -> DiffusionLamPolicy:
+class Captured:
+    """A step that was recorded once as a CUDA graph: small policies spend their time launching kernels."""
+
+    def __init__(self, step: Callable[[Batch], None], batch: Batch) -> None:
+        self.batch = {key: value.cuda() for key, value in batch.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # so that libraries choose their kernels and Adam its state before
+            for _ in range(3):
+                step(self.batch)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step(self.batch)
+
+    def __call__(self, batch: Batch) -> None:
+        for key, value in batch.items():
+            self.batch[key].copy_(value.pin_memory(), non_blocking=True)
+        self.graph.replay()
+
+
+def train(
+    windows: Windows, frames: Tensor, budget: Budget, seed: int, device: str = "cpu"
+) -> DiffusionLamPolicy:
     """A policy trained on the given frames; the seed decides weights, batches and noise."""
     torch.manual_seed(seed)
-    policy = DiffusionLamPolicy(config_of(windows, budget)).train()
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3, weight_decay=1e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, budget.learning_rate, total_steps=max(budget.steps, 10)
+    on_gpu = device == "cuda"
+    policy = DiffusionLamPolicy(config_of(windows, budget, device)).to(device).train()
+    rate = torch.tensor(1e-3, device=device) if on_gpu else 1e-3
+    optimizer = torch.optim.AdamW(
+        policy.get_optim_params(), lr=rate, weight_decay=1e-6, fused=True, capturable=on_gpu
     )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, budget.learning_rate, total_steps=max(budget.steps, 10),
+        cycle_momentum=not on_gpu,  # a CUDA graph keeps the momentum that it was recorded with
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    averaged = budget.ema and AveragedModel(policy.diffusion, multi_avg_fn=get_ema_multi_avg_fn(budget.ema))
-    for _ in range(budget.steps):
+    weights = list(policy.diffusion.parameters())
+    averaged: list[Tensor] = []
+
+    def drawn() -> Batch:
         index = frames[torch.randint(len(frames), (budget.batch_size,), generator=generator)]
-        loss, _ = policy.forward(windows.batch(index))
+        return windows.batch(index, augment=True)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        # The stock forward pass: ours also takes figures for the log, which reads from the GPU.
+        loss, _ = DiffusionPolicy.forward(policy, batch)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            if budget.ema and not averaged:
+                averaged.extend(weight.clone() for weight in weights)
+            elif budget.ema:
+                torch._foreach_lerp_(averaged, weights, 1 - budget.ema)
+
+    take = Captured(step, drawn()) if on_gpu else step
+    for _ in range(budget.steps):
+        take(drawn())
         schedule.step()
-        if averaged:
-            averaged.update_parameters(policy.diffusion)
-    if averaged:
-        policy.diffusion.load_state_dict(averaged.module.state_dict())
+    with torch.no_grad():
+        for weight, average in zip(weights, averaged or weights, strict=True):
+            weight.copy_(average)
     return policy.eval()
 
 
@@ -113,12 +190,13 @@ def denoised(policy: DiffusionLamPolicy, windows: Windows, frames: Tensor, budge
     generator = torch.Generator().manual_seed(1)
     shape = (budget.noise_samples, len(frames), budget.horizon, windows.columns[ACTION].shape[1])
     noise = torch.randn(shape, generator=generator)
-    samples = []
+    samples, device = [], policy.config.device
     for sample in noise:
         parts = []
         for index, start in zip(frames.split(512), sample.split(512), strict=True):
-            batch = {key: value for key, value in windows.batch(index).items() if key.startswith("obs")}
-            parts.append(policy.predict_action_chunk(batch, noise=start))
+            found = windows.batch(index)
+            batch = {key: value.to(device) for key, value in found.items() if key.startswith("obs")}
+            parts.append(policy.predict_action_chunk(batch, noise=start.to(device)).cpu())
         samples.append(torch.cat(parts))
     return torch.stack(samples)
 
