@@ -123,23 +123,33 @@ def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypa
 
 
 def test_closed_loop_acts_in_the_arena_with_live_tokens(tmp_path, monkeypatch):
+    """Keypoints as input, then pictures; the token is computed from rendered frames either way."""
     root = tmp_path / "near"
     with output_to(tmp_path / "log"):
         record_pusht(root, "local/near", 3, near_goal=True, first_seed=20_000)
     small = {"HELD_OUT": 1, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
-    for name, value in {**small, "BUDGET": TINY, "LONGEST": {True: 6}}.items():
+    for name, value in small.items():
         monkeypatch.setattr(closed_loop, name, value)
-    command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--steps=2", "--seeds", "0"]
-    closed_loop.main(command)
-    closed_loop.main(command)  # nothing is left to do
-    results = closed_loop.results_of(6, tmp_path)
-    assert [row["condition"] for row in results.rows] == [
-        f"{name}, 2 steps" for name in closed_loop.CONDITIONS
-    ]
-    assert all(len(row["success"]) == len(row["coverage"]) == 2 for row in results.rows)
-    table = closed_loop_table(results)
-    assert table.count("\n") == 4
-    assert "| stock, 2 steps | 1 | 0.00 [0.00," in table
+    for number, first in {6: "stock", 8: "stock with 1 observation"}.items():
+        study = dataclasses.replace(closed_loop.STUDIES[number], longest=6, budget=TINY)
+        monkeypatch.setitem(closed_loop.STUDIES, number, study)
+        command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--steps=2", "--seeds", "0"]
+        command.append(f"--study={number}")
+        closed_loop.main(command)
+        closed_loop.main(command)  # nothing is left to do
+        results = closed_loop.results_of(number, tmp_path)
+        assert [row["condition"] for row in results.rows] == [f"{name}, 2 steps" for name in study.conditions]
+        assert all(len(row["success"]) == len(row["coverage"]) == 2 for row in results.rows)
+        assert all(len(row["error"]) == 1 for row in results.rows)
+        table = closed_loop_table(results, number)
+        assert table.count("\n") == len(study.conditions) + 1
+        assert f"| {first}, 2 steps | 1 | 0.00 [0.00," in table
+
+
+def test_closed_loop_refuses_a_condition_of_another_study(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        closed_loop.main([f"--dataset.root={tmp_path}", f"--work_dir={tmp_path}", "--conditions", "concat"])
+    assert "['concat'] are not among ['stock', 'latest', 'true state change']" in capsys.readouterr().err
 
 
 def test_conveyor_shows_its_action_only_by_motion():

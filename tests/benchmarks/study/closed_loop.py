@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, folder, HELD_OUT, args.first_seed, study.near_goal)
     if study.windows is Pictures:
-        data = replace(data, columns={key: data.columns[key] for key in (STATE, ACTION)})
+        data = data.without_keypoints()
     results, budget = results_of(args.study, args.work_dir), replace(study.budget, steps=args.steps)
     for seed in args.seeds:
         for condition in args.conditions or study.conditions:

@@ -1,6 +1,6 @@
 """A recorded LeRobot dataset as tensors, decoded once; windows of it as LeRobot cuts them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ class Recorded:
         values = self.columns[key][self.train_frames]
         low = values.amin(0)
         return low, (values.amax(0) - low).clamp(min=1e-6)
+
+    def without_keypoints(self) -> "Recorded":
+        return replace(self, columns={key: self.columns[key] for key in (STATE, ACTION)})
 
     def window(self, index: Tensor, deltas: list[int]) -> tuple[Tensor, Tensor]:
         """Frames (B, T) of a window, clamped to the episode as LeRobot does, and which ones were (B, T)."""

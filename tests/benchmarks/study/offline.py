@@ -20,7 +20,7 @@ import torch
 from . import lams
 from .data import Recorded, pusht
 from .lams import LamChoice, Tokens
-from .policies import Budget, run
+from .policies import Budget, SmallPictures, Windows, run
 from .results import Results
 
 HELD_OUT = 40  # the last episodes; of 206, 166 are left for training
@@ -36,7 +36,7 @@ LONG = 3000  # steps, to see whether what is found hangs on the short training
 
 @dataclass(frozen=True)
 class Condition:
-    """What one arm sees beside state and keypoints.
+    """What one arm sees beside the agent's state and keypoints or pictures.
 
     Attributes:
         against: The condition that its error is divided by.
@@ -45,6 +45,7 @@ class Condition:
         kind: Of a LAM's tokens: `vq`, `continuous`, `standardized`.
         demonstrations: None: all training episodes.
         steps: Of the policy's training.
+        batch_size: Likewise.
     """
 
     tier: int
@@ -57,7 +58,9 @@ class Condition:
     offsets: tuple[int, ...] = (0,)
     demonstrations: int | None = None
     steps: int = BUDGET.steps
+    batch_size: int = BUDGET.batch_size
     seeds: tuple[int, ...] = SEEDS
+    windows: type[Windows] = Windows
 
     def tokens(self, data: Recorded, work_dir: Path) -> Tokens | None:
         if self.sees == "stock":
@@ -163,7 +166,23 @@ def study_5() -> list[Condition]:
     return sorted(found, key=lambda condition: condition.tier)
 
 
-STUDIES = {1: study_1, 5: study_5}
+def study_9() -> list[Condition]:
+    """Pictures as input instead of keypoints, with the LAM of study 5; a seed of all before the next one."""
+    arm = partial(Condition, lam=INFORMATIVE, windows=SmallPictures, batch_size=32)
+    found = []
+    for seed in SEEDS:
+        for n in (1, 2):
+            stock = f"pictures, {n} obs: stock"
+            found += [
+                arm(seed, stock, stock, n, "stock", seeds=(seed,)),
+                arm(seed, f"pictures, {n} obs: latest", stock, n, seeds=(seed,)),
+            ]
+        stock = "pictures, 1 obs: stock"
+        found.append(arm(seed, "pictures, 1 obs: shuffled", stock, 1, "shuffled", seeds=(seed,)))
+    return found
+
+
+STUDIES = {1: study_1, 5: study_5, 9: study_9}
 
 
 def results_of(study: int, work_dir: Path) -> Results:
@@ -195,14 +214,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = condition.tokens(data, args.work_dir)
         r2 = lams.probe_r2(tokens, data) if condition.sees == "lam" else None
         found = run(
-            data,
-            tokens,
-            condition.offsets,
-            condition.n_obs_steps,
-            frames,
-            replace(BUDGET, steps=condition.steps),
-            seed,
-        )
+            data if condition.windows is Windows else data.without_keypoints(),
+            tokens, condition.offsets, condition.n_obs_steps, frames,
+            replace(BUDGET, steps=condition.steps, batch_size=condition.batch_size), seed, condition.windows,
+        )  # fmt: skip
         results.add(condition=condition.name, seed=seed, probe_r2=r2, **found)
         print(
             f"{condition.name:<40} seed {seed}  error {found['mean']:.5f}  {found['cpu_seconds']} s",

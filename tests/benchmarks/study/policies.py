@@ -77,10 +77,13 @@ class Windows:
 
 
 class Pictures(Windows):
-    """With pictures (B, T, 3, CROP, CROP) on -1…1: in training a random part of each, else its middle."""
+    """With pictures (B, T, 3, H, W) on -1…1: in training a random part of each, else its middle."""
+
+    shrink = 1
 
     def features(self) -> dict[str, PolicyFeature]:
-        return {**super().features(), IMAGE: PolicyFeature(FeatureType.VISUAL, (3, CROP, CROP))}
+        size = CROP // self.shrink
+        return {**super().features(), IMAGE: PolicyFeature(FeatureType.VISUAL, (3, size, size))}
 
     def live(self, columns: Batch, frames: Callable[[], Tensor]) -> Batch:
         return {**super().live(columns, frames), IMAGE: self._cropped(frames(), False)}
@@ -96,7 +99,17 @@ class Pictures(Windows):
         parts = [
             frame[..., y : y + CROP, x : x + CROP] for frame, (y, x) in zip(frames, at.tolist(), strict=True)
         ]
-        return torch.stack(parts) / 127.5 - 1
+        pictures = torch.stack(parts) / 127.5 - 1
+        if self.shrink == 1:
+            return pictures
+        flat = torch.nn.functional.avg_pool2d(pictures.flatten(0, -4), self.shrink)
+        return flat.unflatten(0, pictures.shape[:-3])
+
+
+class SmallPictures(Pictures):
+    """Of half the size: what a CPU can train on."""
+
+    shrink = 2
 
 
 def config_of(windows: Windows, budget: Budget, device: str = "cpu") -> DiffusionLamConfig:
@@ -224,11 +237,11 @@ def errors(
 
 def run(
     data: Recorded, tokens: Tokens | None, offsets: tuple[int, ...], n_obs_steps: int, frames: Tensor,
-    budget: Budget, seed: int,
+    budget: Budget, seed: int, kind: type[Windows] = Windows,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and measure once."""
     started = time.process_time()
-    windows = Windows(data, n_obs_steps, budget.horizon, tokens, offsets)
+    windows = kind(data, n_obs_steps, budget.horizon, tokens, offsets)
     policy = train(windows, frames, budget, seed)
     found: dict[str, Any] = errors(policy, windows, budget, data.held_out_frames[:: budget.every])
     found["cpu_seconds"] = round(time.process_time() - started, 1)

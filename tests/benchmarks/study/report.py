@@ -90,24 +90,30 @@ def conveyor_table(results: Results, study: int) -> str:
     return "\n".join(lines)
 
 
-def closed_loop_table(results: Results) -> str:
-    """Success of all seeds pooled; coverage as the paired difference to stock after as many steps."""
+def closed_loop_table(results: Results, study: int) -> str:
+    """Success of all seeds pooled; coverage and held-out error beside the study's first condition."""
+    first = next(iter(closed_loop.STUDIES[study].conditions))
     lines = [
-        "| condition | seeds | success | mean of the largest coverage | coverage, against stock |",
-        "|---|---|---|---|---|",
+        f"| condition | seeds | success | mean of the largest coverage | coverage, against {first} | "
+        "held-out error | probe R² |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["condition"] for row in results.rows):
         condition, steps = name.split(", ")
-        seeds, stock = results.seeds(name), f"stock, {steps}"
+        rows = [row for row in results.rows if row["condition"] == name]
+        seeds, against = results.seeds(name), f"{first}, {steps}"
         success = results.values(name, "success", seeds)
         coverage = results.values(name, "coverage", seeds)
-        both = [seed for seed in seeds if seed in results.seeds(stock)]
-        against = ""
-        if condition != "stock" and both:
-            ours, theirs = (results.values(arm, "coverage", both) for arm in (name, stock))
-            against = str(difference(ours, theirs))
-        share = wilson(int(success.sum()), success.size)
-        lines.append(f"| {name} | {len(seeds)} | {share} | {coverage.mean():.3f} | {against} |")
+        both = [seed for seed in seeds if seed in results.seeds(against)]
+        more = ""
+        if condition != first and both:
+            ours, theirs = (results.values(arm, "coverage", both) for arm in (name, against))
+            more = str(difference(ours, theirs))
+        errors = [np.mean(row["error"]) for row in rows if "error" in row]
+        error = f"{np.mean(errors):.4f}" if errors else ""
+        share = str(wilson(int(success.sum()), success.size))
+        cells = [name, str(len(seeds)), share, f"{coverage.mean():.3f}", more, error, probe_of(rows)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -163,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--study", type=int, choices=sorted(studies), default=1)
     args = parser.parse_args(argv)
     if args.study in closed_loop.STUDIES:
-        print(closed_loop_table(closed_loop.results_of(args.study, args.work_dir)))
+        print(closed_loop_table(closed_loop.results_of(args.study, args.work_dir), args.study))
         return
     if args.study in conveyor.STUDIES:
         results = conveyor.results_of(args.study, args.work_dir)
