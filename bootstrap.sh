@@ -50,4 +50,6 @@ else
 fi
 
 echo "Installing into ${UV_PROJECT_ENVIRONMENT:-.venv} with $python (the first time this takes minutes: PyTorch is large) ..."
+# Where Python may not keep its bytecode (many containers), LeRobot would be compiled again in every process.
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || export UV_COMPILE_BYTECODE=1
 UV_PYTHON_DOWNLOADS=never "$uv" sync --frozen --extra dev --python "$python"
