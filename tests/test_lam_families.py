@@ -94,7 +94,10 @@ def live_config(folder, vq, stride, **fields):
     return policies.live_config(folder, lam_use_vq_tokens=vq, lam_frame_stride=stride, **fields)
 
 
-@pytest.mark.parametrize(("name", "vq"), KINDS)
+@pytest.mark.parametrize(
+    ("name", "vq"),
+    [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[1:-1]), KINDS[-1]],
+)
 def test_one_token_on_every_route(dataset, frames, folders, stores, name, vq, capsys):
     store, lam = stores(name, vq), load_lam(folders[name])
     stride = store.frame_stride
@@ -137,6 +140,7 @@ def test_one_token_on_every_route(dataset, frames, folders, stores, name, vq, ca
     assert trained.config.lam_frame_stride == stride
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "vq"), [("lapa", True), ("univla", False), ("flow", False)])
 def test_auto_live_cache_and_column(dataset, folders, stores, name, vq, tmp_path, monkeypatch, caplog):
     store = stores(name, vq)

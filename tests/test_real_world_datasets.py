@@ -113,7 +113,7 @@ def only(dataset, camera: str) -> dict[str, PolicyFeature]:
     [
         ("29.97 fps, video", WRIST),
         pytest.param("29.97 fps, video", TOP, marks=pytest.mark.slow),
-        *((kind, TOP) for kind in list(KINDS)[1:]),
+        *(pytest.param(kind, TOP, marks=pytest.mark.slow) for kind in list(KINDS)[1:]),
     ],
     indirect=["odd"],
 )

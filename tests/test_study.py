@@ -103,6 +103,7 @@ def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
     assert np.isfinite(measured(None, n_obs_steps=4)["error"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", conveyor.STUDIES)
 def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypatch):
     arms = {
@@ -122,6 +123,7 @@ def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypa
     assert conveyor_table(conveyor.results_of(number, tmp_path), number).count("\n") == len(arms) + 1
 
 
+@pytest.mark.slow
 def test_closed_loop_acts_in_the_arena_with_live_tokens(tmp_path, monkeypatch):
     """Keypoints as input, then pictures; the token is computed from rendered frames either way."""
     root = tmp_path / "near"

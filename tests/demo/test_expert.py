@@ -163,6 +163,7 @@ def test_near_goal_starts_are_solved_with_the_last_action(demonstrations):
         assert covered[-1] == pytest.approx(demonstration.coverage)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_actions_and_another_seed_others(demonstrations):
     again = plan_episode(0, near_goal=True)
     np.testing.assert_array_equal(again.actions, demonstrations[0].actions)

@@ -28,6 +28,7 @@ def make_look(num_frames: int = 30, slots: int = 2, codes: int = 8, resolution: 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames", [2, 5, 200])
 def test_the_picture_is_a_png_of_reasonable_size(tmp_path, num_frames):
     path = draw_picture(make_look(num_frames), [1.0, 0.5, 0.4], tmp_path / "picture.png")

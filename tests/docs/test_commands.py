@@ -53,6 +53,7 @@ def at_the_root(monkeypatch):
 # --- parsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_accepted(page, checkpoint, at_the_root, capsys):
     refused = []
@@ -96,6 +97,7 @@ def test_every_flag_that_the_text_mentions_exists():
 # --- configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_begins_with_its_command_and_is_accepted(path, checkpoint, at_the_root):
     commands = config_comment(path)

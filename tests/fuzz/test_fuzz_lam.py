@@ -81,6 +81,7 @@ def test_the_good_one_opens(reader, fuzz):
     assert fuzz("LAM weights", [("good", reader.weights)], reader.with_weights) == {"opened": 1}
 
 
+@pytest.mark.slow
 def test_weights(reader, fuzz):
     header = range(8 + int.from_bytes(reader.weights[:8], "little"))
     lists = mutations.joined(b"[" + b"[]," * 1_300_000 + b"[]]", b"")
@@ -91,6 +92,7 @@ def test_weights(reader, fuzz):
     assert counts["opened"] > 10
 
 
+@pytest.mark.slow
 def test_config(reader, fuzz):
     every = list(mutations.damaged_json(json.loads(reader.config)))
     contents = [(f"content {number}", content) for number, content in enumerate(mutations.JSON_CONTENTS)]

@@ -167,6 +167,7 @@ def test_forged_tensors(readers, fuzz):
     assert counts["opened"] > 10
 
 
+@pytest.mark.slow
 def test_damaged_provenance(readers, fuzz):
     reader = readers["vq"]
     every = list(mutations.damaged_json(json.loads(reader.provenance)))

@@ -33,6 +33,7 @@ def report():
     return evaluate(load_lam("pusht-compact", fdm=True), data)
 
 
+@pytest.mark.slow
 def test_tokens_tell_where_the_pusher_went(report):
     assert report.episodes == 5
     assert report.probe.token > 0.8

@@ -132,6 +132,7 @@ def test_a_training_on_some_episodes_builds_the_store_of_all(monkeypatch, datase
     assert not TokenStore.open(builds[0]).missing_episodes
 
 
+@pytest.mark.slow
 def test_bad_input_stops_lerobot_train_before_its_first_step(
     monkeypatch, dataset, auto, builds, losses, caplog
 ):

@@ -197,7 +197,7 @@ def test_rollouts_sync_engine_computes_the_same_tokens(dataset, store):
     ("aggregation", "n_obs_steps", "steps", "stride"),
     [("latest", 2, 1, 1), ("latest", 2, 1, 3), ("concat", 3, 2, 1), ("concat", 3, 2, 3)],
 )
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_batch_two_sources_one_loss(
     dataset, make_store, lam_folder, aggregation, n_obs_steps, steps, stride, autocast
 ):

@@ -211,6 +211,7 @@ def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, data, 
         tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
 
 
+@pytest.mark.slow
 def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, lam, tmp_path):
     policy, batch, _ = live()
     policy.forward(batch(ALL[:40]))  # episodes 0, 1 and 2

@@ -130,7 +130,7 @@ def test_a_finished_store_is_not_submitted_again(argv, flags, single):
 # --- tasks, without an engine
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 5, 7])
+@pytest.mark.parametrize("tasks", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7))])
 def test_any_number_of_tasks_in_any_order_make_the_store_of_one_process(flags, single, tmp_path, tasks):
     ranks = random.Random(tasks).sample(range(tasks), tasks)
     run_tasks(flags, [*ranks, ranks[0]], tasks)  # one is sent again

@@ -109,6 +109,7 @@ def test_odd_sizes(tmp_path):
     assert torch.cat(list(DemonstrationVideo(path).chunks(FPS))).shape == (4, 3, 33, 51)
 
 
+@pytest.mark.slow
 def test_a_long_video_takes_no_more_memory(tmp_path):
     """Frames come a chunk at a time: 64 of them, or fewer large ones."""
     path = write_video(tmp_path / "long.mp4", numbered(30, 240, 320) * 20, 30, "libx264", "yuv420p")

@@ -168,7 +168,10 @@ def oracle(dataset: LeRobotDataset, lam, camera: str) -> torch.Tensor:
     return tokens
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["video", "images"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(True, marks=pytest.mark.slow, id="video"), pytest.param(False, id="images")],
+)
 def base(request, tmp_path_factory, lam, lam_folder):
     root = tmp_path_factory.mktemp("base") / "data"
     dataset = record_dataset(root, lengths=LENGTHS, use_videos=request.param)

@@ -49,6 +49,7 @@ def timestamps_of(fps: Fraction) -> list[float]:
     return [float(np.float32(frame / float(fps))) for frame in range(NUM_FRAMES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gop", "b_frames"), [(2, 0), (30, 0), (30, 3), (250, 2)])
 def test_all_frames_at_any_rate_and_keyframe_distance(tmp_path, rate, gop, b_frames):
     path = write_video(tmp_path / "x.mp4", rate, gop, b_frames=b_frames)

@@ -54,7 +54,7 @@ def test_verify_of_a_dataset(column_root, lam_folder, capsys):
     assert "ok  its rows are as they were extracted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["store", "continuous_store"])
+@pytest.mark.parametrize("kind", ["store", pytest.param("continuous_store", marks=pytest.mark.slow)])
 def test_verify_of_a_derived_dataset(kind, source, lam_folder, tmp_path, capsys, request):
     """Its video was encoded again: tokens of its frames are nearly those that the column has."""
     root = tmp_path / "data"

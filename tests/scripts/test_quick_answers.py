@@ -35,6 +35,7 @@ def printed_by(code, *words, **variables):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_store_commands_do_without_lerobot(store, tmp_path):
     with serve() as server:
         told = printed_by(

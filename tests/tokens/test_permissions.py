@@ -79,6 +79,7 @@ def test_a_column_of_a_dataset_that_may_only_be_read(umask, dataset, store, tmp_
     assert wrong_modes(tmp_path / "column", umask) == {}
 
 
+@pytest.mark.slow
 def test_a_lam_that_is_fitted(umask, dataset, tmp_path):
     flags = {
         "dataset.repo_id": dataset.repo_id, "dataset.root": dataset.root, "output_dir": tmp_path / "lam",
@@ -89,6 +90,7 @@ def test_a_lam_that_is_fitted(umask, dataset, tmp_path):
     assert wrong_modes(tmp_path / "lam", umask) == {}
 
 
+@pytest.mark.slow
 def test_a_recorded_dataset(umask, tmp_path):
     pytest.importorskip("gym_pusht")
     record_pusht(tmp_path / "pusht", "local/pusht", 1, near_goal=True)
