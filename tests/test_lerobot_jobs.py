@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from lerobot.configs import parser
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.jobs.hf import build_remote_config_file
@@ -19,6 +20,7 @@ def by_lerobot(monkeypatch, *words: str) -> TrainPipelineConfig:
     return parser.wrap()(checked)()
 
 
+@pytest.mark.slow
 def test_the_config_of_a_job_is_read_where_the_job_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     sent = by_lerobot(

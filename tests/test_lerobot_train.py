@@ -222,6 +222,7 @@ def on_the_fly(lam_folder) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_trains_on_the_fly(monkeypatch, flags, lam_folder, tmp_path):
     """Through the stock loop: extra frames are fetched, the LAM encodes, the checkpoint holds no LAM."""
     run = tmp_path / "run"

@@ -44,6 +44,7 @@ def dataset(recording):
     return LeRobotDataset("local/pusht", root=recording[0].root, video_backend="pyav")
 
 
+@pytest.mark.slow
 def test_summary_counts_episodes_and_failed_seeds(recording):
     summary, calls = recording
     assert summary.failed_seeds == [0]

@@ -67,6 +67,7 @@ def test_every_command_of_a_page_is_accepted(page, checkpoint, at_the_root, caps
     assert not refused, "\n".join(refused)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_refused(checkpoint, at_the_root):
     wrong = """
 lerobot-lam-precompute … --batchsize=3

@@ -158,6 +158,7 @@ def test_damaged_tensors_are_refused(readers, fuzz):
     assert counts["refused"] == counts.total() > 150
 
 
+@pytest.mark.slow
 def test_forged_tensors(readers, fuzz):
     some = {name: readers[name] for name in ("vq", "int8")}
     headers = each(some, lambda reader: mutations.forged_headers(reader.tensors), "forged")

@@ -15,6 +15,8 @@ from lerobot_lam_diffusion.lam.fit.report import evaluate
 
 from .conftest import DATA
 
+pytestmark = pytest.mark.slow
+
 FITTED_EPISODES = 5
 """The probe's regression is fitted to five of the ten episodes and measured on the other five."""
 
@@ -33,7 +35,6 @@ def report():
     return evaluate(load_lam("pusht-compact", fdm=True), data)
 
 
-@pytest.mark.slow
 def test_tokens_tell_where_the_pusher_went(report):
     assert report.episodes == 5
     assert report.probe.token > 0.8

@@ -179,6 +179,7 @@ def test_a_column_beside_auto_is_refused(dataset, store, auto, builds, tmp_path)
     assert not builds
 
 
+@pytest.mark.slow
 def test_of_a_grown_dataset_only_the_new_episodes_are_encoded(tmp_path, auto, home, builds, caplog):
     old = record_dataset(tmp_path / "old", lengths=(9, 7, 8))
     build(lam_config(**auto), old)

@@ -120,6 +120,7 @@ def test_new_names_are_understood_too(checkpoint, both, tmp_path):
     assert torch.isfinite(policy.forward(batch)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rename_map", [{}, SWAP], ids=["same names", "exchanged"])
 def test_auto_builds_the_tokens_of_the_camera_that_the_policy_sees(
     checkpoint, both, stores, lam_folder, rename_map, tmp_path, monkeypatch

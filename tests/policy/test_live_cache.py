@@ -127,6 +127,7 @@ def test_what_decides_a_token_names_its_own_cache(live, frames, tmp_path):
 # A cache is a convenience: what it cannot do costs no training.
 
 
+@pytest.mark.slow
 def test_what_the_cache_cannot_do_costs_no_training(live, monkeypatch, caplog):
     """A full disk, a disk that fails, frames that nothing tells."""
     plain, batch, _ = live(lam_live_cache=None)
@@ -175,6 +176,7 @@ def test_verify_accepts_what_it_wrote(filled, data, lam_folder, capsys):
     assert next_of(told)[:3] == ["lerobot-lam-tokens", "verify", str(filled)]
 
 
+@pytest.mark.slow
 def test_verify_refuses_other_tokens_and_tells_half_records(
     filled, dataset, data, lam_folder, tmp_path, capsys
 ):
@@ -240,6 +242,7 @@ def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, lam,
         store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "none", show_progress=False)
 
 
+@pytest.mark.slow
 def test_a_policy_may_be_copied_while_it_trains(live):
     """As averaging of weights does; the copy's end must not close the original's file."""
     policy, batch, asked = live()
@@ -280,6 +283,7 @@ def test_digests_tell_pixels():
         assert not (pixel_digests(prev, changed) == whole).any()
 
 
+@pytest.mark.slow
 def test_the_cache_command_lists_and_removes_it(live, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
     policy, batch, _ = live(lam_live_cache="auto")

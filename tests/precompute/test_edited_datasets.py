@@ -168,10 +168,7 @@ def oracle(dataset: LeRobotDataset, lam, camera: str) -> torch.Tensor:
     return tokens
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(True, marks=pytest.mark.slow, id="video"), pytest.param(False, id="images")],
-)
+@pytest.fixture(scope="module", params=[True, False], ids=["video", "images"])
 def base(request, tmp_path_factory, lam, lam_folder):
     root = tmp_path_factory.mktemp("base") / "data"
     dataset = record_dataset(root, lengths=LENGTHS, use_videos=request.param)
@@ -232,6 +229,7 @@ def try_edits(base, lam, tmp_path: Path, seeds: range) -> Counter[str]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_store_of_an_edited_dataset_is_refused_or_right(base, lam, tmp_path):
     counts = try_edits(base, lam, tmp_path, range(12))
     assert counts["no dataset"] < 4

@@ -357,6 +357,7 @@ def test_an_episode_that_cannot_be_read_stops_the_run_or_is_skipped(damaged, ext
         store.window(store.episode_from[skipped[:1]], [0])
 
 
+@pytest.mark.slow
 def test_many_tiny_episodes(extract, lam, tmp_path):
     """Of one frame and of two: tokens only where there is a pair."""
     dataset = record_dataset(tmp_path / "data", [1, 2] * 20)

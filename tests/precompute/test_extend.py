@@ -50,6 +50,7 @@ def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_pat
     TokenStore.open(extended.store.path, new.meta)
 
 
+@pytest.mark.slow
 def test_a_video_in_several_files(tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=LENGTHS, file_size_mb=0.001)
     new = record_more(tmp_path / "new", old)

@@ -59,6 +59,7 @@ def test_questions_come_in_order(page):
     ]
 
 
+@pytest.mark.slow
 def test_same_seed_same_page(page, store, dataset, tmp_path):
     write_report(store, Footage(dataset, TOP), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()

@@ -25,6 +25,7 @@ def run(*words):
     main(list(map(str, words)))
 
 
+@pytest.mark.slow
 def test_push_then_every_command_by_the_repositorys_name(
     hub, dataset, store, lam_folder, tmp_path, capsys, monkeypatch
 ):

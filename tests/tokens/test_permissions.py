@@ -40,6 +40,7 @@ def wrong_modes(folder: Path, umask: int) -> dict[str, str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_stores_and_what_is_made_of_them(umask, dataset, store, lam, lam_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(checked, "HF_LEROBOT_HOME", out / "home")

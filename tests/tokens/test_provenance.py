@@ -208,6 +208,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from([*keys(), ("format",), ("format_version",)]), value=JSON)
 def test_any_value_anywhere_is_either_believed_or_refused(files, store, key, value):
