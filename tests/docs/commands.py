@@ -222,7 +222,7 @@ def known_flags() -> set[str]:
     ]
     parsers = [draccus.argparsing.ArgumentParser(each).parser for each in classes]
     flags = {flag for each in (*parsers, get_args_parser()) for flag in each._option_string_actions}
-    scripts = [*(ROOT / "tests" / "benchmarks").glob("*.py"), *(ROOT / "docs").rglob("*.py")]
+    scripts = [*(ROOT / "tests" / "benchmarks").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]
     flags |= {flag for path in scripts for flag in script_flags(path)}
     return flags | set(DASHED) | set(SWITCHES)
 

@@ -1,0 +1,1 @@
+"""Does a policy that was trained on what comes next do what a video shows?"""
