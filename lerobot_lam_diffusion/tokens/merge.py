@@ -70,24 +70,31 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
     first, *others = stores
     expected = _provenance(first)
     problems = []
-    for other in others:
+    for number, other in enumerate(others, 1):
         provenance = _provenance(other)
         problems += [
             f"{other.path}: {difference} as in {first.path}"
             for difference in provenance.differences(expected)
         ]
-        digests_differ = len({expected.dataset.frames, provenance.dataset.frames} - {""}) > 1
-        if digests_differ or differing_episodes(first.episode_hash, other.episode_hash):
-            problems.append(f"{other.path} was made of other frames than {first.path}")
         if _bytes_differ(first.codebook, other.codebook):
             problems.append(f"{other.path} has another codebook than {first.path}")
         if _bytes_differ(first.episode_from, other.episode_from):
             problems.append(f"{other.path} has other episode boundaries than {first.path}")
+            continue
+        # Not only the first store: what it does not know of the frames, another one may.
+        unlike = next((store for store in stores[:number] if _have_other_frames(store, other)), None)
+        if unlike is not None:
+            problems.append(f"{other.path} was made of other frames than {unlike.path}")
     raise_problems(
         "the stores cannot be merged; extract them alike with lerobot-lam-precompute",
         problems,
         TokenStoreError,
     )
+
+
+def _have_other_frames(one: TokenStore, other: TokenStore) -> bool:
+    digests = {_provenance(store).dataset.frames for store in (one, other)} - {""}
+    return len(digests) > 1 or bool(differing_episodes(one.episode_hash, other.episode_hash))
 
 
 def _refuse_contradictions(stores: Sequence[TokenStore], source: Tensor) -> None:

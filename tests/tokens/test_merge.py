@@ -165,3 +165,18 @@ def test_what_is_there_already_is_not_touched(write_random, tmp_path):
     with pytest.raises(FileExistsError):
         merge_stores([whole], whole.path)
     assert os.listdir(tmp_path) == ["whole"]
+
+
+def test_episodes_of_other_frames_that_the_first_store_does_not_know(write_random, part_of, tmp_path):
+    whole = write_random(tmp_path / "whole", LENGTHS)
+    hashes = torch.ones(4, 16, dtype=torch.uint8)
+    without = part_of(whole, [3], "without")
+    one, other = part_of(whole, [0, 1], "one", hashes), part_of(whole, [2], "other", hashes + 1)
+    assert f"{other.path} was made of other frames than {one.path}" in refusal(
+        [without, one, other], tmp_path / "merged"
+    )
+
+
+def test_stores_of_datasets_with_other_numbers_of_episodes(write_random, tmp_path):
+    stores = [write_random(tmp_path / f"of_{n}", LENGTHS[:n]) for n in (3, 4)]
+    assert "has other episode boundaries than" in refusal(stores, tmp_path / "merged")
