@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     study, folder = STUDIES[args.study], args.work_dir / f"closed_loop_{args.study}"
     if unknown := set(args.conditions or ()) - study.conditions.keys():
         parser.error(f"--conditions: {sorted(unknown)} are not among {list(study.conditions)}")
+    if args.device == "cuda":  # as lerobot-train does
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     folder.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, folder, HELD_OUT, args.first_seed, study.near_goal)
     if study.windows is Pictures:
@@ -187,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
             policy = train(windows, data.train_frames, budget, seed, args.device)
             trained = time.time() - started
             found = errors(policy, windows, budget, data.held_out_frames[:: budget.every])
+            error = np.mean(found["error"])
+            print(f"{name:<40} seed {seed}  error {error:.4f}  {trained:.0f} s of training", flush=True)
             arena = Arena(study.near_goal, STARTS)
             act(policy, windows, arena, study.longest, token)
             results.add(
@@ -196,8 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             )  # fmt: skip
             print(
                 f"{name:<40} seed {seed}  success {arena.solved.mean():.2f}  "
-                f"coverage {arena.coverage.mean():.3f}  error {np.mean(found['error']):.4f}  "
-                f"{trained:.0f} seconds of training",
+                f"coverage {arena.coverage.mean():.3f}",
                 flush=True,
             )
 
