@@ -169,6 +169,7 @@ def test_a_cut_download_is_resumed(hub, commit):
     assert sum(line.startswith("GET") and TENSORS_FILE in line for line in hub.log) == 2
 
 
+@pytest.mark.slow  # huggingface_hub waits for seconds between its attempts
 def test_a_cut_download_that_cannot_be_resumed_is_never_used(hub, commit, monkeypatch):
     hub.cuts[TENSORS_FILE] = [100]
     hub.dies = True
