@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from lerobot_lam_diffusion.demo.pusht import block_pose
-from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 from lerobot_lam_diffusion.policy.guidance import Guide, Track
 
-from .demonstrations import ENV, MOVED, SIDES, Start, middle_of, pictures_of, seen
-from .policies import small
+from .demonstrations import MOVED, SIDES, Start, middle_of, pictures_of
 from .trial import Pilot, Trial, tracks_of
 
 
@@ -58,12 +56,8 @@ def film(pilot: Pilot, start: Start, ticks: int) -> tuple[list[np.ndarray], floa
     env, observation = start.env(pictures=True)
     pictures, before = [observation["pixels"]], middle_of(block_pose(env))
     for _ in range(ticks):
-        batch = {key: torch.from_numpy(value)[None] for key, value in seen(env).items()}
-        if pilot.pictures:
-            del batch[ENV]
-            pixels = torch.from_numpy(observation["pixels"][None]).permute(0, 3, 1, 2)
-            batch[IMAGE_KEY] = small(pixels) / 255
-        action = pilot.postprocess(pilot.policy.select_action(pilot.preprocess(batch))).numpy()[0]
+        batch = pilot.observed([env], [observation])
+        action = pilot.postprocess(pilot.policy.select_action(batch)).numpy()[0]
         observation, *_ = env.step(np.clip(action, 0, 512))
         pictures.append(observation["pixels"])
     return pictures, float((middle_of(block_pose(env)) - before)[0])

@@ -37,6 +37,16 @@ class Pilot:
         self.preprocess, self.postprocess = make_pre_post_processors(config, pretrained_path=str(folder))
         self.pictures = IMAGE_KEY in config.input_features
 
+    def observed(self, envs: list[Any], observations: list[dict]) -> dict[str, Any]:
+        """What the policy sees of environments, pre-processed."""
+        parts = [seen(env) for env in envs]
+        batch = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in (STATE, ENV)}
+        if self.pictures:
+            del batch[ENV]
+            pixels = np.stack([observation["pixels"] for observation in observations])
+            batch[IMAGE_KEY] = small(torch.from_numpy(pixels).permute(0, 3, 1, 2)) / 255
+        return self.preprocess(batch)
+
     def act(
         self, starts: list[Start], fed: Callable[[int], torch.Tensor] | None = None, seed: int = 0
     ) -> np.ndarray:
@@ -51,13 +61,7 @@ class Pilot:
         envs, observations = [env for env, _ in worlds], [first for _, first in worlds]
         before = np.stack([middle_of(block_pose(env)) for env in envs])
         for tick in range(TICKS):
-            parts = [seen(env) for env in envs]
-            batch = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in (STATE, ENV)}
-            if self.pictures:
-                del batch[ENV]
-                pixels = np.stack([observation["pixels"] for observation in observations])
-                batch[IMAGE_KEY] = small(torch.from_numpy(pixels).permute(0, 3, 1, 2)) / 255
-            batch = self.preprocess(batch)
+            batch = self.observed(envs, observations)
             if fed is not None:
                 batch[self.policy.config.lam_tokens_key] = fed(tick).to(self.policy.config.device)
             actions = self.postprocess(self.policy.select_action(batch)).numpy()

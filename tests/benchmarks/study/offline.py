@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens = condition.tokens(data, args.work_dir)
         r2 = lams.probe_r2(tokens, data) if condition.sees == "lam" else None
         found = run(
-            data if condition.windows is Windows else data.without_keypoints(),
-            tokens, condition.offsets, condition.n_obs_steps, frames,
+            data, tokens, condition.offsets, condition.n_obs_steps, frames,
             replace(BUDGET, steps=condition.steps, batch_size=condition.batch_size), seed, condition.windows,
         )  # fmt: skip
         results.add(condition=condition.name, seed=seed, probe_r2=r2, **found)

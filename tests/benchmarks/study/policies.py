@@ -77,9 +77,12 @@ class Windows:
 
 
 class Pictures(Windows):
-    """With pictures (B, T, 3, H, W) on -1…1: in training a random part of each, else its middle."""
+    """Pictures (B, T, 3, H, W) on -1…1 for keypoints: in training a random part of each, else its middle."""
 
     shrink = 1
+
+    def __init__(self, data: Recorded, *args: Any) -> None:
+        super().__init__(data.without_keypoints(), *args)
 
     def features(self) -> dict[str, PolicyFeature]:
         size = CROP // self.shrink
@@ -100,8 +103,6 @@ class Pictures(Windows):
             frame[..., y : y + CROP, x : x + CROP] for frame, (y, x) in zip(frames, at.tolist(), strict=True)
         ]
         pictures = torch.stack(parts) / 127.5 - 1
-        if self.shrink == 1:
-            return pictures
         flat = torch.nn.functional.avg_pool2d(pictures.flatten(0, -4), self.shrink)
         return flat.unflatten(0, pictures.shape[:-3])
 
@@ -192,9 +193,9 @@ def train(
     for _ in range(budget.steps):
         take(drawn())
         schedule.step()
-    with torch.no_grad():
-        for weight, average in zip(weights, averaged or weights, strict=True):
-            weight.copy_(average)
+    if averaged:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, averaged)
     return policy.eval()
 
 
