@@ -57,10 +57,10 @@ class Study:
     budget: Budget = BUDGET
 
 
-TWO = {name: (2, name) for name in ("stock", "latest", "true state change")}
+WITH_KEYPOINTS = {name: (2, name) for name in ("stock", "latest", "true state change")}
 STUDIES = {
-    3: Study(False, 300, Windows, TWO),
-    6: Study(True, 150, Windows, TWO),
+    3: Study(False, 300, Windows, WITH_KEYPOINTS),
+    6: Study(True, 150, Windows, WITH_KEYPOINTS),
     8: Study(
         True,
         150,
@@ -72,6 +72,7 @@ STUDIES = {
             "latest with 2 observations": (2, "latest"),
         },
     ),
+    10: Study(True, 150, Windows, {name: (1, which) for name, (_, which) in WITH_KEYPOINTS.items()}),
 }
 
 Token = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -102,19 +103,19 @@ class Arena:
         }
 
     def frames(self) -> Tensor:
-        """uint8 (B, 3, 96, 96); of a solved environment the last one that was asked for."""
+        """uint8 (B, 3, 96, 96), rendered once a step."""
         for i, env in enumerate(self.envs):
-            if not self.solved[i] or i not in self.rendered:
+            if i not in self.rendered:
                 self.rendered[i] = env._render()
-        return torch.from_numpy(np.stack([self.rendered[i] for i in range(len(self.envs))])).permute(
-            0, 3, 1, 2
-        )
+        frames = np.stack([self.rendered[i] for i in range(len(self.envs))])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def step(self, actions: Tensor) -> None:
         for i, (env, action) in enumerate(zip(self.envs, actions.double().numpy(), strict=True)):
             if not self.solved[i]:
                 self.seen[i], _, self.solved[i], _, info = env.step(action)
                 self.coverage[i] = max(self.coverage[i], info["coverage"])
+                self.rendered.pop(i, None)
 
 
 @torch.no_grad()
@@ -174,20 +175,18 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     folder.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, folder, HELD_OUT, args.first_seed, study.near_goal)
-    if study.windows is Pictures:
-        data = data.without_keypoints()
     results, budget = results_of(args.study, args.work_dir), replace(study.budget, steps=args.steps)
     for seed in args.seeds:
         for condition in args.conditions or study.conditions:
             name = f"{condition}, {args.steps} steps"
             if results.has(name, seed):
                 continue
-            started = time.time()
+            started = time.perf_counter()
             n_obs_steps, which = study.conditions[condition]
             tokens, token = seen_by(which, data, folder, args.device)
             windows = study.windows(data, n_obs_steps, budget.horizon, tokens, (0,))
             policy = train(windows, data.train_frames, budget, seed, args.device)
-            trained = time.time() - started
+            trained = time.perf_counter() - started
             found = errors(policy, windows, budget, data.held_out_frames[:: budget.every])
             error = np.mean(found["error"])
             print(f"{name:<40} seed {seed}  error {error:.4f}  {trained:.0f} s of training", flush=True)
@@ -196,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
             results.add(
                 condition=name, seed=seed, success=arena.solved.tolist(), coverage=arena.coverage.tolist(),
                 probe_r2=lams.probe_r2(tokens, data) if tokens else None, error=found["error"],
-                seconds=round(time.time() - started), train_seconds=round(trained), device=args.device,
+                seconds=round(time.perf_counter() - started), train_seconds=round(trained),
+                device=args.device,
             )  # fmt: skip
             print(
                 f"{name:<40} seed {seed}  success {arena.solved.mean():.2f}  "
