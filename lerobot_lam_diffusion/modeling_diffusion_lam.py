@@ -33,7 +33,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_CAMERAS, OBS_LAM_IMAGES, OBS
 from lerobot_lam_diffusion.policy.cameras import may_be_exchanged
 from lerobot_lam_diffusion.policy.checkpoints import load_stock_weights, load_weights, plain
 from lerobot_lam_diffusion.policy.guidance import open_guide, warn_of_missing_guide
-from lerobot_lam_diffusion.policy.lams import resolve_live_sources
+from lerobot_lam_diffusion.policy.lams import resolve_live_sources, warn_of_another_rate
 from lerobot_lam_diffusion.policy.live import LiveTokens
 from lerobot_lam_diffusion.policy.model_card import add_lam_section
 from lerobot_lam_diffusion.policy.precomputed import (
@@ -86,7 +86,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         if config.init_from_stock is not None and config.pretrained_path:
             raise TrainingError(
                 f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
-                f"{config.pretrained_path} are two starts; leave one out"
+                f"{config.pretrained_path} are two places to start from; leave one out"
             )
         self._streaming = StreamingGuard(config, dataset_meta)
         self._figures = TrainingFigures()
@@ -98,6 +98,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self._unresolved_meta = dataset_meta
             self._given_sources = config.token_sources
             if dataset_meta is not None:
+                warn_of_another_rate(config, dataset_meta)
                 config.lam_fps = float(dataset_meta.fps)
                 warn_of_pauses(dataset_meta)
             if config.use_precomputed_lam_tokens:
@@ -150,7 +151,20 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self.token_store = resolve_first_batch(config, self.token_store, meta, batch, self._given_sources)
         if may_be_exchanged(config, meta):
             self._open_caches(meta, batch.get(OBS_LAM_CAMERAS))
+        if self.token_store is not None and config.lam_tokens_key in batch and "index" in batch:
+            self._compare_with_store(self.token_store, batch)
         self._unresolved_meta = None
+
+    def _compare_with_store(self, store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None:
+        """Refuse a batch whose own tokens are of other frames than the store's; zeros may be masked ones."""
+        own, deltas = self._window_tokens(batch), self.config.lam_token_deltas
+        stored = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
+        if ((own != stored.to(own.device)) & (own != 0)).any():
+            raise TrainingError(
+                f"the batch's LAM tokens {self.config.lam_tokens_key!r} are not those of token store "
+                f"{store.name} at the frame offsets {deltas}: join them by LamTokenDataset(dataset, "
+                "store, config.lam_token_deltas), or leave them out of the batch"
+            )
 
     def reset(self) -> None:
         super().reset()

@@ -21,7 +21,7 @@ def answered(status, message=None):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (answered(429), "overloaded or out of order (429: 429 for url). Try again later"),
+        (answered(429), "overloaded or unavailable (429: 429 for url). Try again later"),
         (answered(418, "I am a teapot"), "the Hub refused (418: I am a teapot)"),
         (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), "/cache/x cannot be used (No space"),
         (

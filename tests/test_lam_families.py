@@ -191,6 +191,10 @@ def test_a_lam_without_a_codebook_refuses_vq_tokens(dataset, folders, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         precompute_lam_tokens.main([*flags, "--use_vq_tokens=true"])
     assert "has no codebook, so it makes no VQ tokens" in str(stop.value.code)
+    precompute_lam_tokens.main(
+        [*flags, "--storage_dtype=float16"]
+    )  # the LAM decides that they are continuous
+    assert TokenStore.open(tmp_path / "store").provenance.storage_dtype == "float16"
     with pytest.raises(UserError, match="The LAM has no codebook"):
         load_lam(folders["flow"]).encode_pairs(*torch.zeros(2, 1, 3, 8, 8).byte()).of_kind(True)
 
@@ -206,3 +210,6 @@ def test_the_documented_example_is_short_and_its_name_is_taken():
     assert len(code) - code.index("import sys") <= 45
     with pytest.raises(UserError, match="'GridFlow' of Impostor is taken"):
         register_lam(type("Impostor", (example.GridFlowLam,), {}))
+    namesake = type("GridFlowLam", (example.GridFlowLam,), {"__module__": "another.package"})
+    with pytest.raises(UserError, match="'GridFlow' of GridFlowLam is taken"):
+        register_lam(namesake)

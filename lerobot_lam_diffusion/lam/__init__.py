@@ -10,7 +10,7 @@ from lerobot_lam_diffusion.utils.errors import LamError
 from .base import LamTokens, LatentActionModel, proposed_stride
 from .config import TokenConfig, TokenShape
 from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam, write_lam
-from .locating import resolve_lam, shipped_lams
+from .locating import recorded_path, resolve_lam, shipped_lams
 from .villa_x.config import LamConfig
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_lam",
     "proposed_stride",
     "read_config",
+    "recorded_path",
     "register_lam",
     "resolve_lam",
     "save_lam",

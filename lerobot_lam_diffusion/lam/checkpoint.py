@@ -92,8 +92,8 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
                 "it, save its state dict alone: torch.save(model.state_dict(), 'weights.pt')."
             ) from error
         raise LamError(
-            f"{path} is no readable checkpoint ({first_line(error)}), expected what torch.save writes. Fetch "
-            "it again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
+            f"{path} is not a readable checkpoint ({first_line(error)}), expected what torch.save writes. "
+            "Fetch it again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
         ) from error
     return _renamed(_flat(document, path), path)
 

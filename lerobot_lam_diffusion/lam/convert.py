@@ -26,7 +26,7 @@ from .locating import CHECKPOINT_SUFFIXES, PUBLISHED
 from .univla import UniVlaLam
 from .univla import convert as univla
 
-FAMILIES: dict[str, tuple[type[LatentActionModel], ModuleType]] = {
+CONVERTERS: dict[str, tuple[type[LatentActionModel], ModuleType]] = {
     "lapa": (LapaLam, lapa),
     "univla": (UniVlaLam, univla),
 }
@@ -116,7 +116,7 @@ def convert_lam(
     path, dims = source.path, dims or Dims()
     tensors = open_checkpoint(path)
     family = _recognised(path, tensors, family)
-    lam, translator = FAMILIES[family]
+    lam, translator = CONVERTERS[family]
     tensors = translator.own_keys(tensors)
     unused = [f"--dims.{name}" for name, value in vars(dims).items() if value and name not in translator.DIMS]
     if unused:
@@ -148,11 +148,11 @@ def _recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> 
     Raises:
         LamError: none, or another one than wanted.
     """
-    found = next((name for name, (_, translator) in FAMILIES.items() if translator.is_ours(state)), None)
+    found = next((name for name, (_, translator) in CONVERTERS.items() if translator.is_ours(state)), None)
     if found is None:
         raise LamError(
-            f"{path} is a checkpoint of no family known here (its keys begin "
-            f"{shown(sorted(state)[:4], 200)}), expected one of {', '.join(FAMILIES)}. Name another one."
+            f"{path} is not a checkpoint of a known family (its keys begin "
+            f"{shown(sorted(state)[:4], 200)}), expected one of {', '.join(CONVERTERS)}. Name another one."
         )
     if wanted not in (None, found):
         raise LamError(

@@ -50,12 +50,17 @@ def register_lam[Family: type[LatentActionModel]](family: Family) -> Family:
     name = family.architecture
     taken = FAMILIES.get(name) or _registered.get(name)
     # The same class again, from a module that was reloaded, is no conflict.
-    if taken is not None and getattr(taken, "__qualname__", "") != family.__qualname__:
+    if taken is not None and _spelled(taken) != _spelled(family):
         raise LamError(
             f"The architecture {name!r} of {family.__qualname__} is taken by {shown(taken)}. Choose another."
         )
     _registered[name] = family
     return family
+
+
+def _spelled(family: Any) -> str:
+    """`module:Class` of a family, whether or not it is imported."""
+    return family if isinstance(family, str) else f"{family.__module__}:{family.__qualname__}"
 
 
 def family_of(folder: Path, architecture: Any) -> type[LatentActionModel]:
@@ -353,6 +358,6 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
 def _unreadable(path: Path, error: Exception) -> LamError:
     return LamError(
-        f"{path} is no readable safetensors file ({first_line(error)}), expected the weights of a LAM. "
+        f"{path} is not a readable safetensors file ({first_line(error)}), expected the weights of a LAM. "
         "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
     )

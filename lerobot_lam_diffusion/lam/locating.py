@@ -53,6 +53,12 @@ def resolve_lam(path: str | Path, revision: str | None = None) -> Path:
     return locate_lam(path, revision).folder
 
 
+def recorded_path(path: str) -> str:
+    """How a store names its LAM: a folder by its absolute path, so that training finds it from anywhere."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if path not in shipped_lams() and folder.is_dir() else path
+
+
 def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
     """`resolve_lam` together with the commit that a Hub id resolved to."""
     name = str(path)
@@ -118,6 +124,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
         return fetch(repo_id, revision, files, "model")
     except HubError as error:
         raise LamError(
-            f"There is no LAM at {repo_id!r}{at}: it is no folder here, and {error}. "
+            f"There is no LAM at {repo_id!r}{at}: there is no such folder here, and {error}. "
             f"With this package comes {', '.join(shipped_lams())}."
         ) from error

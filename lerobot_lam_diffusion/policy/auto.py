@@ -14,7 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, proposed_stride, read_config
+from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, proposed_stride, read_config, recorded_path
 from lerobot_lam_diffusion.policy.cameras import dataset_camera
 from lerobot_lam_diffusion.policy.lams import check_lams, find_lams, open_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, cached_entries
@@ -142,7 +142,6 @@ def _build(
     )  # fmt: skip
     dataset = _whole_dataset(dataset_meta, video_backend)
     lam = open_lam(config, wanted.lam.path, str(config.device))
-    named = Path(wanted.lam.path).expanduser()
     try:
         with torch.random.fork_rng(devices=[]):  # a run that builds draws the numbers of one that does not
             precompute_tokens(
@@ -150,7 +149,7 @@ def _build(
                 lam,
                 folder,
                 camera_key=wanted.camera_key,
-                lam_path=str(named.resolve()) if named.is_dir() else wanted.lam.path,
+                lam_path=recorded_path(wanted.lam.path),
                 frame_stride=wanted.frame_stride,
                 use_vq_tokens=config.lam_use_vq_tokens,
                 video_backend=video_backend,

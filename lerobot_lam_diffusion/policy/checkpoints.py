@@ -34,7 +34,7 @@ def load_weights(
 ) -> None:
     """Load `weights` strictly, whether or not they or `module` are compiled.
 
-    Stock LeRobot only warns of a checkpoint whose names do not fit and goes on with random weights.
+    Stock LeRobot only warns about a checkpoint whose names do not fit, and continues with random weights.
 
     Args:
         module: Module to load into.

@@ -21,7 +21,7 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, VIDEO_SUFFIXES
 from lerobot_lam_diffusion.policy.lams import another_lam, check_lams, open_lam
 from lerobot_lam_diffusion.sources import entries
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.provenance import VIDEOS, VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import TrainingError, UserError, raise_problems
 
@@ -162,6 +162,7 @@ def _episode(config: DiffusionLamConfig, name: str) -> Track:
         )
     episode = int(number)
     raise_problems(f"{name} does not fit the policy", _unfit(config, store), TrainingError)
+    _warn_of_another_camera(config, name, store)
     if store.episode_row[episode] < 0:
         raise TrainingError(f"{name}: the store lacks episode {episode}; {store.coverage}. Name another one")
     frames = torch.arange(int(store.episode_from[episode]), int(store.episode_to[episode]))
@@ -196,6 +197,18 @@ def _unfit(config: DiffusionLamConfig, store: TokenStore) -> list[str]:
             f"(--videos=… --fps={fps:g})"
         )
     return problems
+
+
+def _warn_of_another_camera(config: DiffusionLamConfig, name: str, store: TokenStore) -> None:
+    """Names may differ for one camera (`rename_map`), so this is no error."""
+    (source,), provenance = config.token_sources, store.provenance
+    if provenance is None or provenance.dataset.repo_id.startswith(VIDEOS):
+        return
+    if source.camera_key not in (None, provenance.camera_key):
+        logger.warning(
+            "Guidance %s is of the camera %s, the LAM looks at %s here. If these are two cameras, the policy "
+            "was not trained on tokens of that view.", name, provenance.camera_key, source.camera_key,
+        )  # fmt: skip
 
 
 def _video(config: DiffusionLamConfig, name: str, opened: list[Any]) -> Track:
@@ -233,7 +246,7 @@ def _warn_of_look(config: DiffusionLamConfig, name: str, look: Any) -> None:
     if fps is not None and 0 < look.rate < 0.99 * fps:
         logger.warning(
             "Guidance %s has %.3g frames per second, the policy was trained at %.3g: some neighbouring "
-            "frames are the same one, which to the LAM is standstill.",
+            "frames are the same one, which the LAM sees as no motion.",
             name, look.rate, fps,
         )  # fmt: skip
     feature = config.image_features.get(source.camera_key or "")

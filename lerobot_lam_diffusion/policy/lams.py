@@ -81,6 +81,18 @@ def find_lams(config: DiffusionLamConfig) -> list[Path]:
     return folders
 
 
+def local_fingerprint(path: str) -> str | None:
+    """Fingerprint of a LAM that is on this machine; None where it would have to be fetched, or is no LAM."""
+    from lerobot_lam_diffusion.lam import fingerprint_of, shipped_lams
+
+    if path not in shipped_lams() and not Path(path).expanduser().is_dir():
+        return None
+    try:
+        return fingerprint_of(path)
+    except LamError:
+        return None  # deployment will say so
+
+
 def check_lams(
     config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: "Sequence[TokenShape]"
 ) -> None:
@@ -116,11 +128,11 @@ def check_lams(
     ]
     raise_unfit("LAM", problems, common=same)
     for other in allowed:
-        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean other things.", other)
+        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean something else.", other)
 
 
 def another_lam(source: LamSource, fingerprint: str, it_is: str) -> str | None:
-    """How a LAM is another one than the policy was trained with; None: it is the same, or none is recorded.
+    """How a LAM differs from the one in training; None: it does not, or none is recorded.
 
     Args:
         it_is: Begins the sentence, to be continued by the fingerprint.
@@ -173,6 +185,18 @@ def resolve_live_sources(
             trained = {"fingerprint": lam.fingerprint, "trained_on": f"live:{source.model_path}"}
         resolved.append(with_shape(source, lam, **trained))
     record_sources(config, resolved)
+
+
+def warn_of_another_rate(config: DiffusionLamConfig, dataset_meta: Any) -> None:
+    """Warn of fine-tuning at another frame rate, where a stride spans another time."""
+    before, fps = config.lam_fps, float(dataset_meta.fps)
+    if before is not None and abs(before - fps) > 1e-6 * fps:
+        logger.warning(
+            "The policy was trained at %g frames per second, dataset %r has %g: a stride of 1 frame there "
+            "spans the time of %.3g frames here, and tokens of another time mean other motion. Set "
+            "--policy.lam_frame_stride accordingly.",
+            before, dataset_meta.repo_id, fps, fps / before,
+        )  # fmt: skip
 
 
 def _propose_stride(lams: "Sequence[LatentActionModel]", fps: float) -> None:

@@ -65,8 +65,7 @@ class LiveTokens:
 
         Args:
             batch: Raw frames for each of the policy's `observation_delta_indices`, padding flags and, to
-            encode a
-                pair that occurs twice only once, `index`.
+                encode repeated pairs only once, `index`.
         """
         deltas = self._config.observation_delta_indices
         frames = raw_frames(self._config, batch)
@@ -91,7 +90,7 @@ class LiveTokens:
 
 
 class LiveLam:
-    """One source: a LAM that looks at one camera, following its frames to their device.
+    """One source: a LAM that looks at one camera, on the device of its frames.
 
     Attributes:
         camera_key: The camera, as the policy names it.
@@ -164,7 +163,7 @@ class FrameHistory:
 
     def append(self, frames: Tensor) -> None:
         """Add this tick's frames, uint8 `(B, 3, H, W)`."""
-        self._frames.append(frames)
+        self._frames.append(frames.clone())  # a camera's driver may fill the same memory again
 
     def tokens(self, live: LiveLam) -> Tensor:
         """Tokens `(B, number of offsets up to 0, n·a)` at this tick; zero before the first pair."""

@@ -4,7 +4,7 @@
                                                                     └─ else: the LAM, whose token is cached
 
 A cached token counts only for the very pixels that it was computed from. So it is what the LAM would return,
-whatever lies between the dataset and the policy (augmentation, another decoder, an edited video).
+whatever happens to the pixels before the policy (augmentation, another decoder, an edited video).
 """
 
 import logging

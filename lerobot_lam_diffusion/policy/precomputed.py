@@ -26,6 +26,7 @@ from lerobot_lam_diffusion.policy.cameras import (
 from lerobot_lam_diffusion.policy.lams import (
     another_lam,
     fixed_scale,
+    local_fingerprint,
     record_sources,
     shape_problems,
     with_shape,
@@ -100,6 +101,12 @@ def resolve_precomputed_sources(
             stores = open_stores([str(path) for path in paths], dataset_meta)
         except UserError as error:
             raise type(error)(f"{flag}: {error}") from None
+    if dataset_meta is None:
+        logger.warning(
+            "%s is not checked against a dataset, since the policy was built without one: build it with "
+            "LeRobot's make_policy(config, ds_meta=dataset.meta), or its tokens may be of other frames.",
+            flag,
+        )
     if config.lam_live_cache is not None:
         logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _adopt_stores(config, stores, dataset_meta)
@@ -203,6 +210,13 @@ def _resolve_column(config: DiffusionLamConfig, feature: dict | None, dataset_me
         config.lam_frame_stride = column.frame_stride
         resolved = _with_provenance(config, source, column, dataset_meta)
         logger.info("LAM tokens: %s, the dataset's column %s (%s).", column.kind, key, column.state)
+        if column.is_changed:
+            logger.warning(
+                "Column %s may hold the tokens of other frames: %s. Check it with lerobot-lam-tokens verify "
+                "--lam.path=<LAM>, or extract the tokens again.",
+                key,
+                column.derived,
+            )
     else:  # of the user's own making: nothing tells its LAM, nor its codebook's scale
         shape = tuple(feature["shape"])
         if shape != (config.lam_token_dim,):
@@ -285,6 +299,8 @@ def _contradictions(
         if other and not config.lam_allow_mismatch:
             go_on = "" if shape else ", or continue with it by --policy.lam_allow_mismatch=true"
             problems.append(f"{other}: train on a {noun} of that LAM{go_on}")
+        elif not config.lam_allow_mismatch:
+            problems += _other_lam_named(source, provenance.lam.fingerprint, noun)
     elif tokens.token_dim != source.token_dim:
         problems.append(
             f"--policy.lam_num_learned_tokens * lam_action_latent_dim is {source.token_dim}, the {noun} has "
@@ -296,6 +312,19 @@ def _contradictions(
             f"it holds {tokens.kind} tokens: pass --policy.lam_use_vq_tokens={flag} or extract the other kind"
         )
     return problems
+
+
+def _other_lam_named(source: LamSource, fingerprint: str, noun: str) -> list[str]:
+    """Whether a fresh policy names another LAM for deployment, as far as this machine has it."""
+    if source.fingerprint is not None or source.model_path is None or source.is_auto:
+        return []
+    named = local_fingerprint(source.model_path)
+    if named is None or named == fingerprint:
+        return []
+    return [
+        f"--policy.lam_model_path={source.model_path} has the fingerprint {named[:16]}…, the LAM of the "
+        f"{noun} {fingerprint[:16]}…: leave that flag out, or train on a {noun} of that LAM"
+    ]
 
 
 def _is_other_camera(config: DiffusionLamConfig, key: str | None, camera: str, dataset_meta: Any) -> bool:

@@ -60,7 +60,7 @@ class TickClock:
             self._warned_of_rate = True
             logger.warning(
                 "The robot runs at %.3g frames a second, the policy was trained on %g: its frame pairs are "
-                "%.3g s apart instead of %.3g s, and their tokens mean other motion. Pass --fps=%g%s.",
+                "%.3g s apart instead of %.3g s, and their tokens describe other motion. Pass --fps=%g%s.",
                 rate, fps, stride / rate, stride / fps, fps,
                 " to lerobot-rollout" if rate > fps
                 else "; if that is set already, this computer or a camera is too slow for it",

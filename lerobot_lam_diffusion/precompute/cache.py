@@ -206,7 +206,7 @@ class CacheEntry:
             return TokenStore.open(self.folder, dataset_meta)
         except TokenStoreError as error:
             raise ExtractionError(
-                f"{error}. It lies in the cache: remove {self.folder}, and it is built again"
+                f"{error}. It is in the cache: remove {self.folder}, and it is built again"
             ) from error
 
     @contextlib.contextmanager
@@ -228,13 +228,13 @@ class CacheEntry:
             except Timeout:
                 if not wait:
                     raise
-                logger.info("Waiting for %s to be done with the token store %s.", self._holder(), self.folder)
+                logger.info("Waiting for %s to finish the token store %s.", self._holder(), self.folder)
                 patience = REMIND_SECONDS
             except (OSError, NotImplementedError) as error:
                 if not isinstance(error, NotImplementedError) and error.errno not in NOT_SUPPORTED:
                     raise
                 if wait:
-                    logger.warning("%s cannot be locked (%s); going on without.", self.cache, error)
+                    logger.warning("%s cannot be locked (%s); continuing without a lock.", self.cache, error)
                 elif self._mark("builder").exists():
                     raise Timeout(str(path)) from error
                 break

@@ -64,7 +64,7 @@ class ClusterConfig:
         if self.engine == "jobs":
             return [
                 "--cluster.engine=jobs: tasks on Hugging Face Jobs share no file system with this machine, "
-                "and datatrove 0.10 cannot mount one; docs/PRECOMPUTE_AT_SCALE.md tells how to extract there"
+                "and datatrove 0.10 cannot mount one; see docs/PRECOMPUTE_AT_SCALE.md for a way round it"
             ]
         if self.engine not in FLAGS:
             return [f"--cluster.engine={self.engine} must be one of {', '.join(ENGINES)}"]
@@ -89,7 +89,7 @@ class ClusterConfig:
                 "GPU, more GPUs are more --cluster.tasks"
             )
         elif self.gpus_per_task == 1 and device == "cpu":
-            problems.append("--cluster.gpus_per_task=1 would idle beside --device=cpu; leave out one of them")
+            problems.append("--cluster.gpus_per_task=1 would idle with --device=cpu; leave out one of them")
         elif self.gpus_per_task == 0 and device == "cuda":
             problems.append("--device=cuda needs --cluster.gpus_per_task=1; leave out one of them")
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){1,2}", self.time):

@@ -167,6 +167,17 @@ def dataset_info(meta: Any, camera_key: str) -> DatasetInfo:
     )
 
 
+def check_kind(num_codes: int, lam_path: str, use_vq_tokens: bool) -> None:
+    """Raises:
+    ExtractionError: VQ tokens of a LAM without a codebook.
+    """
+    if use_vq_tokens and not num_codes:
+        raise ExtractionError(
+            f"the LAM {lam_path} has no codebook, so it makes no VQ tokens: extract continuous ones by "
+            "--use_vq_tokens=false"
+        )
+
+
 def describe_tokens(
     dataset: DatasetInfo,
     lam: Any,
@@ -191,13 +202,9 @@ def describe_tokens(
         decoder: The way from files to pixels, see `Provenance`.
 
     Raises:
-        ExtractionError: VQ tokens of a LAM without a codebook.
+        ExtractionError: see `check_kind`.
     """
-    if use_vq_tokens and lam.codebook is None:
-        raise ExtractionError(
-            f"the LAM {lam_path} has no codebook, so it makes no VQ tokens: extract continuous ones by "
-            "--use_vq_tokens=false"
-        )
+    check_kind(lam.num_codes, lam_path, use_vq_tokens)
     kind = VQ if use_vq_tokens else CONTINUOUS
     versions = {
         name: importlib.metadata.version(name) for name in (PACKAGE, "lerobot", "torch", "safetensors")

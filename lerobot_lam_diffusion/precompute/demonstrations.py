@@ -94,7 +94,7 @@ class DemonstrationVideo:
         start, end = float(times[1] or 0), None if times[2] is None else float(times[2])
         if end is not None and end <= start:
             raise DatasetError(
-                f"{text}: the part ends at {end:g} s, not after its start {start:g} s; exchange them"
+                f"{text}: the part ends at {end:g} s, not after its start {start:g} s; swap them"
             )
         return cls(path, start, end)
 
@@ -125,8 +125,8 @@ class DemonstrationVideo:
         for picture in self._resampled(fps):
             if waiting and picture.shape != waiting[0].shape:
                 raise DatasetError(
-                    f"{self.name}: its pictures change from {_size(waiting[0])} to {_size(picture)}; cut or "
-                    "re-encode it to one size"
+                    f"{self.name}: its frames change size from {_size(waiting[0])} to {_size(picture)}; "
+                    "cut or re-encode it to one size"
                 )
             waiting.append(picture)
             self.look.height, self.look.width = picture.shape[:2]
@@ -160,10 +160,10 @@ class DemonstrationVideo:
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise DatasetError(f"{self.path} has no video; name a file with pictures")
+                    raise DatasetError(f"{self.path} has no video; name a video file")
                 stream = container.streams.video[0]
                 if stream.codec_context is None:  # PyAV would crash
-                    raise ValueError("FFmpeg finds no codec for its pictures")
+                    raise ValueError("FFmpeg finds no codec for it")
                 stream.thread_type = "AUTO"
                 rate = float(stream.average_rate or stream.base_rate or 0)
                 self.look.rate = rate
@@ -185,7 +185,7 @@ class DemonstrationVideo:
                     yield before[1], switch, before[2]
                     before = (time, switch, frame)
                 if before is None:
-                    raise DatasetError(f"{self.path} has no pictures; name another video")
+                    raise DatasetError(f"{self.path} has no frames; name another video")
                 self._refuse_early_end(stream, time, 2 * half)
                 yield before[1], before[0] + half, before[2]
         except (av.error.FFmpegError, OSError, ValueError) as error:

@@ -192,8 +192,9 @@ def precompute_tokens(
                 if plan.episodes[position] in unreadable:
                     collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             for position, values in copied.items():
-                rows = plan.first_rows[position] + torch.arange(frame_stride, len(values))
-                collector.add(rows, values[frame_stride:])
+                tokens = values[frame_stride:]
+                rows = plan.first_rows[position] + frame_stride + torch.arange(len(tokens))
+                collector.add(rows, tokens)
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(
@@ -274,8 +275,7 @@ def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
     store = TokenStore.open(output_dir)
     assert store.provenance is not None
     problems = store.provenance.differences(plan.provenance)
-    covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
-    problems += different_episodes([*covered, *store.skipped], plan.episodes)
+    problems += different_episodes([*store.covered_episodes, *store.skipped], plan.episodes)
     changed = [] if problems else differing_episodes(plan.episode_hash, store.episode_hash)
     if changed:
         problems.append(
@@ -302,13 +302,11 @@ def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
 def _summary(store: TokenStore | None, **run: Any) -> Summary:
     if store is None:
         return Summary(None, **run)
-    covered = store.episode_row >= 0
-    lengths = (store.episode_to - store.episode_from)[covered]
     return Summary(
         store=store,
         frames=len(store.values),
-        episodes=int(covered.sum()),
-        missing=int(lengths.clamp(max=store.frame_stride).sum()),
+        episodes=len(store.covered_episodes),
+        missing=len(store.values) - store.num_tokens,
         code_usage=store.code_perplexity(),
         num_bytes=sum(file.stat().st_size for file in store.path.iterdir()),
         **run,

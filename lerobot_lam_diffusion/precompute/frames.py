@@ -159,7 +159,7 @@ class EpisodeFrames:
             rows = self._rows(episode)
             try:
                 if self._decoder == "images":
-                    self._refuse_unfit_images(rows[:1], [self._unread_image(rows[0])])
+                    self._refuse_unfit_images(episode, rows[:1], [self._unread_image(rows[0])])
                 else:
                     self._refuse_early_end(episode, rows, ends)
             except DatasetError:
@@ -237,15 +237,15 @@ class EpisodeFrames:
         if self._images is None:  # a view costs more than the frames of a short episode
             self._images = self._dataset.hf_dataset.select_columns([self._camera_key]).with_format(None)
         images = self._images[rows.start : rows.stop][self._camera_key]
-        self._refuse_unfit_images(rows, images)
+        self._refuse_unfit_images(episode, rows, images)
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
     def _unread_image(self, row: int) -> Image.Image:
-        """Of which only the header is read."""
+        """An image whose header alone is read."""
         stored = rows_of(self._dataset).column(self._camera_key).slice(row, 1)[0].as_py()
         return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
 
-    def _refuse_unfit_images(self, rows: range, images: Sequence[Image.Image]) -> None:
+    def _refuse_unfit_images(self, episode: int, rows: range, images: Sequence[Image.Image]) -> None:
         """Whatever `info.json` says of the camera, the files decide."""
         sizes = sorted({image.size for image in images})
         if len(sizes) > 1:
@@ -254,7 +254,8 @@ class EpisodeFrames:
         for row, image in zip(rows, images, strict=True):
             if image.mode != "RGB":
                 raise DatasetError(
-                    f"frame {row} of camera {self._camera_key} of dataset {self._dataset.repo_id!r} is an "
-                    f"image of mode {image.mode} ({len(image.getbands())} channels), and a LAM looks at "
-                    "RGB. Convert the dataset's images to RGB, or name another camera"
+                    f"frame {row - self._rows(episode).start} of episode {episode} of dataset "
+                    f"{self._dataset.repo_id!r}, camera {self._camera_key}, is an image of mode {image.mode} "
+                    f"({len(image.getbands())} channels), and a LAM looks at RGB. Convert the dataset's "
+                    "images to RGB, or name another camera"
                 )

@@ -44,7 +44,7 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
     except Timeout:
         return None
     except (OSError, NotImplementedError) as error:
-        logger.warning("%s cannot be locked (%s); merging all the same.", shards.path, error)
+        logger.warning("%s cannot be locked (%s); merging without a lock.", shards.path, error)
     try:
         if (output_dir / PROVENANCE_FILE).is_file():
             store = TokenStore.open(output_dir)

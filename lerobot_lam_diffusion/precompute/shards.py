@@ -106,7 +106,7 @@ def cut_into_shards(lengths: Sequence[int], shard_frames: int | None = None) -> 
 
 
 def share_of(sizes: Sequence[int], which: Sequence[int], index: int, count: int) -> list[int]:
-    """Shards of process `index` of `count`: largest first, each to the process with the least frames so far.
+    """Shards of process `index` of `count`: largest first, each to the process with the fewest frames so far.
 
     Args:
         sizes: Frames of every shard.
@@ -287,6 +287,8 @@ class _Buffer:
 class ShardCollector:
     """Encoded rows, in whatever order they come; a full shard is written at once.
 
+    Memory: the rows of shards that have begun and are not full.
+
     Args:
         folder: Where finished shards are written.
         shards: Those that this process makes.
@@ -298,7 +300,8 @@ class ShardCollector:
         self._starts = [self._plan.first_rows[first] for first, _ in self._plan.shards]
         self._buffers: dict[int, _Buffer] = {}
         for shard in shards:
-            self._count_down(shard, 0)  # without a single pair nothing will ever come for it
+            if not self._pairs_in(shard):  # nothing will ever come for it
+                self._count_down(shard, 0)
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Values `(B, …)` of `rows` int64 `(B,)`."""
@@ -321,10 +324,9 @@ class ShardCollector:
         """Rows of frames without a token stay zero."""
         if shard not in self._buffers:
             shape, dtype = self._plan.row
-            dtype = dtype if dtype.is_floating_point else torch.int32  # torch does little with uint16
+            dtype = dtype if dtype.is_floating_point else torch.int32  # torch cannot index with uint16
             values = torch.zeros((self._plan.shard_sizes[shard], *shape), dtype=dtype)
-            pairs = sum(self._num_pairs(position) for position in range(*self._plan.shards[shard]))
-            self._buffers[shard] = _Buffer(values, pairs)
+            self._buffers[shard] = _Buffer(values, self._pairs_in(shard))
         return self._buffers[shard]
 
     def _count_down(self, shard: int, pairs: int) -> None:
@@ -333,6 +335,9 @@ class ShardCollector:
         if buffer.pending == 0:
             self._folder.write(shard, buffer.values.to(self._plan.row[1]), buffer.skipped)
             del self._buffers[shard]
+
+    def _pairs_in(self, shard: int) -> int:
+        return sum(self._num_pairs(position) for position in range(*self._plan.shards[shard]))
 
     def _num_pairs(self, position: int) -> int:
         return max(0, self._plan.lengths[position] - self._plan.provenance.frame_stride)

@@ -70,7 +70,7 @@ def card_pictures(
 
 
 def _look_at(store: TokenStore, footage: Footage | None, seed: int) -> tuple["_Report", list[Section]]:
-    covered = torch.nonzero(store.episode_row >= 0).flatten().tolist()
+    covered = store.covered_episodes
     if footage is not None and footage.dataset.episodes is not None:
         covered = sorted(set(covered) & set(footage.dataset.episodes))
     report = _Report(store, footage, read_codes(store, covered, seed), seed)
@@ -196,7 +196,7 @@ class _Report:
     def usage_section(self) -> Section:
         codes, store = self.codes, self.store
         section = Section("Are they used?", "use", on_card=2)
-        rows = int(((store.episode_to - store.episode_from) * (store.episode_row >= 0)).sum())
+        rows = len(store.values)
         missing = rows - store.num_tokens
         section.rows = [
             ("frames without a token", f"{missing:,} of {rows:,} ({missing / max(rows, 1):.1%})"),
@@ -235,7 +235,7 @@ class _Report:
     def strip_section(self, strips: dict[int, list[int]], thumbs: dict[int, Tensor]) -> Section:
         section = Section("Where in time?", "time", on_card=2)
         section.texts.append(
-            "Three episodes: frames, codes (a colour each; white: no token) and the state's speed."
+            "Frames, codes (a colour each; white: no token) and the state's speed of some episodes."
         )
         for episode, frames in strips.items():
             strip = torch.cat([thumbs[frame] for frame in frames], dim=2)
@@ -252,16 +252,18 @@ class _Report:
         return section
 
     def prediction_section(self, pool: list[int]) -> Section:
-        """On episodes held out of the probe (a LAM may have been fitted to them, which we cannot know)."""
+        """On the probe's held-out episodes, or without a probe drawn ones; the LAM may have seen them."""
         assert self.footage is not None
         lam, stride = self.footage.lam, self.store.frame_stride
         section = Section("What does the LAM predict?", "prediction", on_card=2)
-        held = set(self.probe.held_out if self.probe is not None else pool[: max(1, len(pool) // 5)])
-        inside = torch.isin(self.codes.episodes, torch.tensor(sorted(held & set(pool))))
+        which, held = "held-out", self.probe.held_out if self.probe is not None else None
+        if held is None:
+            which, held = "drawn", pool[: max(1, len(pool) // 5)]
+        inside = torch.isin(self.codes.episodes, torch.tensor(sorted({*held} & {*pool})))
         later = self.codes.frames[inside]
         later = later[torch.linspace(0, len(later) - 1, min(len(later), _PREDICTED)).long()]
         if not len(later):
-            section.texts.append("No held-out episode has a token.")
+            section.texts.append(f"No {which} episode has a token.")
             return section
         wanted: dict[int, set[int]] = {}
         for frame in later.tolist():
@@ -283,7 +285,7 @@ class _Report:
             )
         section.texts.append(
             f"The LAM's forward model (FDM) gets the earlier frame and the token; {len(later)} pairs of "
-            "held-out episodes. Below, those in which most moves: the earlier frame (as copying gives it), "
+            f"{which} episodes. Below, those in which most moves: the earlier frame (as copying gives it), "
             "the prediction, and the true frame."
         )
         shown = moving.flatten(1).sum(1).argsort(descending=True)[:_PREDICTED_SHOWN].tolist()

@@ -8,7 +8,7 @@ from torch import Tensor
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 
 MOST_FRAMES = 400_000
-"""Of a larger store whole episodes are drawn until so many frames are reached: memory stays bounded."""
+"""Larger stores are sampled by whole episodes up to so many frames: memory stays bounded."""
 DIRECTIONS = 3
 BINS = 8
 _PRINCIPAL_TOKENS = 20_000

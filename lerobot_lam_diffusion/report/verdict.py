@@ -28,7 +28,7 @@ def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) 
             f"nearly all tokens have the same code (perplexity at most {max(perplexity):.1f})",
         )
     if probe is None:
-        return Verdict(DOUBTFUL, f"nobody can tell from here: {why_no_probe}")
+        return Verdict(DOUBTFUL, f"cannot be judged from here: {why_no_probe}")
     best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
     gain = probe.mean - max(probe.mean_shuffled, 0.0)
     described = (

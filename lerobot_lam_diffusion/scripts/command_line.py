@@ -70,9 +70,7 @@ class DatasetSource:
         elif self.episodes is not None and (
             min(self.episodes) < 0 or len(set(self.episodes)) < len(self.episodes)
         ):
-            problems.append(
-                f"--dataset.episodes={self.episodes} must be different numbers, none of them negative"
-            )
+            problems.append(f"--dataset.episodes={self.episodes} must be distinct, none of them negative")
         if self.video_backend not in (None, *VIDEO_BACKENDS):
             problems.append(
                 f"--dataset.video_backend={self.video_backend} must be {' or '.join(VIDEO_BACKENDS)}"
@@ -81,7 +79,7 @@ class DatasetSource:
 
 
 @dataclass
-class LamSource:
+class LamFlags:
     """Which LAM.
 
     Args:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.lam.convert import FAMILIES, Dims, convert_lam, locate_checkpoint
+from lerobot_lam_diffusion.lam.convert import CONVERTERS, Dims, convert_lam, locate_checkpoint
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
 from lerobot_lam_diffusion.scripts.command_line import refuse, run_command
 from lerobot_lam_diffusion.scripts.help import Command
@@ -66,8 +66,8 @@ class ConvertConfig:
             for name, value in vars(self.dims).items()
             if value is not None and value < 1
         ]
-        if self.family not in (None, *FAMILIES):
-            problems.append(f"--family={self.family} must be one of {', '.join(FAMILIES)}")
+        if self.family not in (None, *CONVERTERS):
+            problems.append(f"--family={self.family} must be one of {', '.join(CONVERTERS)}")
         raise_problems("cannot convert so", problems)
 
 

@@ -19,7 +19,7 @@ import huggingface_hub.constants
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import resolve_lam
-from lerobot_lam_diffusion.scripts.command_line import LamSource, run_command
+from lerobot_lam_diffusion.scripts.command_line import LamFlags, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.utils.errors import DemoError, UserError, raise_problems
@@ -53,7 +53,7 @@ class DemoConfig:
     steps: int = 100
     seed: int = 0
     first_seed: int = 0
-    lam: LamSource = field(default_factory=lambda: LamSource("pusht-compact"))
+    lam: LamFlags = field(default_factory=lambda: LamFlags("pusht-compact"))
     device: str = "cpu"
     record_only: bool = False
     root: Path | None = None

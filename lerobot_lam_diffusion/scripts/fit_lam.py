@@ -110,8 +110,8 @@ class FitLamConfig:
                 problems.append(f"--decoder_width={self.decoder_width} needs --refine_decoder: whose FDM?")
             if self.decoder_width < 64 or self.decoder_width % 8 or self.decoder_depth < 1:
                 problems.append(
-                    f"--decoder_width={self.decoder_width} --decoder_depth={self.decoder_depth} is no size, "
-                    "expected a width of at least 64, a multiple of 8, and a depth of at least 1"
+                    f"--decoder_width={self.decoder_width} --decoder_depth={self.decoder_depth} is no valid "
+                    "size, expected a width of at least 64, a multiple of 8, and a depth of at least 1"
                 )
         if self.learning_rate <= 0:
             problems.append(f"--learning_rate={self.learning_rate} must be positive")
@@ -294,7 +294,7 @@ def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
         f"--frame_stride={config.frame_stride}",
         f"--output_dir={config.output_dir}_tokens",
     ]
-    print(f"\nThe LAM stands in {config.output_dir}.")
+    print(f"\nThe LAM is in {config.output_dir}.")
     print(next_step(command))
 
 

@@ -9,7 +9,7 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, counted, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, counted, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -102,11 +102,11 @@ def _device_of(cache: PairCache) -> str:
         return usable_device(cache.provenance.device)
     except UserError as error:
         raise TokenStoreError(
-            f"{cache.path} was filled on {cache.provenance.device}, which is not to be had here: merge it on "
+            f"{cache.path} was filled on {cache.provenance.device}, which is not available here: merge it on "
             "such a machine, or without --lam.path, which leaves out incomplete episodes"
         ) from error
 
 
-def _open_lam(source: LamSource, cache: PairCache, device: str | None) -> Any:
+def _open_lam(source: LamFlags, cache: PairCache, device: str | None) -> Any:
     dtype = getattr(torch, cache.provenance.dtype)
     return load_lam(source.path, revision=source.revision, device=usable_device(device), dtype=dtype)

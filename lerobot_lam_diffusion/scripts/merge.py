@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.scripts.cache import means_live_cache
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.scripts.next_step import next_step, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.merge import merge_stores
@@ -29,7 +29,7 @@ class MergeConfig:
 
     output_dir: Path | None = None
     dataset: DatasetSource | None = None
-    lam: LamSource | None = None
+    lam: LamFlags | None = None
     tolerance_s: float = 1e-4
     stores: list[str] = field(default_factory=list)
 

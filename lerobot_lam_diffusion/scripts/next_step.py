@@ -75,7 +75,11 @@ def train_on(
     return training(
         repo_id,
         root,
-        *([f"--dataset.episodes=[{_covered(store)}]"] if store.missing_episodes else []),
+        *(
+            [f"--dataset.episodes=[{','.join(map(str, store.covered_episodes))}]"]
+            if store.missing_episodes
+            else []
+        ),
         "--policy.use_precomputed_lam_tokens=true",
         f"--policy.lam_tokens_path={tokens}",
         *([] if store.kind == VQ else ["--policy.lam_use_vq_tokens=false"]),
@@ -141,7 +145,3 @@ def root_of(repo_id: str) -> str | None:
 def dataset_flags(repo_id: str, root: str | Path | None) -> list[str]:
     root = root or root_of(repo_id)
     return [f"--dataset.repo_id={repo_id}", *([f"--dataset.root={root}"] if root else [])]
-
-
-def _covered(store: TokenStore) -> str:
-    return ",".join(map(str, torch.nonzero(store.episode_row >= 0).flatten().tolist()))

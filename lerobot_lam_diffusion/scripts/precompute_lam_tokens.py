@@ -16,7 +16,9 @@ Or an engine starts the tasks, records what is finished and merges (SLURM, Ray, 
 
     lerobot-lam-precompute … --cluster.engine=slurm --cluster.tasks=64 --cluster.partition=gpu \
         --cluster.time=04:00:00
+
 Videos become a store whose episodes they are; each then guides a policy as the video itself would:
+
     lerobot-lam-precompute --videos=demos --fps=10 --lam.path=microsoft/villa-x --output_dir=demos_lam
     lerobot-eval --policy.path=… '--policy.lam_guidance=demos_lam#0' …
 """
@@ -24,7 +26,8 @@ Videos become a store whose episodes they are; each then guides a policy as the 
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +38,16 @@ import torch
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import TokenShape, load_lam, proposed_stride, read_config, resolve_lam
+from lerobot_lam_diffusion.lam import (
+    TokenShape,
+    load_lam,
+    proposed_stride,
+    read_config,
+    recorded_path,
+    resolve_lam,
+)
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
+from lerobot_lam_diffusion.precompute.dataset import check_kind
 from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
 from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint, summary_of
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
@@ -44,7 +55,7 @@ from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.scripts.command_line import (
     DatasetSource,
-    LamSource,
+    LamFlags,
     counted,
     run_command,
     usable_device,
@@ -63,6 +74,15 @@ from lerobot_lam_diffusion.utils.errors import ExtractionError, first_line, rais
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NOT_FOR_VIDEOS = (
+    "num_workers",
+    "tolerance_s",
+    "on_error",
+    "extend",
+    "shard_frames",
+    "shard_index",
+    "num_shards",
+)
 EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
 
 
@@ -109,7 +129,7 @@ class PrecomputeConfig:
 
     # Not `DatasetSource | None`: draccus would not say which of its fields is wrong.
     dataset: DatasetSource = field(default_factory=lambda: DatasetSource(repo_id=""))
-    lam: LamSource
+    lam: LamFlags
     output_dir: Path
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     camera_key: str | None = None
@@ -148,11 +168,6 @@ class PrecomputeConfig:
             problems.append(
                 f"--storage_dtype={self.storage_dtype} must be one of {', '.join(CONTINUOUS_STORAGE)}"
             )
-        elif self.use_vq_tokens is not False and self.storage_dtype != "float32":
-            problems.append(
-                f"--storage_dtype={self.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
-                "tokens are kept as code indices, exactly"
-            )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"--dtype={self.dtype} must be float32 or bfloat16")
         problems += self.cluster.problems(self.device, (self.shard_index, self.num_shards) != (0, 1))
@@ -177,17 +192,10 @@ class PrecomputeConfig:
         if self.fps is None or not 0 < self.fps < math.inf:
             what = " is missing" if self.fps is None else f"={self.fps:g} must be a positive number"
             problems.append(f"--fps{what}: how many frames per second the policy's dataset has")
-        if (self.shard_index, self.num_shards, self.shard_frames) != (0, 1, None):
-            problems.append(
-                "--shard_index, --num_shards and --shard_frames are not for --videos; leave them out"
-            )
-        if self.extend is not None:
-            problems.append("--extend is not for --videos; leave it out")
+        given = [name for name in _NOT_FOR_VIDEOS if getattr(self, name) != getattr(PrecomputeConfig, name)]
         if self.cluster.engine is not None:
-            problems.append("--cluster.engine is not for --videos; leave it out")
-        if self.on_error != "fail":
-            problems.append("--on_error=skip is not for --videos: take the file that cannot be read away")
-        return problems
+            given.append("cluster.engine")
+        return problems + [f"--{name} is not for --videos; leave it out" for name in given]
 
 
 COMMAND = Command("lerobot-lam-precompute", PrecomputeConfig, __doc__)
@@ -230,30 +238,27 @@ def _extract(
         dtype=getattr(torch, config.dtype),
     )
     try:
-        return precompute_tokens(
-            dataset,
-            lam,
-            output_dir,
-            camera_key=camera_key,
-            lam_path=recorded_path(config.lam.path),
-            frame_stride=frame_stride,
-            use_vq_tokens=use_vq_tokens,
-            storage_dtype=config.storage_dtype,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            compile=config.compile,
-            shard_frames=config.shard_frames,
-            skip_unreadable=config.on_error == "skip",
-            unreadable=unreadable,
-            process=process,
-            extend=[] if config.extend is None else [TokenStore.open(config.extend)],
-            merge=merge,
-            show_progress=show_progress,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ExtractionError(
-            f"the GPU's memory is not enough ({first_line(error)}); pass a smaller --batch_size"
-        ) from error
+        with _out_of_memory_explained():
+            return precompute_tokens(
+                dataset,
+                lam,
+                output_dir,
+                camera_key=camera_key,
+                lam_path=recorded_path(config.lam.path),
+                frame_stride=frame_stride,
+                use_vq_tokens=use_vq_tokens,
+                storage_dtype=config.storage_dtype,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                compile=config.compile,
+                shard_frames=config.shard_frames,
+                skip_unreadable=config.on_error == "skip",
+                unreadable=unreadable,
+                process=process,
+                extend=[] if config.extend is None else [TokenStore.open(config.extend)],
+                merge=merge,
+                show_progress=show_progress,
+            )
     except (KeyboardInterrupt, DecodeError, OSError) as error:
         hint = None if isinstance(error, FileExistsError) else resume_hint(output_dir)
         if hint:
@@ -266,6 +271,16 @@ def _extract(
         raise
 
 
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExtractionError(
+            f"the GPU has too little memory ({first_line(error)}); pass a smaller --batch_size"
+        ) from error
+
+
 def _by_cluster(config: PrecomputeConfig) -> None:
     """Check what this machine can check, then have the tasks of an engine extract."""
     output_dir = config.output_dir.expanduser().absolute()
@@ -275,8 +290,10 @@ def _by_cluster(config: PrecomputeConfig) -> None:
             "tells what it holds. Choose another --output_dir, or remove it to extract again"
         )
     refuse_existing(output_dir)
-    resolve_lam(config.lam.path, config.lam.revision)
-    camera_key = choose_camera(open_metadata(config.dataset), config.camera_key)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
+    metadata = open_metadata(config.dataset)
+    camera_key = choose_camera(metadata, config.camera_key)
+    _kind_of_tokens(config, shape, metadata.fps)
     needed = ("datatrove", "ray") if config.cluster.engine == "ray" else ("datatrove",)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
@@ -297,6 +314,9 @@ def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any
     flags["camera_key"] = camera_key
     flags["output_dir"] = str(config.output_dir.expanduser().absolute())
     flags["lam"]["path"] = recorded_path(config.lam.path)
+    if config.extend is not None:
+        store = TokenStore.open(config.extend)
+        flags["extend"] = store.hub_id or str(store.path.absolute())
     # Decoders may differ by a level: all tasks take that of this machine.
     flags["dataset"]["video_backend"] = config.dataset.video_backend or get_safe_default_video_backend()
     if config.dataset.root is not None:
@@ -320,6 +340,12 @@ def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> in
 def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
     """Frame stride, and whether VQ tokens are wanted; the LAM decides what the user leaves out."""
     use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
+    check_kind(lam.num_codes, config.lam.path, use_vq_tokens)
+    if use_vq_tokens and config.storage_dtype != "float32":
+        raise ExtractionError(
+            f"--storage_dtype={config.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
+            "tokens are kept as code indices, exactly"
+        )
     return config.frame_stride or _proposed_stride(lam, fps), use_vq_tokens
 
 
@@ -350,18 +376,19 @@ def _precompute_videos(config: PrecomputeConfig) -> str:
     )
     if config.compile:
         lam.compile()
-    store = precompute_videos(
-        videos,
-        lam,
-        output_dir,
-        fps=config.fps,
-        camera_key=config.camera_key or VIDEO_CAMERA,
-        lam_path=recorded_path(config.lam.path),
-        frame_stride=frame_stride,
-        use_vq_tokens=use_vq_tokens,
-        storage_dtype=config.storage_dtype,
-        batch_size=config.batch_size or PAIRS_AT_A_TIME,
-    )
+    with _out_of_memory_explained():
+        store = precompute_videos(
+            videos,
+            lam,
+            output_dir,
+            fps=config.fps,
+            camera_key=config.camera_key or VIDEO_CAMERA,
+            lam_path=recorded_path(config.lam.path),
+            frame_stride=frame_stride,
+            use_vq_tokens=use_vq_tokens,
+            storage_dtype=config.storage_dtype,
+            batch_size=config.batch_size or PAIRS_AT_A_TIME,
+        )
     lengths = (store.episode_to - store.episode_from).tolist()
     lines = [
         f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
@@ -380,38 +407,34 @@ def _precompute_videos(config: PrecomputeConfig) -> str:
     )
 
 
-def recorded_path(lam_path: str) -> str:
-    """How a store names its LAM: a folder absolutely, so that training from elsewhere finds it again."""
-    folder = Path(lam_path).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else lam_path
-
-
 def report(summary: Summary, config: PrecomputeConfig) -> str:
     """The closing lines: what was made, where it lies, what to run next."""
     store = summary.store
     if store is None:
         return (
             f"This process is done: {summary.encoded} tokens. {summary.shards_finished} of "
-            f"{summary.shards_total} shards are finished; whoever finishes the last one merges them.\n"
-            "Should the others have stopped: the same command without --shard_index and --num_shards makes "
-            "the rest."
+            f"{summary.shards_total} shards are finished; the process that finishes the last one merges "
+            "them.\nIf the others have stopped, the same command without --shard_index and --num_shards "
+            "makes the rest."
         )
     assert store.provenance is not None
     usage = ", ".join(f"{perplexity:.1f}" for perplexity in summary.code_usage)
+    of = store.provenance.lam.num_codes
     lines = [
-        f"frames    {summary.frames} in {summary.episodes} episodes",
-        f"missing   {summary.missing} tokens: the first {counted(store.frame_stride, 'frame')} of an episode "
-        "have none",
+        f"frames    {summary.frames:,} in {counted(summary.episodes, 'episode')}",
+        *(
+            [f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}"]
+            if summary.copied
+            else []
+        ),
+        f"missing   {counted(summary.missing, 'token')}: no pair ends in the first "
+        f"{counted(store.frame_stride, 'frame')} of an episode",
         f"tokens    {store.kind}, {store.token_dim} values a frame, camera {store.provenance.camera_key}",
+        *([f"codebook  perplexity {usage} of {of} codes a slot"] if usage else []),
         *(_times(summary) if config.cluster.engine is None else []),
         f"size      {summary.num_bytes:,} bytes",
         f"store     {store.path.resolve()}",
     ]
-    if summary.copied:
-        lines.insert(1, f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}")
-    if usage:
-        of = store.provenance.lam.num_codes
-        lines.insert(3, f"codebook  perplexity {usage} of {of} codes a slot")
     if 0 < summary.shards_total < config.num_shards:
         idle = counted(config.num_shards - summary.shards_total, "task")
         lines.append(

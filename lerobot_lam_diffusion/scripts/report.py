@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lerobot_lam_diffusion.lam import LatentActionModel, load_lam
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.card import CardPicture
 from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
@@ -32,7 +32,7 @@ class ReportConfig:
     store: str
     output: Path = Path("report.html")
     dataset: DatasetSource | None = None
-    lam: LamSource | None = None
+    lam: LamFlags | None = None
     camera_key: str | None = None
     seed: int = 0
     device: str | None = None
@@ -68,7 +68,7 @@ def illustrate(store: TokenStore, footage: "Footage | None") -> tuple[str, list[
 def open_footage(
     path: str,
     dataset: DatasetSource | None,
-    lam: LamSource | None = None,
+    lam: LamFlags | None = None,
     camera_key: str | None = None,
     device: str | None = None,
 ) -> tuple[TokenStore, "Footage | None"]:
@@ -90,7 +90,7 @@ def open_footage(
     return store, Footage(open_dataset(dataset), camera, loaded)
 
 
-def _open_lam(source: LamSource, device: str) -> LatentActionModel:
+def _open_lam(source: LamFlags, device: str) -> LatentActionModel:
     """With its FDM, if its folder holds one."""
     try:
         return load_lam(source.path, revision=source.revision, device=device, fdm=True)

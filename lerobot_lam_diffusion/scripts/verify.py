@@ -9,7 +9,7 @@ import torch
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.cache import means_live_cache
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -41,7 +41,7 @@ class VerifyConfig:
     store: str | None = None
     column: str = OBS_LAM_TOKENS
     dataset: DatasetSource | None = None
-    lam: LamSource | None = None
+    lam: LamFlags | None = None
     camera_key: str | None = None
     num_samples: int = 64
     seed: int = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.frames import choose_camera
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamSource, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
@@ -36,7 +36,7 @@ class ViewConfig:
     dataset: DatasetSource
     episode: int
     save: Path | None = None
-    lam: LamSource | None = None
+    lam: LamFlags | None = None
     camera_key: str | None = None
     device: str | None = None
 

@@ -2,13 +2,13 @@
 
 LeRobot's own `add_features` does this too, but copies every video, turns every number into a Python object,
 drops the row groups by which episodes are found, gives the new feature no statistics, and reads all of the
-result again into the cache of `datasets`. Nothing of it is needed here: a column changes no video, and the
+result again into the cache of `datasets`. None of that is needed here: a column changes no video, and the
 other columns stay as they are. So the data files are extended as Arrow tables and written, like info,
 statistics and row groups, by the functions that LeRobot's recorder itself writes with; videos are linked.
 
 Statistics are those that `recompute_stats` would find (over all rows, missing tokens count as zeros), in
-`meta/stats.json` and, which `delete_episodes` and `split_dataset` go by, for every episode in
-`meta/episodes`, as of a feature that was recorded.
+`meta/stats.json` and, which `delete_episodes` and `split_dataset` read, for every episode in
+`meta/episodes`, as for a recorded feature.
 """
 
 import json
@@ -58,7 +58,7 @@ class NewDataset:
 
     Attributes:
         root: Its folder.
-        linked: Video files that it shares with the dataset that it was made of.
+        linked: Video files shared with the original dataset.
         copied: Video files that were copied.
     """
 

@@ -2,7 +2,7 @@
 
 Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. Where all
 of a camera's files are on this machine, `frames_digest` tells whether its frames are the store's. Where they
-are not (streaming, some of the episodes), or the store is older than that, `dataset_digest` has to do. It
+are not (streaming, some of the episodes), or the store predates it, `dataset_digest` decides. It
 covers every episode's boundaries, the statistics of its actions, states and pictures, and how the video is
 encoded, and reads only `meta/episodes`.
 """
@@ -47,7 +47,7 @@ def dataset_digest(meta: Any, camera_key: str) -> str:
 def has_digest(meta: Any, camera_key: str, digest: str, video: Any = None) -> bool:
     """Whether `digest` is of this dataset's frames.
 
-    Those of stores that were made before the video's encoding counted are known too.
+    Digests of stores from before the encoding counted are accepted too.
 
     Args:
         video: How the camera's video is encoded; None: as the dataset says.
@@ -61,7 +61,7 @@ def video_info(meta: Any, camera_key: str) -> Any:
 
 
 def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
-    """With and without the encoding of the video."""
+    """The digest with the video's encoding, and without it."""
     files = sorted((Path(meta.root) / "meta" / "episodes").rglob("*.parquet"))
     if not files:
         raise DatasetError(
@@ -92,7 +92,7 @@ def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
 
 
 def _numbers(file: Path, wanted: list[str]) -> pa.Table:
-    """Those of the columns that a file has, as float64 or lists of it, whatever types its writer chose."""
+    """The wanted columns that the file has, cast to float64 or lists of float64."""
     parquet = pq.ParquetFile(file)
     table = parquet.read(columns=[name for name in wanted if name in set(parquet.schema_arrow.names)])
     return pa.table({name: table[name].cast(_as_float64(table[name].type)) for name in table.column_names})
@@ -154,7 +154,7 @@ def check_binding(store: "TokenStore", meta: Any) -> None:
 
 
 def _is_of(store: "TokenStore", meta: Any) -> bool:
-    """Whether the dataset's frames are the store's, as far as it is known here."""
+    """Whether the dataset's frames are the store's, as far as this machine can tell."""
     assert store.provenance is not None
     camera, source = store.provenance.camera_key, store.provenance.dataset
     same = same_frames(meta, camera, source)

@@ -1,6 +1,6 @@
 """The card (README.md) of a token store's repository: what the tokens are, and how to train with them.
 
-What we write stands between two marks. Text around them and metadata (a license, say) are the user's, and
+Our section stands between two markers. Text around them and metadata (a license, say) are the user's, and
 stay when the store is pushed again.
 """
 

@@ -2,7 +2,7 @@
 
 Reading gigabytes before every training, in every process, would tell nothing new. A store that was checked
 leaves a stamp, a tiny file under LeRobot's home; while the store's files keep their size, inode and
-times (that of the inode's last change cannot be set back), it is believed. A stamp that cannot be written or
+times (the inode's ctime cannot be set back), it is trusted. A stamp that cannot be written or
 read costs a check, never an error.
 """
 
@@ -24,7 +24,7 @@ _checked_here: dict[Path, str] = {}  # where no stamp can be written, once per p
 
 
 def stamp_of(*files: Path) -> str:
-    """What a store's files look like from outside, without reading them."""
+    """Size, inode and times of a store's files, without reading them."""
     states = {}
     for file in files:
         stat = file.stat()

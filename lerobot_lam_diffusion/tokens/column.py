@@ -7,7 +7,7 @@ datasets with tokens of one kind, and LeRobot itself refuses to mix the tokens o
 
 What belongs to one dataset alone (its digest, all else that its token store knew, and how the camera's video
 was encoded) stands in `meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or is
-not true of the dataset any more, the column is *derived*. Its rows still are those of their frames.
+not true of the dataset any more, the column is *derived*. Its rows still belong to their frames.
 
 There is no list of missing tokens: they are the first `frame_stride` rows of each episode, and zero.
 """
@@ -52,11 +52,13 @@ class TokenColumn:
         provenance: What its tokens are; `dataset` is the dataset that has the column.
         derived: Why it is not known to hold the tokens as a LAM made them of these very frames; None where
             it does.
+        is_changed: Whether its own dataset has changed under it, and not only been made into another one.
     """
 
     key: str
     provenance: Provenance
     derived: str | None
+    is_changed: bool = False
 
     @property
     def kind(self) -> str:
@@ -129,7 +131,7 @@ def origin_document(provenance: Provenance, meta: Any) -> dict[str, Any]:
 
 
 def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
-    """The column with all that is known about it, if its dataset is still the one it was made of."""
+    """The column with its full provenance, if its dataset is still the one it was made of."""
     document = read_origins(meta.root).get(column.key)
     if not isinstance(document, dict):
         return dataclasses.replace(
@@ -152,4 +154,4 @@ def _with_origin(column: TokenColumn, meta: Any) -> TokenColumn:
         reason = f"{ORIGINS_FILE} contradicts the column's info"
     else:
         return dataclasses.replace(column, provenance=recorded)
-    return dataclasses.replace(column, derived=reason)
+    return dataclasses.replace(column, derived=reason, is_changed=True)

@@ -61,7 +61,7 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
         if table is None:
             size = sum(stat.st_size for _, stat in files)
             if size > LOGGED_BYTES:
-                logger.info("Reading %.1f GB of %s once, to know its frames again.", size / 1e9, root)
+                logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
             table = _hash_all(meta, camera_key)
             write_note(place, json.dumps([stamp, table.numpy().tobytes().hex()]))
         _known_here[place] = known = (stamp, table)

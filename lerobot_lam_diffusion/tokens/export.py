@@ -44,7 +44,7 @@ def export_store(store: TokenStore, output: Path, format: str) -> None:
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown; expected one of {', '.join(FORMATS)}")
     if store.provenance is None:
-        raise TokenStoreError(f"{store.path} is no token store but a file of its tokens already")
+        raise TokenStoreError(f"{store.path} is an exported file already, not a token store")
     if format != "parquet" and bool((store.episode_row < 0).any()):
         raise TokenStoreError(
             f"{store.path} is partial ({store.coverage}), and a .{format} file has a row for every frame: "

@@ -6,7 +6,7 @@ Video files count by their content and the order in which episodes come to them,
 another numbering is the same dataset. All images are read; of a video file larger than `WHOLE_BYTES` its
 size, its start, its end, which hold the table of its frames, and blocks in between.
 
-The contents are read once per machine: what was found is noted under LeRobot's home, and believed while the
+The contents are read once per machine: the result is recorded under LeRobot's home, and trusted while the
 files keep their size and times.
 """
 
@@ -44,7 +44,7 @@ def frames_digest(meta: Any, camera_key: str) -> str | None:
         meta: `LeRobotDatasetMetadata`.
         camera_key: A camera of it, kept as video or as images.
 
-    A file that cannot be read counts as missing: who needs its frames says what is wrong with it.
+    A file that cannot be read counts as missing; reading its frames reports what is wrong with it.
     """
     try:
         return _digest(meta, camera_key)

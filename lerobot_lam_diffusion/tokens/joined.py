@@ -21,6 +21,10 @@ class JoinedStores:
     stores: tuple[TokenStore, ...]
 
     @property
+    def name(self) -> str:
+        return ", ".join(store.name for store in self.stores)
+
+    @property
     def token_dim(self) -> int:
         """Numbers in one frame's token, of all stores."""
         return sum(store.token_dim for store in self.stores)

@@ -95,11 +95,11 @@ def _fetched(hub_id: str, written: str) -> StoreLocation:
         local = Path(written)
         if not _URL.match(written) and local.parent.is_dir():
             alike = siblings(local)
-            else_where = "" if alike else f". Nor is it to be had from the Hub: {error}"
+            else_where = "" if alike else f". Nor can it be fetched from the Hub: {error}"
             raise TokenStoreError(
                 f"no token store at {written}: there is no such folder; correct the path{alike}{else_where}"
             ) from error
-        here = "" if _URL.match(written) else "it is no folder here, and "
+        here = "" if _URL.match(written) else "there is no such folder here, and "
         raise TokenStoreError(
             f"no token store at {written}: {here}{error}. A store is made by lerobot-lam-precompute, and put "
             "on the Hub by lerobot-lam-tokens push"
@@ -134,10 +134,8 @@ def check_located(location: StoreLocation, *, again: bool = False) -> Path:
     except TokenStoreError as error:
         if location.hub_id is None:
             raise
-        repo_id, _ = parse_hub_id(location.hub_id)
         raise TokenStoreError(
             f"{error}. It was fetched from {location.hub_id}: remove {folder.parent.parent} and it is "
-            f"fetched again; if it stays damaged, so is the repository, and whoever keeps {repo_id} has to "
-            "push it again"
+            "fetched again; if it stays damaged, so is the repository, and its owner has to push it again"
         ) from error
     return folder

@@ -70,7 +70,7 @@ class PairCache:
         if size != expected:
             raise TokenStoreError(
                 f"{path / PAIRS_FILE} has {size} bytes, expected {expected}: it was truncated or altered. "
-                f"Remove the folder {path}; training makes it anew"
+                f"Remove the folder {path}; training builds it again"
             )
         self._writable = os.access(path / PAIRS_FILE, os.W_OK)
         self._file = (path / PAIRS_FILE).open("r+b" if self._writable else "rb", buffering=0)
@@ -234,7 +234,7 @@ class PairCache:
         else:
             problem = not_finite(values, "token")
         if problem:
-            raise TokenStoreError(f"{self.path} is damaged: {problem}. Remove it; training makes it anew")
+            raise TokenStoreError(f"{self.path} is damaged: {problem}. Remove it; training builds it again")
 
     def _values(self, records: np.ndarray) -> Tensor:
         value = records["value"]

@@ -1,4 +1,4 @@
-"""Asks the kernel for the rows of a batch before they are read."""
+"""Ask the kernel to prefetch the rows of a batch."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ ITEM_BYTES = {"U8": 1, "I8": 1, "U16": 2, "F16": 2, "BF16": 2, "F32": 4}
 
 
 class Readahead:
-    """Tells the kernel which rows of a mapped file will be read in a moment.
+    """Tells the kernel which rows of a mapped file are about to be read.
 
     Where random rows are merely read, the disk is asked for one after the other, each with a stretch of file
-    around it: a batch of 64 out of 2.5 GB took 400 ms, told in advance 1 ms.
+    around it: a batch of 64 rows from 2.5 GB took 400 ms; announced in advance, 1 ms.
 
     Args:
         path: A file that `safe_open` has accepted.

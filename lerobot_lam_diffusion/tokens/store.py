@@ -43,10 +43,10 @@ from lerobot_lam_diffusion.utils.errors import TokenStoreError
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1 << 14
-"""Rows at a time where all of a store is gone through: 4 MB of tokens of 64 numbers."""
+"""Rows at a time when scanning a whole store: 4 MB of tokens of 64 numbers."""
 
 READAHEAD_ROWS = 1 << 10
-"""More rows than that are no batch but a stretch of the store, which the kernel reads ahead by itself."""
+"""More rows than that are a scan, not a batch, and the kernel reads ahead by itself."""
 
 
 @dataclass
@@ -59,13 +59,13 @@ class TokenStore:
         path: Folder of the store (or the user's `.pt` file).
         provenance: What the tokens are; None for a `.pt` file, which says nothing reliable about itself.
         kind: "vq" or "continuous".
-        frame_stride: Offset of a frame pair; a frame less than that after its episode's start has no token.
+        frame_stride: Offset of a frame pair; the first `frame_stride` frames of an episode have no token.
         token_dim: n * a, numbers in one token.
         values: Rows as stored. VQ: `(N, n)` code indices. Continuous: `(N, n·a)`; `decode` gives the tokens.
         codebook: VQ: `(K, a)` float32, else None.
         episode_hash: uint8 `(E, 16)`, of each episode's frames (see `episode_hashes.py`); zeros: not known.
         row_scale: int8 storage: `(N,)` float32, else None.
-        readahead: Of a mapped file: it is given the rows that a batch is going to need.
+        readahead: Of a mapped file: it is told which rows the next batch reads.
         hub_id: `user/name@commit` of a store that came from the Hub, else None.
     """
 
@@ -189,6 +189,11 @@ class TokenStore:
         return int(self.episode_to[-1])
 
     @property
+    def covered_episodes(self) -> list[int]:
+        """Episodes of the dataset that this store covers."""
+        return torch.nonzero(self.episode_row >= 0).flatten().tolist()
+
+    @property
     def missing_episodes(self) -> list[int]:
         """Episodes of the dataset that this store does not cover."""
         return torch.nonzero(self.episode_row < 0).flatten().tolist()
@@ -208,10 +213,10 @@ class TokenStore:
     def coverage(self) -> str:
         """Human-readable: which episodes this store covers, and which could not be read."""
         total = len(self.episode_row)
-        covered = torch.nonzero(self.episode_row >= 0).flatten()
+        covered = self.covered_episodes
         if len(covered) == total:
             return f"it covers all {total} episodes"
-        covers = f"it covers {len(covered)} of {total} episodes ({_ranges(covered)})"
+        covers = f"it covers {len(covered)} of {total} episodes ({_ranges(torch.tensor(covered))})"
         skipped = [f"episode {episode} ({reason})" for episode, reason in sorted(self.skipped.items())]
         if skipped:
             more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""

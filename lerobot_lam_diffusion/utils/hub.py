@@ -45,9 +45,11 @@ def refuse_impossible(repo_id: str, revision: str | None) -> None:
         HubError: which of the two, and what is expected.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{shown(repo_id)} cannot be a Hub repository, expected owner/name. Correct it")
+        raise HubError(f"{shown(repo_id)} is not a valid Hub repository, expected owner/name. Correct it")
     if revision is not None and not REVISION.fullmatch(revision):
-        raise HubError(f"{shown(revision)} can be no revision, expected a branch, tag or commit. Correct it")
+        raise HubError(
+            f"{shown(revision)} is not a valid revision, expected a branch, tag or commit. Correct it"
+        )
 
 
 def reason(error: Exception, kind: str) -> str:
@@ -69,7 +71,7 @@ def reason(error: Exception, kind: str) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"the Hub has no {kind} repository of that name, or does not show it to you. Correct the name, "
+            f"the Hub has no {kind} repository of that name, or you may not see it. Correct the name, "
             f"or log in {_ACCOUNT} see it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -85,7 +87,7 @@ def _refused(error: Exception) -> str:
     if status in (401, 403):
         return f"the Hub refused the credentials ({answer}). Log in {_ACCOUNT} do this"
     if status == 429 or (status or 0) >= 500:
-        return f"the Hub is overloaded or out of order ({answer}). Try again later"
+        return f"the Hub is overloaded or unavailable ({answer}). Try again later"
     return f"the Hub refused ({answer}). Correct the request, or try again later"
 
 
@@ -96,7 +98,7 @@ def _not_delivered(error: Exception) -> str:
     cache = constants.HF_HUB_CACHE
     if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return (
-            f"the Hub's cache {cache} does not have it whole, and HF_HUB_OFFLINE keeps from fetching it. Go "
+            f"the Hub's cache {cache} does not have all of it, and HF_HUB_OFFLINE keeps from fetching it. Go "
             "online once (unset HF_HUB_OFFLINE), or name a local copy"
         )
     if isinstance(error, httpx.ConnectError | httpx.TimeoutException | errors.LocalEntryNotFoundError):
@@ -109,7 +111,7 @@ def _not_delivered(error: Exception) -> str:
             f"the transfer broke off ({first_line(error)}); nothing of it is used. Run the same command again"
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or cache} cannot be used ({error.strerror}). Make room there, or set HF_HOME"
+        return f"{error.filename or cache} cannot be used ({error.strerror}). Free space, or set HF_HOME"
     return (
         f"the Hub did not answer as expected ({type(error).__name__}: {first_line(error)}). Correct the name"
     )

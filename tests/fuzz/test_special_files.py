@@ -143,7 +143,7 @@ def test_weights_that_get_shorter_while_they_are_read(good, tmp_path):
     shutil.copytree(good["LAM"], folder)
     with open_weights(folder) as weights:
         os.truncate(folder / WEIGHTS_FILE, 6000)
-        with pytest.raises(LamError, match="is no readable safetensors file"):
+        with pytest.raises(LamError, match="is not a readable safetensors file"):
             list(map(weights.tensor, weights.shapes))
 
 

@@ -151,7 +151,7 @@ def test_dimensions_that_do_not_fit_are_refused(convert):
 
 
 def test_other_models_are_refused(convert):
-    with pytest.raises(LamError, match=r"of no family known here(.|\n)*lapa, univla"):
+    with pytest.raises(LamError, match=r"is not a checkpoint of a known family(.|\n)*lapa, univla"):
         convert({"layer.weight": torch.zeros(2)})
     with pytest.raises(LamError, match="is a checkpoint of lapa, but --family=univla"):
         convert(LAPA, family="univla")
@@ -182,7 +182,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(convert, tmp_path, cap
     assert "ran" not in capsys.readouterr().out
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", LAPA.read_bytes()[:-1000]):
         path.write_bytes(content)
-        with pytest.raises(LamError, match="is no readable checkpoint"):
+        with pytest.raises(LamError, match="is not a readable checkpoint"):
             convert(path)
     assert not (tmp_path / "lam").exists()
 

@@ -91,14 +91,14 @@ def test_missing_weights(lam_folder):
 )
 def test_broken_weights(lam_folder, content):
     (lam_folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(LamError, match="no readable safetensors file"):
+    with pytest.raises(LamError, match="not a readable safetensors file"):
         load_lam(lam_folder)
 
 
 def test_truncated_weights(lam_folder):
     path = lam_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(LamError, match="no readable safetensors file"):
+    with pytest.raises(LamError, match="not a readable safetensors file"):
         load_lam(lam_folder)
 
 

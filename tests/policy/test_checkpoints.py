@@ -98,7 +98,7 @@ def test_two_starts_are_refused(dataset, store, stock_checkpoint, tmp_path):
     policy.save_pretrained(tmp_path)
     policy.config.init_from_stock = str(stock_checkpoint)
     policy.config.pretrained_path = tmp_path
-    with pytest.raises(ValueError, match="two starts"):
+    with pytest.raises(ValueError, match="two places to start from"):
         build(policy.config, dataset)
 
 

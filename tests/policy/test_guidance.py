@@ -170,6 +170,16 @@ def test_a_policy_of_the_past_is_not_guided(dataset, store, checkpoints):
         deployed(checkpoints(0), lam_guidance="demo.mp4")
 
 
+def test_a_store_of_another_camera_warns(checkpoints, store, caplog):
+    guide = f"{store.path}#1"
+    deployed(checkpoints(*NEXT), lam_guidance=guide)
+    assert "If these are two cameras" not in caplog.text
+    deployed(checkpoints(*NEXT), lam_guidance=guide, lam_camera_key="observation.images.wrist")
+    assert (
+        f"Guidance {guide} is of the camera {TOP}, the LAM looks at observation.images.wrist" in caplog.text
+    )
+
+
 @pytest.mark.slow
 def test_a_store_guides_without_any_lam(checkpoints, store):
     """On the robot: no LAM is loaded, its code not even imported."""

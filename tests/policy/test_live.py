@@ -335,7 +335,8 @@ def test_a_policy_trained_with_dropout_runs_without_a_lam_when_told(dataset, sto
     assert not recorded.seen[-1].any()
     # Which does not excuse a wrong LAM.
     other = write_lam(tmp_path / "other", frames, seed=9)
-    policy, preprocess, _ = deploy(dataset, store, lam_model_path=str(other), **fields)
+    policy, preprocess, _ = deploy(dataset, store, **fields)
+    policy.config.lam_model_path = str(other)
     with refused("its fingerprint is"):
         policy.select_action(preprocess(observation(dataset, [20])))
 
@@ -360,7 +361,8 @@ def test_a_policy_trained_on_the_fly_runs_without_its_lam(dataset, lam_folder, t
 
 def test_another_lam_is_refused(dataset, store, frames, tmp_path, caplog):
     other = str(write_lam(tmp_path / "other", frames, seed=9))
-    policy, preprocess, _ = deploy(dataset, store, lam_model_path=other)
+    policy, preprocess, _ = deploy(dataset, store)
+    policy.config.lam_model_path = other  # as the flag of a deployment sets it
     with refused("its fingerprint is ", "trained with", "lam_allow_mismatch=true"):
         policy.select_action(preprocess(observation(dataset, [20])))
     policy, preprocess, _ = deploy(dataset, store, lam_model_path=other, lam_allow_mismatch=True)

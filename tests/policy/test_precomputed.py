@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -153,6 +154,18 @@ def test_a_derived_column_still_tells(with_known_column, store, tmp_path, caplog
     assert "(derived: meta/lam_tokens.json says nothing about it" in caplog.text
     assert policy.config.lam_fingerprint == store.provenance.lam.fingerprint
     assert policy.config.lam_token_scale == store.provenance.lam.token_scale
+    assert "may hold the tokens of other frames" not in caplog.text  # its rows still are their frames'
+
+
+def test_a_column_whose_dataset_has_changed_under_it_warns(with_known_column, tmp_path, caplog):
+    root = shutil.copytree(with_known_column.root, tmp_path / "changed")
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"][TOP]["info"]["video.codec"] = "another"
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (video,) = (root / "videos").rglob("*.mp4")
+    video.write_bytes(video.read_bytes() + b"0")
+    build(lam_config(), opened(root))
+    assert f"may hold the tokens of other frames: the video of {TOP} was encoded again" in caplog.text
 
 
 def test_the_scale_of_a_checkpoint_never_changes(dataset, with_column, store, lam_folder, tmp_path):
@@ -181,6 +194,49 @@ def test_a_store_of_another_lam_is_refused_or_adopted_as_a_whole(dataset, store,
     assert config.lam_model_path == str(other)
     assert config.lam_fingerprint == theirs.provenance.lam.fingerprint
     assert config.lam_allow_mismatch is False
+
+
+def test_a_fresh_policy_that_names_another_lam_is_refused_before_training(dataset, store, frames, tmp_path):
+    """Else an evaluation would refuse it, hours later."""
+    other = write_lam(tmp_path / "other", frames, seed=9)
+    fields = {"lam_tokens_path": str(store.path), "lam_model_path": str(other)}
+    with refused(f"--policy.lam_model_path={other} has the fingerprint", "the LAM of the store"):
+        build(lam_config(**fields), dataset)
+    build(lam_config(**fields, lam_allow_mismatch=True), dataset)
+
+
+def test_fine_tuning_at_another_frame_rate_is_told(dataset, store, caplog):
+    config = build(lam_config(lam_tokens_path=str(store.path)), dataset)[0].config
+    build(config, dataset)
+    assert "frames per second" not in caplog.text
+    config.lam_fps = 3 * FPS
+    build(config, dataset)
+    assert f"trained at {3 * FPS:g} frames per second, dataset 'local/squares' has {FPS:g}" in caplog.text
+
+
+def test_a_policy_built_without_its_dataset_is_told_that_nothing_is_checked(store, caplog):
+    features = {
+        "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
+        TOP: PolicyFeature(FeatureType.VISUAL, (3, 48, 48)),
+    }
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    DiffusionLamPolicy(
+        lam_config(lam_tokens_path=str(store.path), input_features=features, output_features=outputs)
+    )
+    assert f"lam_tokens_path={store.path} is not checked against a dataset" in caplog.text
+
+
+@pytest.mark.parametrize(("deltas", "factor"), [([0], 1.0), ([1], 1.0), ([0], 0.5)])
+def test_tokens_in_the_batch_that_are_not_the_stores_are_refused(dataset, store, deltas, factor):
+    policy, preprocess = build(lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1]), dataset)
+    batch = preprocess(training_batch(policy.config, dataset, [14, 30]))
+    batch[OBS_LAM_TOKENS] = factor * store.window(batch["index"], deltas, ahead=max(deltas) > 0)
+    if (deltas, factor) == ([1], 1.0):
+        batch[OBS_LAM_TOKENS][0] = 0  # masked
+        assert policy.forward(batch)[0].isfinite()
+    else:
+        with refused("are not those of token store", "at the frame offsets [1]", "LamTokenDataset"):
+            policy.forward(batch)
 
 
 # The camera is the one that the tokens are of; it is never guessed.

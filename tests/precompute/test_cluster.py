@@ -114,6 +114,22 @@ def test_device_and_job_array_have_to_agree_with_the_engine():
     assert problem.startswith("--shard_index and --num_shards are what --cluster.engine=slurm gives")
 
 
+@pytest.mark.parametrize(
+    ("flag", "refusal"),
+    [
+        ("--extend=old", "no token store at old"),
+        ("--storage_dtype=int8", "--storage_dtype=int8 is for continuous tokens"),
+        ("--camera_key=side", "pass one of them as --camera_key"),
+    ],
+)
+def test_what_no_task_could_do_is_not_submitted(argv, flag, refusal, tmp_path):
+    pytest.importorskip("datatrove")
+    argv = [word for word in argv if not flag.startswith(word.partition("=")[0])]
+    with pytest.raises(SystemExit, match=refusal):
+        main([*argv, "--cluster.engine=local", "--cluster.tasks=2", flag])
+    assert os.listdir(tmp_path) == []
+
+
 def test_without_datatrove_the_command_names_the_extra(argv, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datatrove", None)
     with pytest.raises(SystemExit, match=r"needs datatrove, not installed here: pip install '.*\[cluster\]'"):

@@ -50,6 +50,14 @@ def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_pat
     TokenStore.open(extended.store.path, new.meta)
 
 
+def test_an_episode_shorter_than_the_stride(tmp_path, extract):
+    old = record_dataset(tmp_path / "old", lengths=(9, 2, 8))
+    new = record_more(tmp_path / "new", old)
+    extended = extract(new, extend=[extract(old, frame_stride=4).store], frame_stride=4)
+    assert extended.copied == 3
+    assert same_files(extended.store, extract(new, frame_stride=4).store)
+
+
 @pytest.mark.slow
 def test_a_video_in_several_files(tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=LENGTHS, file_size_mb=0.001)

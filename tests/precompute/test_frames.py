@@ -113,7 +113,10 @@ def test_images_that_are_not_rgb(tmp_path, mode, channels, first):
         return Image.fromarray(np.zeros((48, 48), np.uint16)) if mode == "I;16" else image.convert(mode)
 
     frames = EpisodeFrames(images_in(tmp_path / "data", change), TOP)
-    told = rf"frame {first} of camera {TOP} .* is an image of mode {mode} \({channels} channels\)"
+    told = (
+        rf"frame {int(first > 0)} of episode {int(first > 0)} of dataset .*, camera {TOP}, "
+        rf"is an image of mode {mode} \({channels} channels\)"
+    )
     if first == 0:
         with pytest.raises(DatasetError, match=told):
             frames.check([0, 1], skip_unreadable=True)

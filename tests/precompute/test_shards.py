@@ -1,5 +1,6 @@
 """Plan and shards: the cut follows from the inputs alone; a file that is not as written is not found."""
 
+import dataclasses
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from lerobot_lam_diffusion.precompute.shards import (
     PLAN_FILE,
     Plan,
+    ShardCollector,
     ShardError,
     ShardFolder,
     cut_into_shards,
@@ -197,6 +199,22 @@ def test_any_damage_is_noticed_or_harmless(folder, data):
         assert folder.damaged([1]) == [1] or torch.equal(folder.read(1)[0], VALUES[7:])
     finally:
         path.write_bytes(whole)
+
+
+def test_a_process_takes_memory_only_for_shards_in_progress(tmp_path):
+    """The second episode, and so the second shard, would take a petabyte."""
+    plan = make_plan([0, 1], shard_frames=1)
+    ends = torch.tensor([4, 4 + 10**14])
+    plan = dataclasses.replace(plan, episode_from=ends - torch.tensor([4, 10**14]), episode_to=ends)
+    folder = ShardFolder.begin(tmp_path / "x.shards", plan)
+    ShardCollector(folder, [0, 1]).add(torch.tensor([1, 2, 3]), VALUES[1:4])
+    assert torch.equal(folder.read(0)[0][1:], VALUES[1:4])
+
+
+def test_shards_of_episodes_too_short_for_a_pair_are_finished_at_once(tmp_path):
+    folder = ShardFolder.begin(tmp_path / "x.shards", make_plan([0, 1], shard_frames=1))
+    ShardCollector(folder, [0, 1])
+    assert folder.present() == [1]  # episode 1 has a single frame
 
 
 def test_a_link_out_of_the_folder_is_replaced_not_followed(folder, tmp_path):

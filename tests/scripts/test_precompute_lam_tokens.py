@@ -113,7 +113,7 @@ def test_the_closing_lines_name_the_store_and_the_next_command(flags, tmp_path, 
     perplexity = ", ".join(f"{value:.1f}" for value in TokenStore.open(place).code_perplexity())
     for line in (
         "frames    60 in 5 episodes",
-        "missing   15 tokens: the first 3 frames of an episode have none",
+        "missing   15 tokens: no pair ends in the first 3 frames of an episode",
         f"tokens    vq, 64 values a frame, camera {TOP}",
         f"codebook  perplexity {perplexity} of 16 codes a slot",
         f"size      {size:,} bytes",
@@ -339,7 +339,7 @@ def test_a_job_array_and_its_last_merge_by_hand(flags, store, tmp_path, capsys):
     main(flags(shard_frames=1, shard_index=0, num_shards=2))
     told = capsys.readouterr().out
     assert "This process is done: " in told
-    assert "of 5 shards are finished; whoever finishes the last one merges them" in told
+    assert "of 5 shards are finished; the process that finishes the last one merges them" in told
     with pytest.raises(SystemExit, match=r"of 5 shards; run the extraction's command again"):
         tokens.main(["merge", str(tmp_path / "store")])
     main(flags(shard_frames=1, shard_index=1, num_shards=2))

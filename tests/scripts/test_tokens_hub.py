@@ -57,7 +57,7 @@ def test_errors_are_one_message(hub, store, capsys):
     assert "error: no token store at user/nope: " in str(stopped.value.code)
     with pytest.raises(SystemExit) as stopped:
         run("push", store.path, "--repo_id=nobody")
-    assert "cannot be a Hub repository" in str(stopped.value.code)
+    assert "is not a valid Hub repository" in str(stopped.value.code)
 
 
 _STEPS = """

@@ -91,7 +91,7 @@ def test_a_partial_store_does_not_pass_missing_episodes_off_as_zeros(partial_sto
 
 def test_a_pt_file_is_no_store(store, dataset, tmp_path):
     export_store(store, tmp_path / "x.pt", "pt")
-    with pytest.raises(UserError, match="is no token store but a file of its tokens already"):
+    with pytest.raises(UserError, match="is an exported file already, not a token store"):
         export_store(TokenStore.open(tmp_path / "x.pt", dataset.meta), tmp_path / "x.npy", "npy")
 
 

@@ -114,7 +114,7 @@ def test_an_unknown_revision(revision, hub, commit):
 
 def test_an_unknown_repository_tells_both_places_where_it_was_looked_for(hub):
     told = refusal("user/nope")
-    assert told.startswith("no token store at user/nope: it is no folder here, and the Hub has no dataset")
+    assert told.startswith("no token store at user/nope: there is no such folder here, and the Hub has no")
     assert "Correct the name, or log in" in told
     assert "lerobot-lam-precompute" in told
     assert "folder here" not in refusal("hf://datasets/user/nope")
@@ -123,8 +123,8 @@ def test_an_unknown_repository_tells_both_places_where_it_was_looked_for(hub):
 @pytest.mark.parametrize(
     ("options", "token", "expected"),
     [
-        ({"private": True}, None, "does not show it to you"),
-        ({"private": True}, READER, "does not show it to you"),
+        ({"private": True}, None, "you may not see it"),
+        ({"private": True}, READER, "you may not see it"),
         ({"private": True}, "hf_expired", "refused the credentials (401"),
         ({"gated": True}, READER, "accepted its conditions"),
     ],

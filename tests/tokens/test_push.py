@@ -69,7 +69,7 @@ def test_private(owner, random_store, monkeypatch):
     assert owner.repos[REPO].private
     push_store(random_store, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(TokenStoreError, match="does not show it to you"):
+    with pytest.raises(TokenStoreError, match="you may not see it"):
         TokenStore.open(REPO)
 
 
