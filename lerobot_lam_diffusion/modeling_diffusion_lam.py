@@ -156,14 +156,17 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self._unresolved_meta = None
 
     def _compare_with_store(self, store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None:
-        """Refuse a batch whose own tokens are of other frames than the store's; zeros may be masked ones."""
+        """Warn of a batch whose own tokens are not the store's; zeros may be masked ones."""
         own, deltas = self._window_tokens(batch), self.config.lam_token_deltas
         stored = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         if ((own != stored.to(own.device)) & (own != 0)).any():
-            raise TrainingError(
-                f"the batch's LAM tokens {self.config.lam_tokens_key!r} are not those of token store "
-                f"{store.name} at the frame offsets {deltas}: join them by LamTokenDataset(dataset, "
-                "store, config.lam_token_deltas), or leave them out of the batch"
+            logger.warning(
+                "The batch's LAM tokens %r are not those of token store %s at the frame offsets %s, which the "
+                "policy sees when it acts. Join them by LamTokenDataset(dataset, store, "
+                "config.lam_token_deltas), or leave them out of the batch.",
+                self.config.lam_tokens_key,
+                store.name,
+                deltas,
             )
 
     def reset(self) -> None:

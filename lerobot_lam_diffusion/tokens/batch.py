@@ -19,7 +19,7 @@ def check_batch(store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None
     """Refuse frames that lie in another episode than the store's frames of their `index`.
 
     A batch without `episode_index` and `dataset_index` tells nothing, and is not refused. LeRobot's
-    pre-processors drop `dataset_index`, so behind one only datasets with other episode boundaries are noticed.
+    pre-processors drop `dataset_index`, so after one only other episode boundaries are noticed.
 
     Args:
         batch: With `index`, int64 `(B,)`.
