@@ -31,7 +31,7 @@ __all__ = [
     "make_diffusion_lam_pre_post_processors",
 ]
 
-# Imported when first asked for: training on precomputed tokens needs no LAM code, extraction needs no policy.
+# Imported lazily: training on precomputed tokens needs no LAM code, and extraction needs no policy.
 _LAZY = {
     "DiffusionLamConfig": "configuration_diffusion_lam",
     "DiffusionLamModel": "modeling_diffusion_lam",

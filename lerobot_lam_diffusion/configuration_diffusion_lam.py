@@ -170,12 +170,12 @@ class DiffusionLamConfig(DiffusionConfig):
 
     @property
     def past_token_deltas(self) -> list[int]:
-        """Those of `lam_token_deltas` up to 0: what has happened."""
+        """The offsets in `lam_token_deltas` up to 0: what has already happened."""
         return [delta for delta in self.lam_token_deltas if delta <= 0]
 
     @property
     def future_token_deltas(self) -> list[int]:
-        """Those of `lam_token_deltas` above 0: what comes next."""
+        """The offsets in `lam_token_deltas` above 0: what comes next."""
         return [delta for delta in self.lam_token_deltas if delta > 0]
 
     @property
@@ -189,8 +189,8 @@ class DiffusionLamConfig(DiffusionConfig):
         return sorted({*window, *pairs})
 
     def validate_features(self) -> None:
-        # Tokens are never normalised: a native column would arrive as one more STATE feature, and LeRobot
-        # would scale it by its statistics as soon as the dataset has some.
+        # Tokens are never normalised: LeRobot would treat a native column as another STATE feature and
+        # normalise it if the dataset has statistics for it.
         if self.input_features:
             self.input_features.pop(self.lam_tokens_key, None)
         super().validate_features()
@@ -235,7 +235,7 @@ class DiffusionLamConfig(DiffusionConfig):
         return problems + self._source_problems() + self._window_problems()
 
     def _source_problems(self) -> list[str]:
-        """Of the fields that name stores, LAMs and cameras."""
+        """Problems with the fields that name stores, LAMs and cameras."""
         problems = length_problems(self)
         sources = [] if problems else self.token_sources
         problems += source_problems(sources, self.use_precomputed_lam_tokens)
@@ -270,7 +270,7 @@ class DiffusionLamConfig(DiffusionConfig):
         return problems
 
     def _window_problems(self) -> list[str]:
-        """Of the fields that say which tokens condition."""
+        """Problems with the fields that select the conditioning tokens."""
         if self.lam_token_offsets is not None:
             return self._offset_problems(self.lam_token_offsets)
         problems = []
@@ -316,5 +316,6 @@ class DiffusionLamConfig(DiffusionConfig):
         return [
             f"--policy.lam_guidance={self.lam_guidance}: this policy is for tokens of what has happened "
             f"({self.lam_token_deltas}), and a video shows what comes next: train with "
-            "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5"
+            "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5 --policy.horizon=16 "
+            "--policy.n_action_steps=8"
         ]

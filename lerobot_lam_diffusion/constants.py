@@ -1,4 +1,4 @@
-"""Batch keys, named as LeRobot names its own (`lerobot.utils.constants`), and words with a meaning."""
+"""Batch keys, named like LeRobot's own (`lerobot.utils.constants`), and special values."""
 
 OBS_LAM_TOKENS = "observation.lam_tokens"
 """LAM tokens of the observation window, float32 `(B, T, token_dim)`."""
@@ -10,7 +10,7 @@ OBS_LAM_CAMERAS = "observation.lam_cameras"
 """The policy's name of each RGB camera → the name that it had before `rename_map`: the dataset's."""
 
 AUTO = "auto"
-"""As `lam_tokens_path`: a store out of the cache (`precompute/cache.py`); the folder is `./auto`."""
+"""As `lam_tokens_path`: a store from the cache (`precompute/cache.py`); for a folder write `./auto`."""
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"),

@@ -1,9 +1,9 @@
 """Gymnasium environments in the worker processes of `lerobot-eval`.
 
-From two environments on, LeRobot evaluates in processes that a fork server starts. Two things go wrong there:
-the package that registers the environment, `gym_pusht` for example, is imported in the main process only; and
-LeRobot asks each environment for `task_description` and `task`, which ends a worker whose environment has
-none. So the fork server imports `env_workers_preload`, whose effects its children inherit.
+With two or more environments, LeRobot evaluates in processes started by a fork server. Two things go wrong
+there: the package that registers the environment, such as `gym_pusht`, is imported only in the main process;
+and LeRobot asks each environment for `task_description` and `task`, which kills a worker whose environment
+lacks them. The fork server therefore imports `env_workers_preload`, whose effects its children inherit.
 """
 
 import multiprocessing

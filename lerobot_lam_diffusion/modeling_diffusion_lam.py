@@ -5,12 +5,12 @@
     raw frames ─► LAM (policy/live.py) ─┤                                          conditioning, added
     deployed (policy/rollout.py) ───────┘
 
-The tokens of several sources (cameras, LAMs) are concatenated: n·a is then the sum over them.
+With several sources (cameras, LAMs), their tokens are concatenated, and n·a is the sum over the sources.
 
-The stock U-Net is built as it is, and each residual block's conditioning layer gets a second linear, zero at
-the start: `linear(cond) + linear_lam(lam)`. So a fresh policy gives the stock loss bit for bit, the random
-number stream is untouched, and a stock checkpoint fits in unchanged. (One wider matrix with zero columns
-would not be bit-exact: the order of summation changes.)
+The stock U-Net is built unchanged, and each residual block's conditioning layer gets a second linear layer,
+initialised to zero: `linear(cond) + linear_lam(lam)`. So a fresh policy has the stock loss bit for bit, the
+random number stream is untouched, and a stock checkpoint loads unchanged. (A single wider matrix with zero
+columns would not be bit-exact, because the order of summation changes.)
 """
 
 import logging
@@ -59,18 +59,19 @@ class DiffusionLamPolicy(DiffusionPolicy):
     """`DiffusionPolicy` that also sees motion, as LAM tokens.
 
     Args:
-        config: Policy configuration. In training, what the token stores or the LAMs say about themselves is
-            written into it.
+        config: Policy configuration. In training, the metadata of the token stores or LAMs is written into
+            it.
         dataset_meta: Metadata of the training dataset, as LeRobot's `make_policy` passes it. The token
             stores are checked against it here, before the first step.
 
     Attributes:
-        token_store: Where precomputed tokens are joined by frame index; None if they come otherwise.
-        live_tokens: Tokens from frames; loads the LAMs when they are first needed.
-        rollout: Tokens at deployment.
+        token_store: Store in which precomputed tokens are looked up by frame index; None if they come from
+            elsewhere.
+        live_tokens: Computes tokens from frames; loads the LAMs on first use.
+        rollout: Provides the tokens at deployment.
 
     Raises:
-        UserError: no or contradictory sources of tokens.
+        UserError: the token sources are missing or contradict each other.
     """
 
     config_class = DiffusionLamConfig
@@ -144,7 +145,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self.live_tokens.use_caches(open_live_caches(self.config, dataset_meta, models, names))
 
     def _resolve_first_batch(self, batch: dict[str, Any]) -> None:
-        """Before the first step of a training: the tokens are of the camera that the policy knows (once)."""
+        """Once, before the first training step: make sure that the tokens come from the policy's camera."""
         config, meta = self.config, self._unresolved_meta
         if meta is None:
             return
@@ -156,13 +157,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self._unresolved_meta = None
 
     def _compare_with_store(self, store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None:
-        """Warn of a batch whose own tokens are not the store's; zeros may be masked ones."""
+        """Warn if a batch's own tokens differ from the store's; zeros are ignored, as they may be masked."""
         own, deltas = self._window_tokens(batch), self.config.lam_token_deltas
         stored = store.window(batch["index"], deltas, ahead=max(deltas) > 0)
         if ((own != stored.to(own.device)) & (own != 0)).any():
             logger.warning(
-                "The batch's LAM tokens %r are not those of token store %s at the frame offsets %s, which the "
-                "policy sees when it acts. Join them by LamTokenDataset(dataset, store, "
+                "The batch's LAM tokens %r are not those of token store %s at the frame offsets %s, which "
+                "the policy sees when it acts. Join them by LamTokenDataset(dataset, store, "
                 "config.lam_token_deltas), or leave them out of the batch.",
                 self.config.lam_tokens_key,
                 store.name,
@@ -179,9 +180,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Loss of a training batch, and in training what `lerobot-train` logs (see `training_figures`).
 
         Args:
-            batch: As stock diffusion's, and one of: LAM tokens `(B, T, n·a)` under `lam_tokens_key`, T at
-                least `lam_conditioning_steps` (the last ones count); `index` `(B,)` to find them in the
-                store; raw frames from the pre-processor, to compute them on the fly.
+            batch: A batch of the stock policy plus one of: LAM tokens `(B, T, n·a)` under `lam_tokens_key`,
+                with T at least `lam_conditioning_steps` (the last ones are used); `index` `(B,)`, to look
+                them up in the store; raw frames from the pre-processor, to compute them on the fly.
         """
         self._streaming.check(batch)
         batch = self._with_window_tokens(batch)
@@ -210,10 +211,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """One action `(B, action_dim)`.
 
-        Tokens are the batch's own under `lam_tokens_key`: this tick's `(B, n·a)`, or with `lam_token_offsets`
-        those of all offsets `(B, lam_conditioning_steps, n·a)`. Or else, when a new chunk of actions is
-        predicted, the LAM computes those of offsets up to 0 from the frames seen since `reset()`, and the
-        guide gives those above 0.
+        The batch's own tokens under `lam_tokens_key` are used if present: this tick's `(B, n·a)` or, with
+        `lam_token_offsets`, those of all offsets `(B, lam_conditioning_steps, n·a)`. Otherwise, when a new
+        chunk of actions is predicted, the LAM computes the tokens of offsets up to 0 from the frames seen
+        since `reset()`, and the guide supplies those above 0.
         """
         if self.config.use_lam_conditioning:
             tokens = self.rollout.tick(batch, predicts=not self._queues[ACTION])
@@ -281,7 +282,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         return tokens[:, -steps:]
 
     def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without the frames that only the LAM needs: the last `n_obs_steps` of every observation."""
+        """Drop the frames that only the LAM needs: keep the last `n_obs_steps` of every observation."""
         delivered = self.config.observation_delta_indices
         window = len(delivered)
         if window == self.config.n_obs_steps:
@@ -315,9 +316,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: Any, *, config: Any = None, **kwargs: Any
     ) -> "DiffusionLamPolicy":
-        """LeRobot's, and for deployment the LAMs are opened, so that a bad one fails early.
+        """Load the policy as LeRobot does; for deployment also open the LAMs, so that a bad one fails early.
 
-        LeRobot's commands pass a config without a dataset for deployment, before they connect a robot.
+        For deployment, LeRobot's commands pass a config but no dataset, before they connect to a robot.
         """
         policy = super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
         deployed = config is not None and config.pretrained_path and kwargs.get("dataset_meta") is None
@@ -350,13 +351,13 @@ class DiffusionLamPolicy(DiffusionPolicy):
 
 
 class DiffusionLamModel(DiffusionModel):
-    """`DiffusionModel` whose conditioning takes LAM tokens, or exactly that model without them.
+    """`DiffusionModel` conditioned on LAM tokens; without LAM conditioning, exactly that model.
 
     Attributes:
-        lam_model: The LAM, where tokens are computed live (a tuple, where the policy has several sources of
-            tokens); None otherwise. Not an `nn.Module`.
-        lam_projection: Linear `n·a -> n·a` without bias, the identity at the start: a missing token, zero,
-            stays zero and adds nothing.
+        lam_model: The LAM if tokens are computed live (a tuple if the policy has several sources of tokens),
+            else None. Not an `nn.Module`.
+        lam_projection: Bias-free linear layer `n·a -> n·a`, initialised to the identity: a missing token
+            (zero) stays zero and adds nothing.
     """
 
     config: DiffusionLamConfig
@@ -372,7 +373,7 @@ class DiffusionLamModel(DiffusionModel):
                     block.cond_encoder = LamCondEncoder(block.cond_encoder, config.lam_conditioning_dim)
 
     def conditioning_layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Stock and LAM linear of each residual block; none of a compiled U-Net, which has no hooks."""
+        """Stock and LAM linear layers of each residual block; none for a compiled U-Net: it has no hooks."""
         if hasattr(self.unet, "_orig_mod"):
             return []
         return [(layer[1], layer.lam) for layer in self.unet.modules() if isinstance(layer, LamCondEncoder)]
@@ -398,7 +399,7 @@ class LamCondEncoder(nn.Sequential):
     """A residual block's stock conditioning layer (Mish, Linear) plus a linear of the LAM vector.
 
     Keeps the stock layer's parameter names (`cond_encoder.1.weight`); its own are `cond_encoder.lam.weight`.
-    The LAM vector goes past the Mish, which would flatten the sign of a motion.
+    The LAM vector bypasses the Mish, which would flatten the sign of a motion.
     """
 
     def __init__(self, stock: nn.Sequential, lam_dim: int) -> None:

@@ -29,7 +29,7 @@ class rename_observations_processor(RenameObservationsProcessorStep):  # noqa: N
     The class bears the name of LeRobot's step, to which LeRobot passes `--rename_map`.
     """
 
-    _registry_name = None  # not that of the parent class, as which it would be loaded
+    _registry_name = None  # not inherited: it would be loaded as the parent class
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         before = {id(value): key for key, value in observation.items() if _is_rgb(key, value)}
@@ -41,11 +41,11 @@ class rename_observations_processor(RenameObservationsProcessorStep):  # noqa: N
 @dataclass
 @ProcessorStepRegistry.register(name="lam_images_processor")
 class LamImagesProcessorStep(ObservationProcessorStep):
-    """Pass references to all RGB frames on, before they are normalised.
+    """Pass on references to all RGB frames before they are normalised.
 
-    `observation.lam_images` becomes a dict camera → frames `(..., 3, H, W)` in 0..1. The step stores no
-    camera, since it is saved with the checkpoint: the policy's `lam_camera_key`, which a flag can change,
-    chooses.
+    `observation.lam_images` becomes a dict of camera → frames `(..., 3, H, W)` in 0..1. The step is saved
+    with the checkpoint, so it stores no camera: the policy's `lam_camera_key`, which a flag can change,
+    selects one.
     """
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:

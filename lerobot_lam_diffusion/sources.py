@@ -1,7 +1,7 @@
 """Sources of LAM tokens: each is one camera seen by one LAM.
 
 A policy's config stores them field by field: a plain value for a single source, a list with one entry per
-source for several. A plain value beside lists counts for every source. An entry that is not known is None.
+source for several. A plain value alongside lists applies to every source. An unknown entry is None.
 """
 
 import contextlib
@@ -79,9 +79,9 @@ def parse_lists(config: Any) -> None:
 
 
 def parse_guidance(config: Any) -> None:
-    """`lam_guidance` as None, one entry, or a list of entries, also from the text of a list.
+    """Normalise `lam_guidance` to None, one entry or a list of entries; the text of a list is parsed.
 
-    Unquoted, the comma of `demo.mp4#t=1.5,9` looks like one between two entries.
+    Unquoted, the comma in `demo.mp4#t=1.5,9` looks like a separator between two entries.
     """
     value = config.lam_guidance
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
@@ -142,7 +142,7 @@ def length_problems(config: Any) -> list[str]:
 
 
 def source_problems(sources: list[LamSource], precomputed: bool) -> list[str]:
-    """Why sources do not go together, as far as the fields alone show."""
+    """Conflicts between sources that the config fields alone reveal."""
     problems = []
     if precomputed and any(source.tokens_path is not None for source in sources):
         if any(source.tokens_path is None for source in sources):

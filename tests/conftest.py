@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import settings
@@ -134,6 +136,18 @@ def record_more(root: Path, of: LeRobotDataset, lengths: Sequence[int] = (6, 5))
         writer.save_episode()
     writer.finalize()
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
+
+
+def with_rows_beyond(dataset: LeRobotDataset, root: Path) -> Path:
+    """A copy with four rows beyond its last episode, as an interrupted recording leaves them."""
+    shutil.copytree(dataset.root, root)
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pq.read_table(path).slice(0, 4)
+    for name, values in (("index", range(60, 64)), ("episode_index", [5] * 4)):
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    pq.write_table(table, path.with_name("file-001.parquet"))
+    return root
 
 
 def _resized(frame: np.ndarray, side: int) -> np.ndarray:

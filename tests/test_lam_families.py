@@ -13,6 +13,7 @@ import torch
 
 from lerobot_lam_diffusion.lam import load_lam, register_lam, write_lam
 from lerobot_lam_diffusion.lam.convert import Dims, Source, convert_lam
+from lerobot_lam_diffusion.lam.loading import meta_modules
 from lerobot_lam_diffusion.policy.live import FrameHistory
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -204,12 +205,15 @@ def test_on_the_fly_the_lams_own_stride_is_told(dataset, folders, caplog):
     assert "--policy.lam_frame_stride=6" in caplog.text
 
 
-def test_the_documented_example_is_short_and_its_name_is_taken():
+def test_the_documented_example_is_short_and_its_mistakes_are_refused():
     example = own_lam()
     code = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
     assert len(code) - code.index("import sys") <= 45
     with pytest.raises(UserError, match="'GridFlow' of Impostor is taken"):
         register_lam(type("Impostor", (example.GridFlowLam,), {}))
+    built = {"build_modules": classmethod(lambda _cls, _config: {"flow": torch.nn.Linear(2, 2)})}
+    with pytest.raises(UserError, match=r"has the modules \['flow'\], but its fingerprint covers only"):
+        meta_modules(type("Undeclared", (example.GridFlowLam,), built), example.GridFlowConfig())
     namesake = type("GridFlowLam", (example.GridFlowLam,), {"__module__": "another.package"})
     with pytest.raises(UserError, match="'GridFlow' of GridFlowLam is taken"):
         register_lam(namesake)

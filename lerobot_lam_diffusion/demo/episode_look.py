@@ -39,7 +39,7 @@ class EpisodeLook:
 
     @property
     def copy_error(self) -> np.ndarray:
-        """(T - 1, R, R) in 0..1: how wrong it is to take the frame before for the next one."""
+        """(T - 1, R, R) in 0..1: error of using the previous frame as the prediction."""
         return _difference(self.frames[1:], self.frames[:-1])
 
     @property

@@ -70,7 +70,7 @@ def choose_moments(look: EpisodeLook) -> list[int]:
 
 
 def motion_colors(motion: np.ndarray, fast: float) -> np.ndarray:
-    """RGB (..., 3) of motions (..., 2): the hue is the direction, white is standing still, `fast` is full."""
+    """RGB (..., 3) of motions (..., 2): hue is the direction; white is no motion, full colour is `fast`."""
     hue = (np.arctan2(motion[..., 1], motion[..., 0]) / (2 * np.pi)) % 1
     speed = np.clip(np.linalg.norm(motion, axis=-1) / max(fast, 1e-9), 0, 1)
     return hsv_to_rgb(np.stack([hue, 0.85 * speed, 1 - 0.12 * speed], axis=-1))

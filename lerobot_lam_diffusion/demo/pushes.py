@@ -56,7 +56,7 @@ class PushSimulation:
         self._block, _ = PushTEnv.add_tee(self._space, (256, 300), 0)
 
     def roll_out(self, pose: Pose, start: np.ndarray, direction: np.ndarray, distance: float) -> np.ndarray:
-        """Push and look: poses `(T, 3)` of the block after 1, 2, ... px of the agent's way."""
+        """Simulate a push: poses `(T, 3)` of the block after the agent has moved 1, 2, ... px."""
         block, agent = self._block, self._agent
         self._forget()
         block.velocity, block.angular_velocity = (0, 0), 0
@@ -71,7 +71,7 @@ class PushSimulation:
         return np.array(poses).reshape(-1, 3)
 
     def _forget(self) -> None:
-        """Let go of the last push's contacts, whose forces would otherwise start this one (by up to 1 px)."""
+        """Clear the last push's contacts, whose forces would otherwise affect this one (by up to 1 px)."""
         self._block.position, self._agent.position = (256, 256), (-500, -500)
         self._agent.velocity = (0, 0)
         for _ in range(self._space.collision_persistence + 1):

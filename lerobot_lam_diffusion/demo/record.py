@@ -121,7 +121,7 @@ def _record(dataset: LeRobotDataset, demonstration: Demonstration, summary: Reco
 
 
 def replay(demonstration: Demonstration) -> Iterator[dict]:
-    """Act a demonstration out again, for the camera: each observation with the action that follows it."""
+    """Replay a demonstration for the camera: each observation with the action that follows it."""
     env = make_env(obs_type="pixels_agent_pos")
     observation, _ = env.reset(seed=demonstration.seed, options=demonstration.options)
     solved = False

@@ -44,9 +44,10 @@ _GOAL_CORNERS = corner_positions(np.array([GOAL_POSE]))
 
 
 def goal_errors(poses: np.ndarray) -> np.ndarray:
-    """Mean distance `(N,)` in px of the block's corners from where the goal has them, for poses `(N, 3)`.
+    """Mean distance `(N,)` in px between the block's corners and the goal's, for poses `(N, 3)`.
 
-    Unlike coverage it tells a wrong angle from a right one everywhere in the arena, and its slope leads home.
+    Unlike coverage, it distinguishes right from wrong angles anywhere in the arena, and its gradient leads to
+    the goal.
     """
     return np.linalg.norm(corner_positions(poses) - _GOAL_CORNERS, axis=-1).mean(axis=-1)
 

@@ -81,8 +81,8 @@ def _is_free(pose: Pose, a: np.ndarray, b: np.ndarray, air: float) -> bool:
 class PurePursuit:
     """Follows a way by aiming `LOOK_AHEAD` px ahead along it.
 
-    The environment moves the agent by a soft PD controller; aimed at the way-points themselves it cuts the
-    corners and bumps into the block.
+    The environment moves the agent with a soft PD controller; when aimed at the waypoints themselves, the
+    agent cuts corners and bumps into the block.
     """
 
     def __init__(self, agent: np.ndarray, way: np.ndarray) -> None:

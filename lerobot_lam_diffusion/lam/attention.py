@@ -14,7 +14,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """Softmax attention with scale 1/√e, no dropout.
 
     Args:
-        q, k, v: (B, h, S, e), each with its own S as attention allows.
+        q, k, v: (B, h, S, e); S of q may differ from that of k and v.
         causal: position s sees positions 0..s only.
 
     Returns:

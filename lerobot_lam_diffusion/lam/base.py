@@ -68,12 +68,14 @@ class LatentActionModel(ABC):
         token_parts: Modules that determine a token; the fingerprint covers their weights.
         fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file if
             `fdm_is_optional`.
+        other_parts: Modules that neither a token nor a predicted frame depends on.
     """
 
     architecture: ClassVar[str]
     config_class: ClassVar[Any]
     token_parts: ClassVar[tuple[str, ...]] = ("encoder", "vq")
     fdm_parts: ClassVar[tuple[str, ...]] = ()
+    other_parts: ClassVar[tuple[str, ...]] = ()
     fdm_is_optional: ClassVar[bool] = True
 
     def __init__(
@@ -97,7 +99,7 @@ class LatentActionModel(ABC):
         self._batch_encoder: Callable[..., Tensor] | None = self.encoder
         self.to(device)
 
-    # What a family defines.
+    # The interface that a family implements.
 
     @classmethod
     @abstractmethod
@@ -144,7 +146,7 @@ class LatentActionModel(ABC):
             "that has one."
         )
 
-    # What the rest of the package asks for.
+    # The interface that the rest of the package uses.
 
     @property
     def num_learned_tokens(self) -> int:
@@ -236,16 +238,16 @@ class LatentActionModel(ABC):
             return LamTokens(continuous)
         indices = self.vq.indices(continuous)
         if alone is not None and self.dtype == torch.float32:
-            # Kernels round differently from one batch shape to another. Encoding the row of a nearly tied
-            # code alone always rounds the same way, so an index does not depend on the rest of the batch.
-            # Rare: some 1e-4 of the slots.
+            # Kernels round differently for different batch shapes. A row with a nearly tied code is therefore
+            # encoded on its own, which always rounds the same way, so that its index does not depend on the
+            # rest of the batch. This is rare: about 1e-4 of the slots.
             tied = self.vq.nearly_tied(continuous).flatten(1).any(1)
             for row in tied.nonzero().flatten().tolist():
                 indices[row] = self.vq.indices(alone(row).float())[0]
         return LamTokens(continuous, self.vq.rows(indices), indices)
 
     def _uncompiled(self) -> Self:
-        """The same model without what `compile` did; a copy, since several threads encode with one model."""
+        """An uncompiled copy of this model; a copy, because several threads encode with one model."""
         plain = copy.copy(self)
         plain._batch_encoder = self.encoder
         return plain
@@ -267,9 +269,9 @@ class LatentActionModel(ABC):
         return self.normalize(self.resize(frames))
 
     def compile(self) -> None:
-        """Compile the encoder for the batches to come; takes a minute, pays over some 100,000 pairs.
+        """Compile the encoder for later batches; takes a minute and pays off above some 100,000 pairs.
 
-        On CUDA the kernels are replayed as a graph. Keep to one batch shape. The uncompiled encoder decides
+        On CUDA the kernels are replayed as a graph. Use a single batch shape. The uncompiled encoder decides
         nearly tied codes, so indices stay those of the uncompiled model.
         """
         if self.encoder is not None:

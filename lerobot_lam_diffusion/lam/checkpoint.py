@@ -25,7 +25,7 @@ _WHOLE = "Name the checkpoint of this architecture, whole."
 
 @dataclass(frozen=True)
 class Dims:
-    """What a checkpoint does not say about its model; None: as in the published weights."""
+    """Dimensions that a checkpoint does not contain; None: as in the published weights."""
 
     image_size: int | None = None
     code_seq_len: int | None = None
@@ -40,7 +40,7 @@ class Translation:
     Attributes:
         config: The family's config, without its source.
         rules: Regular expressions and replacements that turn our keys into theirs, in this order.
-        computed: Our keys that have no counterpart → what makes the tensor of theirs.
+        computed: Our keys that have no counterpart → function that computes the tensor from theirs.
         unused: Their keys that have no counterpart → shapes.
         dropped: Our modules that are not kept.
     """

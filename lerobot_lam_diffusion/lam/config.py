@@ -36,10 +36,10 @@ class TokenShape(Protocol):
 
 
 class ModelConfig:
-    """What the config dataclasses of all families share: checked fields, and the way to and from JSON.
+    """Base of the config dataclasses of all families: checked fields and conversion to and from JSON.
 
-    Fields annotated as integers must be positive (or from 0, where their default is 0 or their metadata say
-    `least`: 0); floats must be positive; `Any` is not checked.
+    Fields annotated as integers must be positive (or at least 0 if their default is 0 or their metadata set
+    `least` to 0); floats must be positive; `Any` is not checked.
 
     Raises:
         LamError: a value is of the wrong type or out of range; lists all problems.

@@ -1,7 +1,7 @@
-"""Published checkpoints of other people's LAMs → LAM folders of ours.
+"""Convert published checkpoints of third-party LAMs to our LAM folders.
 
 A checkpoint lacks dimensions that determine its tokens, is a pickle, and is two to four times larger than
-what tokens need. So it is converted once; the result is a folder like that of any other LAM.
+tokens require. It is therefore converted once, to a folder like that of any other LAM.
 """
 
 import dataclasses
@@ -103,8 +103,8 @@ def convert_lam(
         source: See `locate_checkpoint`.
         output_dir: The new folder.
         family: "lapa" or "univla"; recognised if None.
-        dims: What the file does not say; the published values if left out.
-        keep_fdm: Keep what predicts frames; LAPA only.
+        dims: Dimensions that the file does not contain; the published values if left out.
+        keep_fdm: Keep the part that predicts frames; LAPA only.
 
     Returns:
         The folder.

@@ -114,7 +114,7 @@ def load_lam(
     dtype: torch.dtype = torch.float32,
     fdm: bool = False,
 ) -> Any:
-    """Open a latent action model; what makes tokens alone is read unless `fdm` is set.
+    """Open a latent action model; only the parts that make tokens are read unless `fdm` is set.
 
     Args:
         path: model folder (or one with it as `lam/`), a shipped name such as `pusht-compact`, or a Hub id.
@@ -163,7 +163,7 @@ def save_lam(
     """Write a villa-X model folder that `load_lam` (and the villa-X code) opens; each file appears whole.
 
     Args:
-        fdm_dtype: How the decoder is kept, torch.float32 or torch.float16; it is no part of the fingerprint.
+        fdm_dtype: Stored dtype of the decoder, torch.float32 or torch.float16; not part of the fingerprint.
 
     Returns:
         The folder.
@@ -184,12 +184,12 @@ def write_lam(
     description: str = "",
     version: int = 0,
 ) -> Path:
-    """Write a model folder of any family; each of its two files appears whole.
+    """Write a model folder of any family; each of its two files is written atomically.
 
     Args:
-        folder: Made if it is not there.
-        family: Whose `architecture` opens it again.
-        config: Of the family's `config_class`.
+        folder: Created if it does not exist.
+        family: Family whose `architecture` is recorded and that opens the folder again.
+        config: Instance of the family's `config_class`.
         state: Key in `model.safetensors` (`part.name`) → tensor, kept in its dtype. May be empty.
 
     Returns:
@@ -216,15 +216,23 @@ def meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.M
     """The modules without memory behind their weights.
 
     Raises:
-        LamError: no tensor can be as large as the config says.
+        LamError: no tensor can be as large as the config says, or it is not known whether tokens depend on
+            a module.
     """
     try:
         with torch.device("meta"):
-            return family.build_modules(config)
+            modules = family.build_modules(config)
     except RuntimeError as error:
         raise LamError(
             f"A LAM of these dimensions cannot be built ({first_line(error)}). {_REMEDY}"
         ) from error
+    undeclared = modules.keys() - {*family.token_parts, *family.fdm_parts, *family.other_parts}
+    if undeclared:
+        raise LamError(
+            f"{family.__qualname__} has the modules {sorted(undeclared)}, but its fingerprint covers only "
+            f"those in token_parts={family.token_parts}. Name them there, or in fdm_parts or other_parts."
+        )
+    return modules
 
 
 def _checked_modules(
@@ -267,7 +275,7 @@ def _checked_modules(
 def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
     """SHA-256 (hex) of a model's encoder and codebook tensors and of the dimensions that shape a token.
 
-    The FDM, the description and training-only settings do not enter. Computed once in a process for each
+    The FDM, the description and training-only settings are not included. Computed once per process for each
     state of the two files.
 
     Raises:

@@ -28,8 +28,8 @@ class Quantizer(nn.Module):
     def nearly_tied(self, tokens: Tensor) -> Tensor:
         """Slots that rounding could push to another row: (..., n·a) → bool (..., n).
 
-        A slot counts if it lies closer than `TIE` of its length to the plane between its two nearest rows.
-        Kernels of another batch shape move a float32 token by 1e-6 of its length, or 5e-5 with an
+        A slot counts if its distance to the plane between its two nearest rows is below `TIE` times its
+        length. Kernels for another batch shape move a float32 token by 1e-6 of its length, or 5e-5 with an
         ill-conditioned LAM.
         """
         codebook = self.embedding.weight.float()

@@ -1,11 +1,11 @@
-"""Frames → squares: each LAM needs the resize it was trained with, to the last bit, on every device.
+"""Resize frames to squares: each LAM needs the resize it was trained with, bit for bit, on every device.
 
 `bilinear` is torch's own. The other two are separable resizes with our own weights: each output row or column
-is a short weighted sum of input ones, added up in a fixed order, one rounded product and one rounded sum at a
-time. So they do not depend on installed libraries, the device or the batch shape.
+is a short weighted sum of input rows or columns, accumulated in a fixed order, one rounded product and one
+rounded sum at a time. They therefore do not depend on installed libraries, the device or the batch shape.
 
-All three take uint8 (..., 3, H, W) to uint8 (..., 3, size, size) without keeping the aspect ratio, and return
-frames of that size as they are.
+All three map uint8 (..., 3, H, W) to uint8 (..., 3, size, size) without keeping the aspect ratio, and return
+frames that already have that size unchanged.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ _PI = np.float32(3.14159265359)
 
 @lru_cache(maxsize=32)
 def _lanczos_taps(length: int, size: int) -> _Taps:
-    """Float32 step by step as in TensorFlow: in float64 one pixel in 1,700 comes out a level off."""
+    """Computed in float32 at each step, as in TensorFlow: with float64 one pixel in 1,700 is a level off."""
     one, half = np.float32(1), np.float32(0.5)
     scale = one / (np.float32(size) / np.float32(length))
     stretch = max(scale, one)

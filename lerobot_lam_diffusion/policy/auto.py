@@ -1,6 +1,6 @@
-"""`--policy.lam_tokens_path=auto`: the policy's token store out of the cache, built first if it is missing.
+"""`--policy.lam_tokens_path=auto`: the policy's token store from the cache, built first if it is missing.
 
-Imports `precompute`, so it is imported for `auto` alone.
+Imports `precompute`, so it is imported only for `auto`.
 """
 
 import logging
@@ -43,13 +43,13 @@ def resolved_lams(config: DiffusionLamConfig) -> tuple[list[str], list[TokenShap
 def cached_stores(
     config: DiffusionLamConfig, dataset_meta: Any, names: Mapping[str, str] | None = None
 ) -> list[TokenStore]:
-    """For each source the store of all of the dataset's tokens, as `config` wants them.
+    """Return, for each source, the store of the whole dataset's tokens that `config` asks for.
 
     Args:
-        config: With `lam_model_path` and `lam_camera_key`; fields that contradict a LAM are refused before
-            anything is built.
+        config: Has `lam_model_path` and `lam_camera_key` set; fields that contradict a LAM are rejected
+            before anything is built.
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
-        names: The policy's names of cameras → the dataset's, as far as they are known.
+        names: The policy's camera names → the dataset's, where known.
 
     Raises:
         UserError: no dataset, no such camera or LAM, contradicting fields, or an episode cannot be read.
@@ -103,7 +103,7 @@ def cached_stores(
 
 
 def _fetch_frames(dataset_meta: Any, camera_key: str, video_backend: str) -> None:
-    """Have all of a camera's frames on this machine, so that their digest names the store."""
+    """Fetch all of a camera's frames to this machine, so that their digest can name the store."""
     if frames_digest(dataset_meta, camera_key) is None:
         _whole_dataset(dataset_meta, video_backend)
     if frames_digest(dataset_meta, camera_key) is None:
@@ -143,7 +143,7 @@ def _build(
     dataset = _whole_dataset(dataset_meta, video_backend)
     lam = open_lam(config, wanted.lam.path, str(config.device))
     try:
-        with torch.random.fork_rng(devices=[]):  # a run that builds draws the numbers of one that does not
+        with torch.random.fork_rng(devices=[]):  # building must not change a run's random numbers
             precompute_tokens(
                 dataset,
                 lam,

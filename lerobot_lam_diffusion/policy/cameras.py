@@ -1,8 +1,8 @@
-"""The policy's and the dataset's names of a camera.
+"""The names of a camera in the policy and in the dataset.
 
-`--rename_map` gives the dataset's cameras other names, and LeRobot does not show the map to a policy. The
+`--rename_map` renames the dataset's cameras, and LeRobot does not pass the map to the policy. Instead, the
 pre-processor reports its effect with each batch (`observation.lam_cameras`: the policy's name → the
-dataset's). So a policy that may be fine-tuned under a map learns the names from its first batch, before its
+dataset's). A policy that may be fine-tuned under a map thus learns the names from its first batch, before its
 first step.
 """
 
@@ -30,16 +30,17 @@ def may_be_exchanged(config: DiffusionLamConfig, dataset_meta: Any) -> bool:
 
 
 def presumed_names(config: DiffusionLamConfig, dataset_meta: Any) -> dict[str, str]:
-    """The policy's names of cameras → the dataset's where no batch has reported them: the same names."""
+    """The policy's camera names → the dataset's if no batch has reported them: assumed to be the same."""
     cameras = rgb_cameras(dataset_meta)
     only = dict.fromkeys(config.image_features, cameras[0]) if len(cameras) == 1 else {}
     return {**only, **{camera: camera for camera in cameras}}
 
 
 def visible_cameras(config: DiffusionLamConfig, dataset_meta: Any) -> list[str]:
-    """The policy's cameras, and others of the dataset: the LAM's camera need not be an input of the policy.
+    """The policy's cameras and the dataset's others: the LAM's camera need not be an input of the policy.
 
-    Names that differ from the dataset's show a `rename_map`: then only the policy's own cameras are certain.
+    Names that differ from the dataset's reveal a `rename_map`; then only the policy's own cameras are
+    certain.
     """
     cameras = list(config.image_features)
     if dataset_meta is None or not set(cameras) <= set(dataset_meta.camera_keys):
@@ -63,11 +64,11 @@ def dataset_camera(
     """The dataset's name of a camera that the policy calls `camera`.
 
     Args:
-        names: The policy's names of cameras → the dataset's, from a batch. Without them, a new name is
-            understood where the dataset has only one camera.
+        names: The policy's camera names → the dataset's, from a batch. Without them, a new name is
+            understood only if the dataset has a single camera.
 
     Raises:
-        DatasetError: it is not known which camera of the dataset that is, or it is not RGB.
+        DatasetError: the dataset's camera cannot be determined, or is not RGB.
     """
     others, cameras = not_rgb(dataset_meta), rgb_cameras(dataset_meta)
     camera = (names or {}).get(camera, camera)
@@ -89,9 +90,9 @@ def dataset_camera(
 
 
 def camera_problems(config: DiffusionLamConfig, keys: Sequence[str | None], dataset_meta: Any) -> list[str]:
-    """Why LAMs cannot look at the cameras `keys` (of `lam_camera_key`), as far as it is known.
+    """Known reasons why the LAMs cannot use the cameras `keys` (from `lam_camera_key`).
 
-    Which cameras a robot or environment has shows when the first frames come.
+    The cameras of a robot or environment become known only when its first frames arrive.
     """
     cameras = visible_cameras(config, dataset_meta)
     if not cameras or (dataset_meta is None and config.lam_source is not None):
@@ -115,15 +116,15 @@ def check_cameras(
     of_tokens: Sequence[str | None],
     are_all: bool = True,
 ) -> None:
-    """Check that the tokens of each source are of the camera that the policy knows as `lam_camera_key`.
+    """Check that the tokens of each source come from the camera that the policy calls `lam_camera_key`.
 
     Args:
-        names: The policy's name of each camera in a batch → the dataset's.
-        of_tokens: The dataset's name of the camera that each source's tokens are of; None: not known.
-        are_all: Whether `names` has all of the policy's cameras.
+        names: The policy's name for each camera in a batch → the dataset's.
+        of_tokens: The dataset's name for the camera of each source's tokens; None if unknown.
+        are_all: Whether `names` covers all of the policy's cameras.
 
     Raises:
-        TrainingError: they are of another camera.
+        TrainingError: the tokens come from another camera.
     """
     problems = []
     for source, camera in zip(config.token_sources, of_tokens, strict=True):

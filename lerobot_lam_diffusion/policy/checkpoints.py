@@ -60,7 +60,7 @@ def load_weights(
 
 
 def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_parameters: set[str]) -> None:
-    """Start `policy` from a stock Diffusion Policy: the same loss, bit for bit, as the stock policy has.
+    """Initialise `policy` from a stock Diffusion Policy; its loss is then the stock loss, bit for bit.
 
     Args:
         policy: A fresh `DiffusionLamPolicy`.

@@ -3,8 +3,8 @@
     demo.mp4 ─► frames at lam_fps ─► LAM ─┐
     STORE#7 ──────────────────────────────┴► track (T, n·a) ─► window(tick) = track[tick + offsets]
 
-Tick t of a rollout is frame t of the track. It is open loop: nothing waits for the robot, and after the track
-there are no more tokens, zeros, as training has seen at the ends of its episodes.
+Tick t of a rollout is frame t of the track. Guidance is open loop: it does not wait for the robot. After the
+end of the track, tokens are zero, as they are at the end of an episode in training.
 """
 
 import logging
@@ -28,9 +28,9 @@ from lerobot_lam_diffusion.utils.errors import TrainingError, UserError, raise_p
 logger = logging.getLogger(__name__)
 
 ANOTHER_SHAPE = 1.1
-"""Ratio of two aspect ratios from which on it warns: the LAM sees both images as squares."""
+"""Ratio of two aspect ratios that triggers a warning: the LAM sees both images as squares."""
 ANOTHER_LEVEL = 40.0
-"""Difference of the mean levels of R, G or B (0..255) from which on it warns."""
+"""Difference in the mean level of R, G or B (0..255) that triggers a warning."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Track:
     Attributes:
         name: As the user wrote it.
         tokens: float32 `(T, n·a)` on the CPU; zeros where there is no token.
-        levels: Of a video: its mean level of R, G, B.
+        levels: Mean levels of R, G and B, for a video only.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Track:
 
 
 class Guide:
-    """What the environments of a rollout follow: environment b the track b, modulo their number.
+    """The tracks that a rollout's environments follow: environment b follows track b, modulo their number.
 
     Args:
         tracks: At least one.
-        fps: To give times in messages, if known.
-        camera: The policy's name of the camera that the LAM looks at, if known.
+        fps: Frame rate, if known; used to give times in messages.
+        camera: The policy's name for the camera that the LAM looks at, if known.
     """
 
     def __init__(self, tracks: Sequence[Track], fps: float | None = None, camera: str | None = None) -> None:
@@ -137,8 +137,15 @@ def open_guide(config: DiffusionLamConfig) -> Guide:
 
 
 def warn_of_missing_guide(config: DiffusionLamConfig) -> None:
-    """Warn of a training on tokens of what comes next, without a guide for evaluations."""
+    """Warn when training on tokens of what comes next without a guide for evaluations, or on too few."""
     future = config.future_token_deltas
+    if future and max(future) < config.n_action_steps:
+        logger.warning(
+            "lam_token_offsets reach %d frames ahead, a chunk of actions %d (n_action_steps): a guide says "
+            "nothing about its rest. Pass more offsets, or a smaller --policy.n_action_steps (and "
+            "--policy.horizon).",
+            max(future), config.n_action_steps,
+        )  # fmt: skip
     if future and config.lam_guidance is None and config.lam_missing == "error":
         logger.warning(
             "Training on tokens of what comes next (lam_token_offsets=%s); an evaluation in an environment "
@@ -241,7 +248,7 @@ def _video(config: DiffusionLamConfig, name: str, opened: list[Any]) -> Track:
 
 
 def _warn_of_look(config: DiffusionLamConfig, name: str, look: Any) -> None:
-    """Warn of a video that is slower, or of another shape, than what the LAM saw in training."""
+    """Warn if a video has a lower frame rate or another shape than what the LAM saw in training."""
     (source,), fps = config.token_sources, config.lam_fps
     if fps is not None and 0 < look.rate < 0.99 * fps:
         logger.warning(
@@ -263,7 +270,7 @@ def _warn_of_look(config: DiffusionLamConfig, name: str, look: Any) -> None:
 
 
 def _is_video(text: str) -> bool:
-    """Whether an entry names a video file, not a store: by its fragment, its ending or what is there."""
+    """Whether an entry names a video file, not a store, by its fragment, extension or what is on disk."""
     name, _, fragment = text.rpartition("#")
     if not name:
         name, fragment = text, ""

@@ -1,4 +1,4 @@
-"""The LAM of each source of tokens: found, checked to be the one that the policy was trained with, opened.
+"""Find and open the LAM of each source of tokens, and check that the policy was trained with it.
 
 Imports the LAM code only when a LAM is opened: training on precomputed tokens needs none.
 """
@@ -31,13 +31,13 @@ def open_lam(config: DiffusionLamConfig, path: str, device: str = "cpu") -> "Lat
 
 
 def open_lams(config: DiffusionLamConfig) -> "list[LatentActionModel]":
-    """Load the LAM of each source and check that it is the one that the policy is for.
+    """Load the LAM of each source and check that it is the one that the policy expects.
 
     Returns:
-        As many as there are sources; a LAM of several sources is loaded once.
+        One LAM per source; a LAM shared by several sources is loaded once.
 
     Raises:
-        LamNotFoundError: a LAM or camera is not named, or no LAM is there.
+        LamNotFoundError: a LAM or camera is not named, or a LAM does not exist.
         UserError: a damaged LAM, another token shape, or another LAM than trained with.
     """
     folders = find_lams(config)
@@ -51,7 +51,7 @@ def open_lams(config: DiffusionLamConfig) -> "list[LatentActionModel]":
 
 
 def find_lams(config: DiffusionLamConfig) -> list[Path]:
-    """The folder of each source's LAM, without symbolic links.
+    """The folder of each source's LAM, with symbolic links resolved.
 
     Raises:
         LamNotFoundError: a LAM or camera is not named, or no LAM is there; all problems at once.
@@ -96,7 +96,7 @@ def local_fingerprint(path: str) -> str | None:
 def check_lams(
     config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: "Sequence[TokenShape]"
 ) -> None:
-    """Check that each source's LAM, of that fingerprint and token shape, is the one that the policy is for.
+    """Check, by fingerprint and token shape, that each source's LAM is the one that the policy expects.
 
     Raises:
         UserError: another token shape, another LAM than trained with, or two sources that are the same; all
@@ -132,10 +132,10 @@ def check_lams(
 
 
 def another_lam(source: LamSource, fingerprint: str, it_is: str) -> str | None:
-    """How a LAM differs from the one in training; None: it does not, or none is recorded.
+    """How a LAM differs from the one in training; None if it does not, or if none is recorded.
 
     Args:
-        it_is: Begins the sentence, to be continued by the fingerprint.
+        it_is: Beginning of the sentence, up to the fingerprint.
     """
     if source.fingerprint in (None, fingerprint):
         return None
@@ -155,7 +155,7 @@ def shape_problems(source: LamSource, shape: Any, noun: str, remedy: str = "") -
 def resolve_live_sources(
     config: DiffusionLamConfig, dataset_meta: Any, lams: "Sequence[LatentActionModel]"
 ) -> None:
-    """Copy what the LAMs say about themselves into the config of a policy that computes tokens on the fly.
+    """Copy the metadata of the LAMs into the config of a policy that computes tokens on the fly.
 
     Args:
         dataset_meta: `LeRobotDatasetMetadata`, or None outside training.
@@ -231,7 +231,7 @@ def fixed_scale(source: LamSource, scale: float) -> float:
 
 
 def record_sources(config: DiffusionLamConfig, resolved: list[LamSource]) -> None:
-    """Write the sources that training uses into the config; a mismatch that was allowed ends here."""
+    """Write the sources that training uses into the config; an allowed mismatch is cleared."""
     before = [source.fingerprint for source in config.token_sources]
     if any(old not in (None, new.fingerprint) for old, new in zip(before, resolved, strict=True)):
         config.lam_allow_mismatch = False

@@ -1,8 +1,8 @@
 """Tokens from raw frames, in training and on the robot: the same values that a store holds.
 
-Training gets a window of frames from the dataset, a robot one frame a tick; both end in `LiveLam.encode`. A
-frame before the episode's first one does not exist (LeRobot pads with copies), so a pair that needs it has no
-token: zeros, as in a store. `LiveTokens` concatenates the tokens of several sources (cameras, LAMs).
+Training gets a window of frames from the dataset, a robot one frame per tick; both call `LiveLam.encode`.
+There are no frames before an episode's first one (LeRobot pads with copies), so a pair that needs one has no
+token and gets zeros, as in a store. `LiveTokens` concatenates the tokens of several sources (cameras, LAMs).
 """
 
 import logging
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class LiveTokens:
-    """A policy's tokens from frames, of all its sources side by side.
+    """Computes a policy's tokens from frames, for all its sources side by side.
 
-    The LAMs are loaded when they are first needed. Not an `nn.Module`, so they are in no optimizer,
-    checkpoint, DDP bucket or parameter count.
+    The LAMs are loaded on first use. This is not an `nn.Module`, so they are in no optimizer, checkpoint,
+    DDP bucket or parameter count.
     """
 
     def __init__(self, config: DiffusionLamConfig) -> None:
@@ -119,7 +119,7 @@ class LiveLam:
         Args:
             frames: uint8 `(B, T, 3, H, W)`, one for each of `deltas`.
             deltas: Frame offsets of the window, ascending.
-            is_pad: bool `(B, T)`: the frame is a copy that LeRobot put where the episode has none.
+            is_pad: bool `(B, T)`: whether the frame is a padding copy that LeRobot added beyond the episode.
             index: int64 `(B,)` absolute frame indices.
         """
         stride = self._config.lam_frame_stride or 1
@@ -215,10 +215,10 @@ def raw_frames(
 
 
 def _padding(batch: dict[str, Any], frames: Tensor) -> Tensor:
-    """Which frames `(B, T)` are LeRobot's copies: those that all padding flags mark.
+    """Which frames `(B, T)` are LeRobot's padding copies: those marked by all padding flags.
 
-    The flags of all observations agree, but for a few video frames that LeRobot's streaming marks by a
-    rounding error and delivers all the same.
+    The flags of all observations agree, except for a few video frames that LeRobot's streaming marks because
+    of a rounding error but delivers anyway.
     """
     flags = [
         value.to(frames.device)

@@ -3,8 +3,8 @@
     frames of a batch ─► digest of each pair's pixels ─► PairCache ─┬─ known: the cached token
                                                                     └─ else: the LAM, whose token is cached
 
-A cached token counts only for the very pixels that it was computed from. So it is what the LAM would return,
-whatever happens to the pixels before the policy (augmentation, another decoder, an edited video).
+A cached token is used only for the exact pixels that it was computed from. It is therefore what the LAM would
+return, whatever happens to the pixels before the policy (augmentation, another decoder, an edited video).
 """
 
 import logging
@@ -43,9 +43,9 @@ def open_live_caches(
     lams: Sequence[LatentActionModel],
     names: Mapping[str, str] | None = None,
 ) -> "list[LiveCache]":
-    """Open or create the cache of each source's tokens of a training dataset.
+    """Open or create, for each source, the cache of a training dataset's tokens.
 
-    Whatever decides a token's value names a cache's folder, so that runs that differ in it never meet.
+    All that determines a token's value enters the folder name, so runs that differ in it never share a cache.
 
     Args:
         config: With `lam_live_cache`, "auto" or a folder.
@@ -98,7 +98,7 @@ class LiveCache:
         self._warned_of_pixels = False
 
     def disable(self, why: str) -> None:
-        """Neither read nor write from now on; warns once."""
+        """Stop reading and writing, and warn once."""
         if self._reads:
             self._reads = False
             logger.warning("Tokens are computed each time, without %s: %s.", self._pairs.path, why)

@@ -7,7 +7,7 @@ from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.sources import LamSource
 
 TAG = "lam-tokens"
-_LOCAL = ("/", ".", "~", "\\")  # no Hub id begins so
+_LOCAL = ("/", ".", "~", "\\")  # no Hub id starts with these
 
 _TEMPLATE = """## Latent action model (LAM)
 
@@ -35,8 +35,8 @@ def add_lam_section(card: Any, config: DiffusionLamConfig, fps: float | None) ->
     """Add the section to a `huggingface_hub.ModelCard`, and the token stores to its datasets.
 
     Args:
-        config: Of a policy with LAM conditioning.
-        fps: Of the dataset that it was trained on, to give the stride in seconds.
+        config: Config of a policy with LAM conditioning.
+        fps: Frame rate of the training dataset, to give the stride in seconds.
     """
     card.text = f"{card.text.rstrip()}\n\n{lam_section(config, fps)}"
     card.data.tags = [*(card.data.tags or []), TAG]
@@ -54,7 +54,7 @@ def lam_section(config: DiffusionLamConfig, fps: float | None) -> str:
     titles = "".join(f" source {number} |" for number in range(1, len(facts) + 1)) if len(facts) > 1 else " |"
     lines = [f"| |{titles}", "| --- |" + " --- |" * len(facts)]
     lines += [f"| {name} | {' | '.join(fact[name] for fact in facts)} |" for name in facts[0]]
-    # How others can name the LAMs: a folder where it was trained says nothing to them.
+    # Names of the LAMs that others can use: a folder on the training machine means nothing to them.
     names = [source.model_path for source in sources]
     many = len(set(names)) > 1
     lams = [

@@ -120,18 +120,18 @@ def resolve_first_batch(
     batch: Mapping[str, Any],
     given: Sequence[LamSource],
 ) -> TokenStore | JoinedStores | None:
-    """Resolve what the first batch of a training shows: which of the dataset's cameras the policy's are.
+    """Resolve what the first training batch shows: which dataset camera each of the policy's cameras is.
 
     Args:
         store: What `resolve_precomputed_sources` returned.
-        batch: With the policy's name of each camera → the dataset's under `observation.lam_cameras`.
-        given: The sources as they were before they were resolved.
+        batch: Holds the policy's name for each camera → the dataset's under `observation.lam_cameras`.
+        given: The sources before they were resolved.
 
     Returns:
-        The store, or that of `auto`, which had to wait.
+        The store; for `auto`, possibly opened only now.
 
     Raises:
-        UserError: the tokens are of another camera than the policy's.
+        UserError: the tokens come from another camera than the policy's.
     """
     known = batch.get(OBS_LAM_CAMERAS)
     names = known or presumed_names(config, dataset_meta)
@@ -217,7 +217,7 @@ def _resolve_column(config: DiffusionLamConfig, feature: dict | None, dataset_me
                 key,
                 column.derived,
             )
-    else:  # of the user's own making: nothing tells its LAM, nor its codebook's scale
+    else:  # made by the user: neither its LAM nor its codebook's scale is recorded
         shape = tuple(feature["shape"])
         if shape != (config.lam_token_dim,):
             raise DatasetError(
@@ -243,7 +243,7 @@ def _adopt_stores(config: DiffusionLamConfig, stores: Sequence[TokenStore], data
     resolved = []
     for source, store in zip(sources, stores, strict=True):
         known = _with_provenance(config, source, store, dataset_meta)
-        if source.is_auto:  # its LAM was found there; where the store's builder had it may be gone
+        if source.is_auto:  # keep the path where the LAM was found: the recorded one may be gone
             known = replace(known, model_path=source.model_path)
         elif store.hub_id is not None:
             known = replace(known, tokens_path=store.hub_id)  # a resumed run stays at this commit
@@ -256,7 +256,7 @@ def _adopt_stores(config: DiffusionLamConfig, stores: Sequence[TokenStore], data
 def _with_provenance(
     config: DiffusionLamConfig, source: LamSource, tokens: TokenStore | TokenColumn, dataset_meta: Any
 ) -> LamSource:
-    """The source with what its tokens say of themselves; `config` adopts their compute dtype."""
+    """The source, completed from the provenance of its tokens; `config` adopts their compute dtype."""
     provenance = tokens.provenance
     if provenance is None:
         return replace(source, token_scale=fixed_scale(source, 1.0))
@@ -315,7 +315,7 @@ def _contradictions(
 
 
 def _other_lam_named(source: LamSource, fingerprint: str, noun: str) -> list[str]:
-    """Whether a fresh policy names another LAM for deployment, as far as this machine has it."""
+    """Whether a fresh policy names another LAM for deployment; checked only if it is on this machine."""
     if source.fingerprint is not None or source.model_path is None or source.is_auto:
         return []
     named = local_fingerprint(source.model_path)
@@ -330,7 +330,7 @@ def _other_lam_named(source: LamSource, fingerprint: str, noun: str) -> list[str
 def _is_other_camera(config: DiffusionLamConfig, key: str | None, camera: str, dataset_meta: Any) -> bool:
     """Whether `lam_camera_key` is certainly another camera than the dataset's `camera`.
 
-    Another name of the same camera is what a `rename_map` gives; then the first batch shows it.
+    A `rename_map` can give the same camera another name; then the first batch shows it.
     """
     if key in (None, camera) or dataset_meta is None or may_be_exchanged(config, dataset_meta):
         return False
@@ -361,7 +361,7 @@ def _warn_of_missing_lams(config: DiffusionLamConfig, dataset_meta: Any) -> None
 
 
 def warn_of_pauses(dataset_meta: Any) -> None:
-    """Warn of a recording whose neighbouring rows need not be neighbours in time."""
+    """Warn about a recording whose adjacent rows may not be adjacent in time."""
     if "intervention" in dataset_meta.features:
         logger.warning(
             "Dataset %r has a column 'intervention', as DAgger recordings of lerobot-rollout have. If it was "

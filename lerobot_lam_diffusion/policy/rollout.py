@@ -40,14 +40,14 @@ class Rollout:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: what comes next is another episode."""
+        """Forget everything: a new episode begins."""
         self._history: dict[str, FrameHistory] | None = None  # of each camera that a LAM looks at
         self._has_lam: bool | None = None  # found out when it matters
-        self._tick = 0  # of the rollout, and frame of the guide
+        self._tick = 0  # tick of the rollout, which is also the guide's frame
         self._clock.reset()
 
     def tick(self, batch: dict[str, Any], predicts: bool) -> Tensor | None:
-        """Tokens of one tick; to be called at each.
+        """Return the tokens of one tick; must be called at every tick.
 
         Args:
             batch: The observation.
@@ -71,7 +71,7 @@ class Rollout:
         return tokens
 
     def chunk(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens `(B, lam_conditioning_steps, n·a)` of a chunk of actions, acted out before the next."""
+        """Tokens `(B, lam_conditioning_steps, n·a)` of a chunk of actions, executed before the next."""
         tokens = self._window(batch)
         self._tick += self._config.n_action_steps
         return tokens

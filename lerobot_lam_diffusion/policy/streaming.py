@@ -1,9 +1,9 @@
-"""Streamed datasets (`--dataset.streaming=true`): what LeRobot 0.6 would deliver wrongly is refused.
+"""Reject streamed datasets (`--dataset.streaming=true`) that LeRobot 0.6 would deliver wrongly.
 
-LeRobot seeks a streamed frame at `index / fps` of its video file, whatever the dataset says, and looks only
-so far back and ahead. A policy is not told that its dataset is streamed: it recognises a streamed batch, the
-first one, before the first step. What a batch does not show (ignored flags, `num_workers=0`) is described in
-the guide.
+LeRobot looks for a streamed frame at `index / fps` in its video file, whatever the dataset says, and its
+lookback and lookahead are limited. A policy does not know that its dataset is streamed: it recognises this
+from the first batch, before the first step. Problems that a batch does not show (ignored flags,
+`num_workers=0`) are described in the guide.
 """
 
 import logging

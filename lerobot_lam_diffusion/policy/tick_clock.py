@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 TICKS = 20
 """Number of intervals whose median counts."""
 DEVIATION = 1.2
-"""Ratio to the dataset's rate, up or down, from which on it warns."""
+"""Ratio to the dataset's rate, up or down, that triggers a warning."""
 STALLED = 1.5
 """Ratio to the stride in training from which on a frame pair straddles a stall."""
 STALLED_CHUNKS = 3
@@ -41,7 +41,7 @@ class TickClock:
         self._warned_of_stalls = False
 
     def reset(self) -> None:
-        """Forget the ticks: what comes next is another episode."""
+        """Forget the ticks: a new episode begins."""
         self._times.clear()
 
     def tick(self, now: float | None = None) -> None:

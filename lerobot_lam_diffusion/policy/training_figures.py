@@ -1,14 +1,14 @@
-"""What training says beside the loss: whether the policy uses its tokens.
+"""Figures that training logs besides the loss: whether the policy uses its tokens.
 
-    lam_token_share         samples of the batch that have a token
-    lam_norm_ratio          what tokens add in the U-Net's conditioning layers, as a share of what the stock
-                            conditioning does there; 0 at the start
-    lam_shuffled_loss_ratio loss with the tokens of another sample of the batch, over the loss as it is; 1:
-                            the policy does not use its tokens
+    lam_token_share         share of the batch's samples that have a token
+    lam_norm_ratio          norm of what tokens add in the U-Net's conditioning layers, relative to what the
+                            stock conditioning adds there; 0 at the start
+    lam_shuffled_loss_ratio loss with the tokens of another sample of the batch, divided by the actual loss;
+                            1: the policy does not use its tokens
 
-The last two take a second pass, without gradients, every `EVERY` steps; in between their last values count.
-That pass starts from the random numbers of the first one and leaves the generators and buffers as they were:
-losses stay bit-equal.
+The last two need a second pass, without gradients, every `EVERY` steps; in between, their last values are
+repeated. That pass uses the same random numbers as the first and restores the generators and buffers, so that
+losses stay bit-identical.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,7 +78,7 @@ def _set_generators(states: list[Tensor], device: torch.device) -> None:
 
 @contextmanager
 def _unchanged(policy: nn.Module, before: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Draw the random numbers from `before` on again; afterwards generators and buffers are as they were."""
+    """Replay the random numbers from state `before`; restore generators and buffers afterwards."""
     after = _generator_states(device)
     # Copies stand in for the buffers: the graph of the first pass may hold the buffers themselves.
     buffers = [
@@ -99,7 +99,7 @@ def _unchanged(policy: nn.Module, before: list[Tensor], device: torch.device) ->
 
 @contextmanager
 def _squares(layers: list[tuple[nn.Module, nn.Module]]) -> Iterator[list[Any]]:
-    """Sums of squares of what the stock linears and the LAM's put out meanwhile."""
+    """Sums of squares of the outputs of the stock and the LAM linear layers inside the context."""
     totals: list[Any] = [0.0, 0.0]
 
     def adding(which: int) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.fit.data import moving_pixels
+from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.report import figures
 from lerobot_lam_diffusion.report.codes import BINS, Codes, read_codes
@@ -41,12 +42,12 @@ class Footage:
 
 
 def write_report(store: TokenStore, footage: Footage | None, output: Path, seed: int = 0) -> Verdict:
-    """Look at a store and write the page.
+    """Analyse a store and write the page.
 
     Args:
-        store: of any kind and coverage.
-        footage: None: the parts that need no frames and no state.
-        seed: of the held-out episodes and of all choices of examples.
+        store: a store of any kind and coverage.
+        footage: if None, only the parts that need neither frames nor state are written.
+        seed: seed for the held-out episodes and for all choices of examples.
     """
     report, sections = _look_at(store, footage, seed)
     verdict = report.verdict
@@ -114,10 +115,14 @@ class _Report:
         section.texts.append(
             f"A ridge regression from each pair's token to the change of the state over it, measured on "
             f"{len(probe.held_out)} episodes that it was not fitted to ({len(probe.measured):,} pairs). "
-            "R² 1: the token says all; 0: no more than the mean. Shuffled: tokens of other pairs."
+            "R² 1: the token says all; 0: no more than the mean. Shuffled: tokens of other pairs. The LAM "
+            "itself may have been fitted to these episodes."
         )
         if probe.still:
-            section.texts.append(f"Left out, since they never change: {', '.join(probe.still)}.")
+            section.texts.append(
+                "Left out, since they do not change in the fitted or in the measured pairs: "
+                f"{', '.join(probe.still)}."
+            )
         per_dimension = ", ".join(
             f"{n} {r:.2f}" for n, r in list(zip(probe.names, probe.token, strict=True))[:20]
         )
@@ -140,7 +145,7 @@ class _Report:
         return section
 
     def footage_sections(self) -> list[Section]:
-        """Those with frames, which are decoded once for all of them, and in between the codes' use."""
+        """The sections with frames, which are decoded once for all of them, and the usage section between."""
         if self.footage is None or not len(self.codes.frames):
             return [self.usage_section()]
         pool = choose_pool(self.codes, self.probe.held_out if self.probe is not None else [], self.seed)
@@ -177,8 +182,9 @@ class _Report:
                 "The tokens are continuous: what stands for a code is the place along a principal direction, "
                 f"in {BINS} bins that hold equally many tokens."
             )
-        if occurring > len(entries):
-            section.texts.append(f"Shown: the {len(entries)} most frequent of {occurring} codes that occur.")
+        shown = sum(bool(entry.examples) for entry in entries)
+        if occurring > shown:
+            section.texts.append(f"Shown: {shown} of the most frequent of {occurring} codes that occur.")
         pictures: dict[int, list[Picture]] = {}
         for entry in entries:
             what = "code" if codes.is_vq else "bin"
@@ -209,8 +215,9 @@ class _Report:
         if not len(codes.frames):
             return section
         if codes.is_vq:
-            for slot, perplexity in enumerate(self.perplexity):
-                used = int((codes.shares(slot) > 0).sum())
+            for slot in range(len(codes.slots)):
+                shares = codes.shares(slot)
+                used, perplexity = int((shares > 0).sum()), torch.exp(-torch.xlogy(shares, shares).sum())
                 section.rows.append(
                     (codes.slots[slot], f"{used} of {codes.num_codes} codes, perplexity {perplexity:.1f}")
                 )
@@ -261,7 +268,7 @@ class _Report:
             which, held = "drawn", pool[: max(1, len(pool) // 5)]
         inside = torch.isin(self.codes.episodes, torch.tensor(sorted({*held} & {*pool})))
         later = self.codes.frames[inside]
-        later = later[torch.linspace(0, len(later) - 1, min(len(later), _PREDICTED)).long()]
+        later = evenly(later, _PREDICTED)
         if not len(later):
             section.texts.append(f"No {which} episode has a token.")
             return section
@@ -285,8 +292,8 @@ class _Report:
             )
         section.texts.append(
             f"The LAM's forward model (FDM) gets the earlier frame and the token; {len(later)} pairs of "
-            f"{which} episodes. Below, those in which most moves: the earlier frame (as copying gives it), "
-            "the prediction, and the true frame."
+            f"{which} episodes, which the LAM may have been fitted to. Below, those in which most moves: the "
+            "earlier frame (as copying gives it), the prediction, and the true frame."
         )
         shown = moving.flatten(1).sum(1).argsort(descending=True)[:_PREDICTED_SHOWN].tolist()
         pictures = [

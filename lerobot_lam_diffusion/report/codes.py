@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 
 MOST_FRAMES = 400_000
@@ -23,9 +24,9 @@ class Codes:
         labels: int64 (M, n), 0..num_codes-1. VQ: the code in each slot. Continuous: the token's place along
             each of the first principal directions, in bins that hold equally many tokens.
         num_codes: K, or the number of bins.
-        slots: what a column of `labels` is called.
-        is_vq: False: principal directions.
-        drawn: episodes were left out, since the store is large.
+        slots: names of the columns of `labels`.
+        is_vq: whether labels are VQ codes; if not, they are bins along principal directions.
+        drawn: whether episodes were left out because the store is large.
     """
 
     frames: Tensor
@@ -103,7 +104,7 @@ def _along_directions(store: TokenStore, rows: Tensor) -> tuple[Tensor, list[flo
     """Bins (M, DIRECTIONS) along the first principal directions, and their shares of the variance."""
     if not len(rows):
         return torch.empty(0, DIRECTIONS, dtype=torch.int64), [0.0] * DIRECTIONS
-    some = store.decode(rows[torch.linspace(0, len(rows) - 1, min(len(rows), _PRINCIPAL_TOKENS)).long()])
+    some = store.decode(evenly(rows, _PRINCIPAL_TOKENS))
     mean = some.double().mean(0)
     _, spread, basis = torch.linalg.svd(some.double() - mean, full_matrices=False)
     basis = basis[:DIRECTIONS]

@@ -122,7 +122,7 @@ def strip_chart(
 
 
 def pair_tiles(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Frame, next frame and difference below one another, one pair beside the other: uint8 (3, H, W)."""
+    """One column per pair: frame, next frame and their difference, stacked: uint8 (3, H, W)."""
     columns = [torch.cat([prev, cur, difference(prev, cur)], dim=1) for prev, cur in pairs]
     return torch.cat(columns, dim=2)
 

@@ -28,7 +28,7 @@ class Entry:
 
 
 def choose_pool(codes: Codes, held_out: Iterable[int], seed: int) -> list[int]:
-    """Episodes that are decoded: some at random, some of them held out of the probe."""
+    """Choose the episodes to decode: a random few, some of them held out of the probe."""
     generator = torch.Generator().manual_seed(seed)
     episodes = codes.episodes.unique()
     episodes = episodes[torch.randperm(len(episodes), generator=generator)].tolist()
@@ -39,7 +39,7 @@ def choose_pool(codes: Codes, held_out: Iterable[int], seed: int) -> list[int]:
 def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entry], int]:
     """The atlas, most frequent codes first in each slot, and how many codes occur in all.
 
-    Examples come out of different episodes, as far as there are as many.
+    Examples come from different episodes where possible.
     """
     generator = torch.Generator().manual_seed(seed)
     in_pool = torch.isin(codes.episodes, torch.tensor(pool)).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What the state did while a token was seen, and how well the tokens say it."""
+"""How the state changed over each token's frame pair, and how well the tokens predict it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.lam.fit.report import axis_r2, ridge_predictions
+from lerobot_lam_diffusion.lam.fit.report import axis_r2, moving_axes, ridge_predictions
+from lerobot_lam_diffusion.precompute.frames import rows_of, vectors_of
 from lerobot_lam_diffusion.report.codes import Codes
 from lerobot_lam_diffusion.tokens.store import TokenStore
 
@@ -21,7 +22,7 @@ class StateProbe:
     """R² of the state's change on held-out episodes, by ridge regression from the token.
 
     Attributes:
-        names: of the S dimensions that change; `still` are those that do not.
+        names: of the S dimensions that change, in fitted and held-out pairs; `still` are the others.
         token, shuffled: R² of each dimension from its own token, and from the token of another pair.
         predicted, measured: double (M, S) on the held-out pairs, in the state's units.
         held_out: episodes.
@@ -37,11 +38,12 @@ class StateProbe:
 
     @property
     def mean(self) -> float:
-        return sum(self.token) / len(self.token)
+        """Over dimensions; one that is predicted worse than by its mean counts as 0."""
+        return sum(max(r2, 0.0) for r2 in self.token) / len(self.token)
 
     @property
     def mean_shuffled(self) -> float:
-        return sum(self.shuffled) / len(self.shuffled)
+        return sum(max(r2, 0.0) for r2 in self.shuffled) / len(self.shuffled)
 
 
 def state_names(meta: Any) -> list[str]:
@@ -60,20 +62,18 @@ def state_names(meta: Any) -> list[str]:
 
 def read_states(dataset: Any) -> Tensor | None:
     """The state of all frames, double (N, S) by absolute index, NaN where not opened; None: no state."""
-    columns = dataset.hf_dataset.data
-    if STATE_KEY not in columns.column_names:
+    if STATE_KEY not in rows_of(dataset).column_names:
         return None
-    index = np.asarray(columns.column("index"))
-    values = np.asarray(columns.column(STATE_KEY).to_pylist(), dtype=np.float64).reshape(len(index), -1)
+    values = vectors_of(dataset, STATE_KEY)
     states = np.full((dataset.meta.total_frames, values.shape[1]), np.nan)
-    states[index] = values
+    states[vectors_of(dataset, "index")[:, 0].astype(int)] = values
     return torch.from_numpy(states)
 
 
 def probe_state(
     store: TokenStore, codes: Codes, changes: Tensor, names: list[str], seed: int
 ) -> StateProbe | None:
-    """None: fewer than two episodes have tokens, or the state never changes.
+    """Fit and measure the probe; None if fewer than two episodes have tokens or the state never changes.
 
     Args:
         changes: double (M, S), of the state over each pair of `codes`.
@@ -87,10 +87,10 @@ def probe_state(
     is_held = torch.isin(codes.episodes, held_out)
     fit = _some((~is_held).nonzero().flatten(), _FIT, generator)
     ask = _some(is_held.nonzero().flatten(), _HELD_OUT, generator)
-    moves = (
-        (changes[fit].std(0) > 1e-9) & (changes[ask].std(0) > 1e-9) if min(len(fit), len(ask)) > 1 else None
-    )
-    if moves is None or not bool(moves.any()):
+    if min(len(fit), len(ask)) < 2:
+        return None
+    moves = moving_axes(changes[fit], changes[ask])
+    if not moves.any():
         return None
     tokens, asked = (store.window(codes.frames[rows], [0])[:, 0].double() for rows in (fit, ask))
     target, measured = changes[fit][:, moves], changes[ask][:, moves]

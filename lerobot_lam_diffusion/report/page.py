@@ -61,7 +61,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, verdict: Verdict, sections: list[Section]) -> None:
-    """Write the page; it appears whole."""
+    """Write the page atomically."""
     environment = Environment(
         loader=PackageLoader("lerobot_lam_diffusion.report", "."),
         autoescape=True,

@@ -15,11 +15,11 @@ class Verdict(NamedTuple):
 
 
 def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) -> Verdict:
-    """What the tokens are worth to a policy of this robot.
+    """Judge how useful the tokens are to a policy for this robot.
 
     Args:
-        probe: None where there is none; `why_no_probe` then says why.
-        perplexity: of each slot; empty for continuous tokens.
+        probe: None if there is none; `why_no_probe` then says why.
+        perplexity: perplexity of each slot; empty for continuous tokens.
     """
     collapsed = bool(perplexity) and max(perplexity) < _COLLAPSED
     if collapsed:

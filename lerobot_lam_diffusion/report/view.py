@@ -17,6 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
+from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError, first_line
@@ -68,12 +69,12 @@ class View:
                 recording.disconnect()
 
     def show(self) -> None:
-        """Start Rerun's viewer, which stays when this process ends, and log into it.
+        """Start Rerun's viewer, which stays open when this process ends, and log to it.
 
         Raises:
-            UserError: it does not start, or was closed meanwhile, or a frame cannot be read.
+            UserError: the viewer does not start or is closed meanwhile, or a frame cannot be read.
         """
-        # Rerun searches its viewer in PATH, where an environment that is not activated is not.
+        # Rerun looks for its viewer on PATH, which does not include an environment that is not activated.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         recording = self._recording()
         with _refusing("Rerun's viewer"):
@@ -83,7 +84,7 @@ class View:
             recording.flush()
 
     def _recording(self) -> rr.RecordingStream:
-        # The viewer keeps a user's layout for each application, and what there is to lay out differs.
+        # The viewer remembers the user's layout per application, and recordings differ in their contents.
         return rr.RecordingStream(f"{self.dataset.repo_id}/episode_{self.episode}")
 
     def blueprint(self) -> rrb.Blueprint:
@@ -175,14 +176,14 @@ class View:
 
     @cached_property
     def _frames(self) -> Tensor:
-        """Absolute."""
+        """The episode's absolute frame indices."""
         return torch.arange(
             int(self.store.episode_from[self.episode]), int(self.store.episode_to[self.episode])
         )
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        """Of the dataset's table."""
+        """The episode's rows in the dataset's table."""
         index = np.asarray(self.dataset.hf_dataset.data.column("index"))
         return np.flatnonzero((index >= int(self._frames[0])) & (index <= int(self._frames[-1])))
 
@@ -221,7 +222,7 @@ def principal_directions(store: TokenStore) -> tuple[Tensor, Tensor, list[float]
 
     They are those of the whole store, so that episodes can be compared.
     """
-    places = torch.linspace(0, store.num_tokens - 1, min(store.num_tokens, _PRINCIPAL_TOKENS)).long()
+    places = evenly(torch.arange(store.num_tokens), _PRINCIPAL_TOKENS)
     frames, _ = store.frames_at(places, skip=store.frame_stride)
     some = store.window(frames, [0])[:, 0].double()
     mean = some.mean(0)
@@ -239,7 +240,7 @@ def _image(picture: Tensor) -> rr.Image:
 
 @contextmanager
 def _refusing(what: str, path: Path | None = None) -> Iterator[None]:
-    """Rerun's own errors, which are RuntimeErrors of several lines."""
+    """Turn Rerun's own errors, which are multi-line RuntimeErrors, into a UserError."""
     try:
         yield
     except RuntimeError as error:

@@ -9,7 +9,6 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +28,14 @@ from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
+from lerobot_lam_diffusion.precompute.dataset import dataset_info
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera, rows_of, vectors_of
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
-from lerobot_lam_diffusion.utils.files import map_array, whole_or_nothing
+from lerobot_lam_diffusion.utils.files import map_array, remove_partial, whole_or_nothing
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -219,7 +219,10 @@ def _check_output(config: FitLamConfig) -> None:
     checkpoint = folder / (CHECKPOINT_FILE if config.refine_decoder is None else REFINE_CHECKPOINT_FILE)
     if config.resume and not checkpoint.is_file():
         raise UserError(f"--resume=true found no {checkpoint}, expected a checkpoint: start without --resume")
-    if not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if config.resume or not folder.exists():
+        return
+    # A fit that was stopped before its first checkpoint leaves frames alone, which are decoded again.
+    if not folder.is_dir() or any(FRAMES_FILE not in file.name for file in folder.iterdir()):
         raise UserError(
             f"--output_dir={folder} exists and is not empty, expected a new folder: choose another one, or "
             "continue an interrupted fit with --resume=true"
@@ -227,25 +230,25 @@ def _check_output(config: FitLamConfig) -> None:
 
 
 def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: FitLamConfig) -> FitData:
-    columns = dataset.hf_dataset.data
-    episodes = torch.from_numpy(np.array(columns.column("episode_index")))
+    episodes = torch.from_numpy(vectors_of(dataset, "episode_index")[:, 0]).long()
+    info = dataset_info(dataset.meta, camera)
+    source = f"{camera}, episodes {dataset.episodes}, {info.frames or info.digest}"
     holdout = config.holdout_episodes
     if holdout is None:
         holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)
     nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
     # What it checks, it checks before the frames are decoded.
-    data = FitData(nothing, episodes, _states(columns), config.frame_stride, holdout)
-    source = EpisodeFrames(dataset, camera)
-    source.check(episodes.unique_consecutive().tolist())
+    has_states = STATE_KEY in rows_of(dataset).column_names
+    states = torch.from_numpy(vectors_of(dataset, STATE_KEY)).float() if has_states else None
+    data = FitData(nothing, episodes, states, config.frame_stride, holdout, source)
+    reader = EpisodeFrames(dataset, camera)
+    reader.check(episodes.unique_consecutive().tolist())
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    return replace(data, frames=_frames(source, episodes, resolution, config.output_dir / FRAMES_FILE))
-
-
-def _states(columns: Any) -> Tensor | None:
-    if STATE_KEY not in columns.column_names:
-        return None
-    states = np.array(columns.column(STATE_KEY).to_pylist(), dtype=np.float32)
-    return torch.from_numpy(states.reshape(len(states), -1))
+    path = config.output_dir / FRAMES_FILE
+    if not config.resume:
+        path.unlink(missing_ok=True)
+        remove_partial(path)
+    return replace(data, frames=_frames(reader, episodes, resolution, path))
 
 
 def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path) -> Tensor:

@@ -234,9 +234,7 @@ def test_tokens_in_the_batch_that_are_not_the_stores_are_told(dataset, store, de
     batch[OBS_LAM_TOKENS][0] = 0  # masked
     policy.forward(batch)
     policy.forward(batch)
-    assert caplog.text.count("at the frame offsets [1], which this policy") == (
-        (deltas, factor) != ([1], 1.0)
-    )
+    assert caplog.text.count("at the frame offsets [1], which the policy") == ((deltas, factor) != ([1], 1.0))
 
 
 # The camera is the one that the tokens are of; it is never guessed.

@@ -8,13 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam.fit.report import axis_r2, ridge_predictions
 from lerobot_lam_diffusion.report.build import Footage, write_report
 from lerobot_lam_diffusion.report.codes import read_codes
 from lerobot_lam_diffusion.report.verdict import DOUBTFUL, USELESS, judge
 
-from ..conftest import TOP
+from ..conftest import TOP, with_rows_beyond
 
 CHROMIUM = os.environ.get("LAM_CHROMIUM") or shutil.which("chromium")
 
@@ -89,6 +90,13 @@ def test_codes_count_what_the_store_holds(store):
 def test_shares_of_transitions_sum_to_one(store):
     rows = read_codes(store, list(range(len(store.episode_row))), seed=0).transitions(0).sum(1)
     assert all(abs(total - 1) < 1e-9 or total == 0 for total in rows.tolist())
+
+
+def test_rows_beyond_the_last_episode_are_no_frames(store, dataset, tmp_path):
+    root = with_rows_beyond(dataset, tmp_path / "data")
+    opened = LeRobotDataset(dataset.repo_id, root=root, video_backend="pyav", return_uint8=True)
+    write_report(store, Footage(opened, TOP), tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 def test_collapsed_tokens_are_useless():

@@ -1,11 +1,13 @@
 """`lerobot-lam-fit` on a real (small) LeRobot dataset with video, in this process."""
 
+import os
 import shutil
 
 import pytest
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.fit_lam import CHECKPOINT_FILE, FRAMES_FILE, main
+from tests.conftest import record_dataset, with_rows_beyond
 
 
 @pytest.fixture
@@ -89,6 +91,36 @@ def test_resume_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     main(arguments(output_dir=broken, save_every=4, resume="true"))
     whole = (tmp_path / "lam" / "model.safetensors").read_bytes()
     assert (broken / "model.safetensors").read_bytes() == whole
+
+
+def test_a_fit_stopped_before_its_first_checkpoint_is_simply_run_again(arguments, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lerobot_lam_diffusion.scripts.fit_lam.Fit", interrupt)
+    assert complaint(arguments()) == "130"
+    assert os.listdir(tmp_path / "lam") == [FRAMES_FILE]
+    monkeypatch.undo()
+    main(arguments(steps=2))
+    assert (tmp_path / "lam" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_fit_is_not_resumed_on_other_frames(arguments, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lerobot_lam_diffusion.scripts.fit_lam.save_lam", interrupt)
+    assert complaint(arguments(save_every=4)) == "130"
+    other = record_dataset(tmp_path / "other", seed=1)  # of the same lengths
+    told = complaint(arguments(save_every=4, resume="true", dataset__root=other.root))
+    assert "belongs to a fit of other settings or data" in told
+
+
+def test_rows_beyond_the_last_episode_are_no_frames(arguments, dataset, tmp_path):
+    """An interrupted recording leaves them."""
+    main(arguments(dataset__root=with_rows_beyond(dataset, tmp_path / "data"), steps=2))
+    assert "60" in (tmp_path / "lam" / "README.md").read_text()
 
 
 def test_bad_flags_are_told_at_once(arguments):

@@ -1,4 +1,4 @@
-"""Care for the codebook while it is learned: a start from data, moving averages, no dead rows."""
+"""Codebook training: initialisation from data, moving averages, and restarts of dead rows."""
 
 import torch
 from torch import Tensor

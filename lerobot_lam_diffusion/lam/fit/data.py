@@ -1,6 +1,7 @@
 """The frames, states and episodes that a LAM is fitted to, and their division."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class FitData:
         states: float32 (F, S), or None where the data have none.
         frame_stride: gap of a pair, in frames.
         holdout_episodes: how many of the last episodes are kept out of the fit.
+        source: Identifies the frames: a fit is resumed on the same ones only.
 
     Raises:
         LamError: if either side has no pair of frames.
@@ -31,6 +33,7 @@ class FitData:
     states: Tensor | None
     frame_stride: int = 1
     holdout_episodes: int = 5
+    source: str = ""
 
     def __post_init__(self) -> None:
         episodes = self.episodes.unique_consecutive()
@@ -45,6 +48,16 @@ class FitData:
                     f"The episodes {name} hold no pair of frames {self.frame_stride} apart, expected longer "
                     "episodes. Use a smaller frame_stride or other episodes."
                 )
+
+    def summary(self) -> dict[str, Any]:
+        """What a checkpoint records of the data."""
+        pairs = len(self.fit_pairs())
+        return {
+            "frames": len(self.episodes),
+            "stride": self.frame_stride,
+            "pairs": pairs,
+            "source": self.source,
+        }
 
     def fit_pairs(self) -> Tensor:
         """int64: the later frame of every pair to fit."""

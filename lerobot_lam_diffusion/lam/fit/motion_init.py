@@ -1,16 +1,16 @@
-"""Initial weights with which a LAM learns motion in hundreds of steps instead of none in thousands.
+"""Initial weights with which a LAM learns motion in hundreds of steps, not none in thousands.
 
-From random weights the tokens of a small moving thing start as noise: the pair feature averages both frames,
-the pooling averages all patches, and the pusher of PushT fills 2 of 64 patches. With points 1 and 2 alone
+With random weights the tokens of a small moving object start as noise: the pair feature averages both frames,
+the pooling averages all patches, and the pusher of PushT covers 2 of 64 patches. With points 1 and 2 alone
 the held-out R² of the state's change was 0.0 after 200 steps of 64 pairs; with all four it was 0.67 after
 200 steps and 0.91 after 800:
 
-1. the patch embedding starts as the principal components of what changes, twice, side by side;
-2. the first temporal attention attends evenly and subtracts, so that the second copy becomes the half
-   difference (later frame) and zero (earlier frame), while the first copy stays as it is;
-3. the pooling's values look at the difference half alone and its keys at the other one, so each head sums
-   the differences under another smooth window over the image;
-4. its gain is set so that over the data those sums vary as much as the latents are large.
+1. the patch embedding starts as two copies, side by side, of the principal components of the changes;
+2. the first temporal attention attends evenly and subtracts, so that the second copy becomes half the
+   difference (later frame) and zero (earlier frame), while the first copy stays unchanged;
+3. the pooling's values use only the difference half and its keys only the other half, so each head sums the
+   differences under a different smooth window over the image;
+4. its gain is set so that, over the data, the spread of those sums matches the size of the latents.
 """
 
 import torch
@@ -63,10 +63,10 @@ def init_decoder(decoder: Decoder, frames: Tensor) -> None:
 
 @torch.no_grad()
 def init_copying_decoder(decoder: Decoder, frames: Tensor) -> None:
-    """Start as a copy of the frame, as exact as the width allows: no block changes anything yet.
+    """Initialise to a copy of the frame, as exact as the width allows: no block changes anything yet.
 
-    The principal components of patches enter at right angles to the position table, so that neither disturbs
-    the other, and beside some large constant channels, so that the norms hardly depend on the patch.
+    The principal components of the patches are orthogonal to the position table, so that neither disturbs the
+    other, and are joined by some large constant channels, so that the norms hardly depend on the patch.
 
     Args:
         decoder: of RGB frames.
@@ -104,9 +104,9 @@ def _fit_head(decoder: Decoder, frames: Tensor, ridge: float) -> None:
     # patches are (colour, row, column) here, (row, column, colour) in the model's output
     P = decoder.patch_size
     targets = _patches(frames, P).view(-1, 3, P, P).permute(0, 2, 3, 1).flatten(1)
-    inputs = F.pad(torch.cat(features).flatten(0, 1), (0, 1), value=1.0).double()
-    gram = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.double, device=inputs.device)
-    solution = torch.linalg.solve(gram, inputs.T @ targets.double()).float()
+    inputs = F.pad(torch.cat(features).flatten(0, 1), (0, 1), value=1.0).cpu().double()
+    gram = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.double)
+    solution = torch.linalg.solve(gram, inputs.T @ targets.cpu().double()).float()
     decoder.pred_head.weight.copy_(solution[:-1].T)
     decoder.pred_head.bias.copy_(solution[-1])
 
@@ -140,11 +140,11 @@ def _embed_components(embed: nn.Conv2d, samples: Tensor, center: Tensor, copies:
 
 def _components(samples: Tensor, at_most: int) -> Tensor:
     """The first principal components of `samples` (S, D), half whitened: (k, D)."""
-    samples = samples.double()
+    device, samples = samples.device, samples.cpu().double()  # Apple's GPUs have no float64
     values, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
     count = min(at_most, len(values))
     spread = values.flip(0)[:count].clamp(min=0).sqrt()
-    return (vectors.flip(1).T[:count] / (spread + 0.2 * spread[0] + 1e-6)[:, None]).float()
+    return (vectors.flip(1).T[:count] / (spread + 0.2 * spread[0] + 1e-6)[:, None]).float().to(device)
 
 
 def _subtract_frames(attention: SelfAttention, time_table: Tensor) -> None:

@@ -34,7 +34,7 @@ class StateHead(nn.Module):
             self.register_buffer(f"{name}_std", tensor.std(0) + 1e-6)
 
     def loss(self, tokens: Tensor, state: Tensor, change: Tensor) -> Tensor:
-        """Mean square of the standardised error; 1 is what a constant reaches."""
+        """Mean squared standardised error; a constant prediction gives 1."""
         state = (state - self.state_mean) / self.state_std
         change = (change - self.change_mean) / self.change_std
         predicted = self.linear(tokens) + self.layers(torch.cat([tokens, state], dim=1))
@@ -69,11 +69,11 @@ class FitModel(nn.Module):
         Args:
             prev, cur: uint8 (B, 3, R, R).
             state, change: (B, S), or None.
-            phase: of the recipe.
-            generator: of the noise, on the CPU.
+            phase: a phase of the recipe.
+            generator: CPU generator for the noise.
 
         Returns:
-            Terms to sum up; the continuous tokens (B, n·a); the chosen indices (B, n) once there are any.
+            Terms to sum; the continuous tokens (B, n·a); the chosen indices (B, n), None before quantisation.
         """
         recipe = self.recipe
         tokens = self.encode(prev, cur)

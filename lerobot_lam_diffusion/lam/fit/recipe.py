@@ -10,25 +10,25 @@ GROUND, DRAW, QUANTISE = "ground", "draw", "quantise"
 
 @dataclass(frozen=True)
 class FitRecipe:
-    """Three phases under one learning-rate curve.
+    """Three phases under one learning-rate schedule.
 
-    *ground*: the tokens learn to tell the change of the state, without pixels (skipped where the data have no
-    state). *draw*: the FDM joins, the tokens are still continuous and noisy. *quantise*: the codebook starts
-    at the k-means centres of the tokens and everything continues through it.
+    *ground*: the tokens learn to predict the change of the state, without pixels (skipped if the data have no
+    state). *draw*: the FDM joins in, while the tokens are still continuous and noisy. *quantise*: the
+    codebook is initialised to the k-means centres of the tokens, and training continues through it.
 
     Args:
-        steps: optimiser steps in all.
-        batch_size: frame pairs a step.
-        seed: of the initial weights, the batches and the noise.
-        learning_rate: peak of AdamW; linear warm-up, then a cosine to 5 % of it.
+        steps: total number of optimiser steps.
+        batch_size: frame pairs per step.
+        seed: seed for the initial weights, the batches and the noise.
+        learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay to 5 % of it.
         warmup_steps: steps of the linear warm-up.
         ground_share, draw_share: share of `steps` spent in the first two phases.
         state_weight: weight of the state head's loss (the proprioceptive FDM); 0 switches it off.
-        moving_weight: how much more a pixel that changes counts than one that does not.
-        noise: standard deviation of the noise on continuous tokens; makes distances between tokens count.
+        moving_weight: extra loss weight of a pixel that changes over one that does not.
+        noise: standard deviation of the noise on continuous tokens; makes distances between tokens matter.
         token_penalty: weight of the tokens' mean square; keeps both slots around one centre.
-        commitment: weight that pulls tokens to their codebook row.
-        codebook_decay: of the moving averages that the codebook rows follow.
+        commitment: weight of the loss that pulls tokens towards their codebook rows.
+        codebook_decay: decay of the moving averages that the codebook rows follow.
     """
 
     steps: int = 3000

@@ -31,14 +31,14 @@ _AVERAGE_DECAY = 0.998
 
 
 def copying_decoder(lam: VillaXLam, data: FitData, width: int, depth: int, seed: int) -> VillaXLam:
-    """The same LAM with a new FDM that copies the earlier frame; to be refined.
+    """Return the same LAM with a new FDM that copies the earlier frame, ready to be refined.
 
     Args:
-        lam: its encoder and codebook stay.
-        data: whose frames are to be copied.
-        width, depth: of the new FDM; what `width` has beyond some 30 channels are principal components that
-            it can copy.
-        seed: of its weights and of the frames.
+        lam: LAM whose encoder and codebook are kept.
+        data: data whose frames are copied.
+        width, depth: size of the new FDM; the channels of `width` beyond the first 30 or so are principal
+            components that it can copy.
+        seed: seed for its weights and for the choice of frames.
     """
     config = replace(lam.config, decoder_embed_dim=width, decoder_depth=depth)
     generator = torch.Generator().manual_seed(seed)
@@ -61,11 +61,11 @@ def copying_decoder(lam: VillaXLam, data: FitData, width: int, depth: int, seed:
 class DecoderRefinement:
     """The FDM of a LAM in training.
 
-    The loss is the mean absolute error over the moving pixels plus that over all of them, each as a share of
-    the error of copying the frame before. The weight of the second grows from 0.1 to 1: what moves is learned
-    first, then what does not comes to rest. What maps pixels in and out learns at a tenth of the rate; the
-    result is a moving average of the weights. Every step is a function of (seed, step), so a resumed run
-    continues bit for bit.
+    The loss is the mean absolute error over the moving pixels plus that over all pixels, each relative to the
+    error of copying the previous frame. The weight of the second term grows from 0.1 to 1: moving parts are
+    learned first, then still parts settle. The layers that map pixels in and out use a tenth of the learning
+    rate; the result is a moving average of the weights. Every step is a function of (seed, step), so a
+    resumed run continues bit for bit.
 
     Args:
         lam: opened with its FDM, which is trained in place.
@@ -137,7 +137,7 @@ class DecoderRefinement:
         return {name: term.item() for name, term in terms.items()}
 
     def save(self, output_dir: Path) -> None:
-        """Write the checkpoint; it appears whole."""
+        """Write the checkpoint atomically."""
         state = {
             "setting": self._setting(),
             "step": self.step,
@@ -204,7 +204,6 @@ class DecoderRefinement:
         return self._tokens
 
     def _setting(self) -> str:
-        data = {"frames": len(self.data.episodes), "stride": self.data.frame_stride, "pairs": len(self.pairs)}
         size = [self.lam.config.decoder_embed_dim, self.lam.config.decoder_depth]
-        setting = {"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "data": data, "size": size}
-        return json.dumps(setting)
+        setting = {"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "size": size}
+        return json.dumps({**setting, "data": self.data.summary()})

@@ -39,9 +39,9 @@ class FitReport:
         error, copy_error: mean square error of the predicted next frame and of the last frame, 0..1 scale.
         moving_error, moving_copy_error: the same where pixels move.
         deviation, copy_deviation, moving_deviation, moving_copy_deviation: the same as mean absolute errors.
-        perplexity: of the codes, per slot; the number of codes if all are used evenly.
-        codes_used: per slot.
-        probe: None where the data have no state.
+        perplexity: perplexity of the codes, per slot; the number of codes if all are used equally often.
+        codes_used: number of codes used, per slot.
+        probe: None if the data have no state.
     """
 
     episodes: int
@@ -118,14 +118,19 @@ def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> Fi
     )
 
 
-def _probe_data(lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int) -> Probe:
+def _probe_data(
+    lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int
+) -> Probe | None:
+    """None if no axis of the state changes."""
     pairs = data.fit_pairs()
-    pairs = pairs[torch.linspace(0, len(pairs) - 1, min(len(pairs), _PROBE_PAIRS)).long()]
+    pairs = evenly(pairs, _PROBE_PAIRS)
     chunks = [
         lam.encode_pairs(*data.pair_frames(later)).of_kind(True).cpu()
         for later in tqdm(pairs.split(batch_size), desc="probe", unit="batch")
     ]
     changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())
+    if not moving_axes(*changes).any():
+        return None
     return probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1])
 
 
@@ -138,7 +143,11 @@ def probe(
         fit_tokens: (F, n·a); fit_changes: (F, S).
         tokens: (M, n·a); changes: (M, S).
         ridge: penalty per pair, on standardised tokens.
+
+    Axes that do not change have no R², and are left out; if none changes, all figures are NaN.
     """
+    moves = moving_axes(fit_changes, changes)
+    fit_changes, changes = fit_changes[:, moves], changes[:, moves]
     order = torch.randperm(len(fit_tokens), generator=torch.Generator().manual_seed(0))
     other = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
     return Probe(
@@ -146,6 +155,17 @@ def probe(
         shuffled=mean_r2(ridge_predictions(fit_tokens[order], fit_changes, tokens[other], ridge), changes),
         constant=mean_r2(fit_changes.double().mean(0).expand(len(changes), -1), changes),
     )
+
+
+def moving_axes(fit_changes: Tensor, changes: Tensor) -> Tensor:
+    """Axes that change among the fitted pairs (F, S) and the measured ones (M, S): bool (S,)."""
+    return (fit_changes.double().std(0) > 1e-9) & (changes.double().std(0) > 1e-9)
+
+
+def evenly(rows: Tensor, at_most: int) -> Tensor:
+    """At most so many of `rows`, evenly spaced."""
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), at_most), dtype=torch.float64)
+    return rows[places.long()]
 
 
 def perplexity(indices: Tensor, num_codes: int) -> float:

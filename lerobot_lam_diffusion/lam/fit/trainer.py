@@ -95,7 +95,7 @@ class Fit:
         return {name: term.item() for name, term in terms.items()}
 
     def save(self, output_dir: Path) -> None:
-        """Write the checkpoint; it appears whole."""
+        """Write the checkpoint atomically."""
         state = {
             "setting": self._setting(),
             "step": self.step,
@@ -128,8 +128,8 @@ class Fit:
         self.averages.counts, self.averages.sums = state["counts"], state["sums"]
 
     def _setting(self) -> str:
-        data = {"frames": len(self.data.episodes), "stride": self.data.frame_stride, "pairs": len(self.pairs)}
-        return json.dumps({"config": self.config.to_dict(), "recipe": asdict(self.recipe), "data": data})
+        setting = {"config": self.config.to_dict(), "recipe": asdict(self.recipe)}
+        return json.dumps({**setting, "data": self.data.summary()})
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)

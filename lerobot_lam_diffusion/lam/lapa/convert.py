@@ -12,7 +12,7 @@ from ..checkpoint import Dims, Shape, Shapes, Translation
 from .config import LapaConfig
 
 DIMS = ("image_size", "code_seq_len")
-"""Of `Dims`, what these checkpoints do not say."""
+"""Fields of `Dims` that these checkpoints do not contain."""
 
 RULES = (
     (r"^encoder\.embed\.norm_in", "to_patch_emb_first_frame.1"),

@@ -95,8 +95,8 @@ class Block(nn.Module):
 class PositionConvolution(nn.Module):
     """Depthwise 3 × 3 × 3 convolution: space padded by 1, time by 2 before and 0 after.
 
-    It reads its input in memory order as (time, row, column). Of sequences of patches that is what they are;
-    of pairs of frames (N, 2) it is not, and the published weights were trained that way.
+    It reads its input in memory order as (time, row, column). That is right for sequences of patches, but
+    not for pairs of frames (N, 2); the published weights were trained that way.
     """
 
     def __init__(self, config: LapaConfig):
@@ -110,7 +110,7 @@ class PositionConvolution(nn.Module):
         B, D, G = len(x), x.shape[-1], self.grid_size
         frames = x.reshape(B, -1, G, G, D).movedim(-1, 2)  # (B, T, D, G, G)
         T = frames.shape[1]
-        # Time 0 meets zeros and itself, time 1 also time 0: two flat convolutions are all of it.
+        # Time 0 sees only zeros and itself, time 1 also sees time 0: two 2D convolutions are enough.
         own = F.conv2d(frames.flatten(0, 1), self.weight[:, :, 2], self.bias, padding=1, groups=D)
         own = own.unflatten(0, (B, T))
         if T == 2:
@@ -120,7 +120,7 @@ class PositionConvolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of normalised queries to keys and values of the input as it is."""
+    """Multi-head attention: queries from the normalised input, keys and values from the input as it is."""
 
     def __init__(self, config: LapaConfig):
         super().__init__()

@@ -13,7 +13,7 @@ from .config import UniVlaConfig
 from .network import interpolated_positions, position_table
 
 DIMS = ("image_size", "num_heads", "dino_num_heads")
-"""Of `Dims`, what these checkpoints do not say."""
+"""Fields of `Dims` that these checkpoints do not contain."""
 
 RULES = (
     (r"^encoder\.dino\.patches", "dino_encoder.patch_embed.proj"),

@@ -18,6 +18,7 @@ class UniVlaLam(LatentActionModel):
 
     architecture = "UniVlaLam"
     config_class = UniVlaConfig
+    other_parts = ("irrelevant",)
 
     config: UniVlaConfig
 

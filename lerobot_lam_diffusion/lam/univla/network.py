@@ -1,4 +1,4 @@
-"""UniVLA's encoder: DINOv2 features of a pair, with latent rows in front of them, through space and time.
+"""UniVLA's encoder: spatio-temporal blocks over a pair's DINOv2 features, with latent rows prepended.
 
 The modules follow the specification of the published weights, not their keys: `convert.py` translates those.
 """

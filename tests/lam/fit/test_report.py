@@ -24,6 +24,17 @@ def test_probe_tells_meaning_from_chance():
     assert noise.token < 0.1
 
 
+@pytest.mark.parametrize("still_in", ["all pairs", "the measured pairs"])
+def test_an_axis_that_does_not_change_does_not_count(still_in):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(600, 8, generator=generator)
+    changes = torch.cat([tokens[:, :1] * 2, torch.randn(600, 1, generator=generator)], dim=1)
+    changes[0 if still_in == "all pairs" else 400 :, 1] = 0.5
+    result = probe(tokens[:400], changes[:400], tokens[400:], changes[400:])
+    assert result.token > 0.99
+    assert result.shuffled < 0.05
+
+
 def test_probe_survives_a_collapsed_code():
     result = probe(torch.ones(50, 4), torch.randn(50, 2), torch.ones(20, 4), torch.randn(20, 2))
     assert math.isfinite(result.token)
