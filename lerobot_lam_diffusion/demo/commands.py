@@ -32,6 +32,7 @@ def precompute_command(
         f"--lam.path={lam_path}",
         *([f"--lam.revision={lam_revision}"] if lam_revision else []),
         f"--camera_key={IMAGE_KEY}",
+        "--frame_stride=1",
         f"--output_dir={output_dir}",
         f"--device={device}",
     ]

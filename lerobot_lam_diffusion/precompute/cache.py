@@ -1,4 +1,4 @@
-"""Token stores under LeRobot's home, named by what decides their tokens, and built when first asked for.
+"""Token stores under LeRobot's home, named after what determines their tokens, and built on first use.
 
     stores/<name>/             a finished store
     stores/<name>.shards/      its extraction, running or interrupted
@@ -45,7 +45,7 @@ REMIND_SECONDS = 300.0
 def cache_name(provenance: Provenance) -> str:
     """Name of a cached store of all these tokens: readable prefix, unique suffix.
 
-    Frames count by their digest where it is known, not by their statistics.
+    Frames are identified by their own digest where it is known, rather than by their statistics.
     """
     dataset = provenance.dataset
     frames = {"dataset.digest": dataset.frames or dataset.digest, "dataset.fps": float(dataset.fps)}
@@ -92,7 +92,7 @@ class CacheEntry:
 
     @property
     def folder(self) -> Path:
-        """Of the store."""
+        """The store's folder."""
         return self.cache / self.name
 
     @property
@@ -150,7 +150,7 @@ class CacheEntry:
         return ShardFolder.open(unfinished_folder(self.folder)).plan.provenance
 
     def shards(self) -> tuple[int, int]:
-        """Of an unfinished extraction: finished shards, and all.
+        """Numbers of finished shards and of all shards in an unfinished extraction.
 
         Raises:
             UserError: it is damaged.

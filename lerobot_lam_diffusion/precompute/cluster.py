@@ -1,10 +1,10 @@
-"""Extraction by the tasks of SLURM, Ray or this machine, which datatrove starts, records and starts again.
+"""Extraction by SLURM, Ray or local tasks, which datatrove starts, records and restarts.
 
     OUTPUT_DIR.logs/extract/    completions/, logs/, stats/ of the tasks; the sbatch script   (datatrove)
     OUTPUT_DIR.shards/          finished shards, on a file system that all nodes see          (shards)
 
-Task `rank` of `tasks` makes the shards that a job array's task makes by `--shard_index` and `--num_shards`.
-Shards say what is finished; datatrove's records only spare the start of tasks that have nothing left to do.
+Task `rank` of `tasks` makes the same shards as a job-array task with `--shard_index` and `--num_shards`.
+The shards record what is finished; datatrove's records only avoid starting tasks with nothing left to do.
 """
 
 import logging
@@ -78,7 +78,7 @@ class MergeStore(PipelineStep):
 
 class _Slurm(SlurmPipelineExecutor):
     def launch_merge_stats(self) -> None:
-        """A job of its own that would ask for the tasks' GPU to add up a few numbers."""
+        """Do nothing: datatrove would submit a separate job, with the tasks' GPU, to add up a few numbers."""
 
 
 def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_dir: Path) -> str | None:
@@ -86,10 +86,10 @@ def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_d
 
     Args:
         extract, flags: See `ExtractShards`; paths are absolute.
-        output_dir: Where the store will stand, absolute.
+        output_dir: Folder of the future store, absolute.
 
     Returns:
-        What was, or would be, submitted; None: the store is there.
+        What was, or would be, submitted; None if the store is finished.
 
     Raises:
         ExtractionError: tasks failed; names their logs.
@@ -172,10 +172,10 @@ def _resources(cluster: ClusterConfig, flags: dict[str, Any]) -> dict[str, int]:
 
 
 def _refuse_what_no_node_has(resources: dict[str, int]) -> None:
-    """Ray waits without end for resources that no node has, since an autoscaler may add such a node.
+    """Refuse tasks that no node can run: Ray would wait forever, since an autoscaler may add such a node.
 
     Raises:
-        ExtractionError: no node can run a task; only warned of where RAY_ADDRESS names the cluster.
+        ExtractionError: no node can run a task; if RAY_ADDRESS names the cluster, this is only a warning.
     """
     import ray
 
@@ -218,7 +218,7 @@ def _slurm_options(cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def _forget_unfinished(extraction: PipelineExecutor, output_dir: Path) -> None:
-    """Drop datatrove's record of each task that has not all its shards: removed, or shared out otherwise."""
+    """Drop datatrove's record of each task that lacks shards: they were removed or assigned differently."""
     folder = unfinished_folder(output_dir)
     present: set[int] = set()
     sizes: list[int] = []
@@ -237,7 +237,7 @@ def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:
 
 
 def _discard_damaged(folder: Path) -> None:
-    """Unfinish shards whose bytes were altered, so that the task that made one is run again."""
+    """Discard shards whose bytes were altered, so that the tasks that made them are run again."""
     try:
         shards = ShardFolder.open(folder)
     except ExtractionError:

@@ -1,15 +1,23 @@
-"""A dataset that is read from end to end: opened, checked to be whole, and what a LAM's tokens of it are.
+"""Open a dataset to be read from end to end, check that it is complete, and describe its LAM tokens.
 
-LeRobot asks the Hub for whatever a dataset lacks. That is right for a dataset of the Hub; one that was
-recorded or copied to a folder is refused by the name of the missing file.
+LeRobot asks the Hub for any file that a dataset lacks. That is right for a dataset from the Hub; one that was
+recorded or copied to a folder is refused instead, with the name of the missing file.
 """
 
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from torch import Tensor
@@ -94,7 +102,7 @@ def open_readable(
     """As `open_whole`, without the episodes whose files are missing.
 
     Returns:
-        The dataset of the other episodes; and the missing ones → why.
+        The dataset without these episodes, and a mapping from each of them to the reason.
 
     Raises:
         UserError: as `open_whole`; or no episode is left.
@@ -104,7 +112,9 @@ def open_readable(
     if absent and not is_local(options.get("root")):
         try:
             return open_whole(meta, episodes=episodes, **options), {}
-        except DatasetError:  # the Hub does not have them either
+        except DatasetError as error:
+            if _is_unanswered(error):
+                raise
             absent = absent_files(meta, episodes)
     unreadable = {episode: what for what, needed_by in absent.items() for episode in needed_by}
     if unreadable:
@@ -113,6 +123,14 @@ def open_readable(
         if not episodes:
             raise nothing_readable(unreadable)
     return open_whole(meta, episodes=episodes, **options), unreadable
+
+
+def _is_unanswered(error: DatasetError) -> bool:
+    """Whether the Hub may have what is missing: it was not reached, or refused. Offline it is not asked."""
+    cause = error.__cause__ or error.__context__
+    answers = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
+    failed = isinstance(cause, httpx.HTTPError | LocalEntryNotFoundError) and not isinstance(cause, answers)
+    return failed and not is_offline_mode()
 
 
 def check_dataset(dataset: Any) -> None:
@@ -168,8 +186,10 @@ def dataset_info(meta: Any, camera_key: str) -> DatasetInfo:
 
 
 def check_kind(num_codes: int, lam_path: str, use_vq_tokens: bool) -> None:
-    """Raises:
-    ExtractionError: VQ tokens of a LAM without a codebook.
+    """Refuse VQ tokens if the LAM has no codebook.
+
+    Raises:
+        ExtractionError: VQ tokens are wanted from a LAM without a codebook.
     """
     if use_vq_tokens and not num_codes:
         raise ExtractionError(
@@ -194,12 +214,12 @@ def describe_tokens(
     Args:
         dataset: See `dataset_info`.
         lam: What `load_lam` returns, on the device where it will run.
-        camera_key: The dataset's name of the camera that the LAM looks at.
-        lam_path: How the user named the LAM.
-        frame_stride: Offset of a pair's frames.
+        camera_key: The dataset's name for the camera that the LAM looks at.
+        lam_path: The LAM as the user named it.
+        frame_stride: Offset between the two frames of a pair.
         use_vq_tokens: VQ or continuous tokens; a LAM without a codebook has only the latter.
         storage_dtype: How continuous tokens are stored; empty: float32.
-        decoder: The way from files to pixels, see `Provenance`.
+        decoder: How files are decoded to pixels; see `Provenance`.
 
     Raises:
         ExtractionError: see `check_kind`.

@@ -1,8 +1,8 @@
 """Demonstration videos: any file that FFmpeg reads → frames at a constant rate → a track of tokens.
 
 A track follows the store's rule: token(i) = LAM(frame i - stride, frame i), zeros for the first `stride`
-frames. The frame at time t is the one that a player shows then: the last whose time has come. It comes half a
-frame early, which for a constant rate means the nearest one, whatever the container's rounding.
+frames. The frame at time t is the one that a player shows then: the latest that is due. Each frame is due
+half a frame early, so that at a constant rate it is the nearest one, whatever the container's rounding.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from lerobot_lam_diffusion.precompute.pipeline import ResizeOnDevice
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_line
 
 PAIRS_AT_A_TIME = 16
-"""The one batch shape of guidance and of stores made of videos, so that even continuous tokens are equal."""
+"""Batch size of both guidance and video stores, so that even their continuous tokens are equal."""
 
 _EARLY_END_S = 0.5  # a stream may end so long before its header says so
 _SECONDS = re.compile(r"t=(?:npt:)?(\d+(?:\.\d*)?|\.\d+)?(?:,(\d+(?:\.\d*)?|\.\d+))?")
@@ -61,9 +61,9 @@ class DemonstrationVideo:
 
     Args:
         path: The file.
-        start: Where the part begins, in seconds from the first frame.
-        end: Where it ends; None: with the file.
-        look: Of the frames read so far.
+        start: Start of the part, in seconds from the first frame.
+        end: End of the part; None: the end of the file.
+        look: Look of the frames read so far.
     """
 
     path: Path
@@ -113,7 +113,7 @@ class DemonstrationVideo:
         return digest.hexdigest()
 
     def chunks(self, fps: float) -> Iterator[Tensor]:
-        """Its frames at `fps`, uint8 `(T, 3, H, W)` at a time, as shown: a phone's rotation is heeded.
+        """Chunks of its frames at `fps`, uint8 `(T, 3, H, W)`, as displayed: a phone's rotation is applied.
 
         A chunk holds at most `CHUNK_FRAMES` frames and `CHUNK_BYTES` bytes, whatever the video's length.
 
@@ -215,12 +215,12 @@ def encode_video(
     batch_size: int = PAIRS_AT_A_TIME,
     advance: Callable[[int], object] = lambda frames: None,
 ) -> tuple[Tensor, int]:
-    """What a store keeps of a video.
+    """Encode a video into the values that a store keeps.
 
     Args:
         lam: What `load_lam` returns.
         fps: Frames per second of the tokens.
-        frame_stride: Gap of a pair, in those frames.
+        frame_stride: Offset between the two frames of a pair, in frames at `fps`.
         use_vq_tokens: Code indices, or the vectors before quantisation.
         advance: Called with the number of frames that were read.
 

@@ -1,7 +1,7 @@
 """Encode: frame pairs through the LAM, always in batches of one shape.
 
-A kernel's rounding depends on the batch's shape, so the last, shorter batch is padded: a token does not
-depend on how many pairs happened to travel with it.
+A kernel's rounding depends on the batch shape, so the last, shorter batch is padded: a token does not
+depend on how many other pairs are in its batch.
 """
 
 import time

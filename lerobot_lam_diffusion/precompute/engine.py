@@ -32,6 +32,7 @@ from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import (
     Plan,
     ShardCollector,
+    ShardError,
     ShardFolder,
     SkippedEpisode,
     cut_into_shards,
@@ -55,15 +56,16 @@ class Summary:
 
     Attributes:
         store: The finished store; None while shards of other processes are missing.
-        frames, episodes: Covered by it; `missing`: frames without a token, at episode starts.
-        code_usage: Per slot, the perplexity of its codes' use (1: one code, K: all alike); VQ only.
-        num_bytes: Of the store on disk.
-        encoded: Pairs that this process encoded; the others were there already, or another's.
+        frames, episodes: Numbers of frames and episodes that the store covers.
+        missing: Frames without a token, at episode starts.
+        code_usage: Perplexity of each slot's code usage (1: a single code, K: uniform); VQ only.
+        num_bytes: Size of the store on disk.
+        encoded: Pairs that this process encoded; the rest existed already or are another process's.
         copied: Episodes whose tokens this process took from an older store.
-        seconds: Of this run's extraction.
-        spent: The same by what it was spent on; "decode" and "resize" add up over the worker threads.
-        batch_size: Pairs that the LAM saw at a time; 0 if it saw none.
-        shards_finished, shards_total: By all processes and runs so far.
+        seconds: Duration of this run's extraction.
+        spent: Seconds by activity; "decode" and "resize" are summed over the worker threads.
+        batch_size: Pairs per LAM batch; 0 if it encoded none.
+        shards_finished, shards_total: Shards finished by all processes and runs so far, and all shards.
     """
 
     store: TokenStore | None
@@ -111,29 +113,29 @@ def precompute_tokens(
     Args:
         dataset: `LeRobotDataset`.
         lam: What `load_lam` returns.
-        output_dir: Where the store will stand; it appears whole or not at all.
+        output_dir: Folder of the future store; it appears complete or not at all.
         camera_key: The dataset's camera that the LAM looks at.
-        lam_path: How the user named the LAM; recorded.
-        frame_stride: Offset of a pair's frames.
+        lam_path: The LAM as the user named it; recorded.
+        frame_stride: Offset between the two frames of a pair.
         use_vq_tokens: VQ or continuous tokens.
         storage_dtype: How continuous tokens are stored: float32 (if empty), float16, bfloat16 or int8.
         batch_size: Pairs at a time; None: found by trial.
         num_workers: Threads that decode; None: the machine's cores, 16 at most. 0: decode and encode in turn.
         compile: Compile the LAM's encoder for that batch size.
-        shard_frames: Frames of a shard at least; None: 1/256 of all, 512 to 65,536.
+        shard_frames: Minimum frames per shard; None: 1/256 of all frames, but 512 to 65,536.
         skip_unreadable: Record an episode that cannot be read as missing instead of stopping.
-        unreadable: Episodes to be recorded as missing, which `dataset` was opened without → why.
+        unreadable: Episodes that `dataset` was opened without, to record as missing; maps each to the reason.
         video_backend: "torchcodec" or "pyav"; the dataset's own if None.
-        process: Which part of the work is this process's; None: all.
-        extend: Stores of other versions of the dataset: an episode of which one holds the tokens, made in the
-            same way of the very same frames, is copied and not encoded again.
-        merge: Make the store once all shards are there.
+        process: This process's part of the work; None: all of it.
+        extend: Stores of other versions of the dataset. If one of them holds an episode's tokens, made in the
+            same way from exactly the same frames, these are copied instead of encoded again.
+        merge: Make the store once all shards are finished.
         show_progress: Draw a progress bar.
 
     Raises:
         FileExistsError: `output_dir` exists and is not the store of this very extraction.
-        UserError: unfinished work of another extraction lies there (every difference is listed), the dataset
-            contradicts itself, or an episode cannot be read.
+        UserError: unfinished work of another extraction exists there (every difference is listed), the
+            dataset is inconsistent, or an episode cannot be read.
     """
     started = time.perf_counter()
     unreadable = unreadable or {}
@@ -214,11 +216,19 @@ def precompute_tokens(
         finished, total = shards.progress()
         if merge and finished == total:
             with clock("merge"):
-                store = merge_shards(shards, output_dir)
+                try:
+                    store = merge_shards(shards, output_dir)
+                except ShardError as error:
+                    if process.is_alone:
+                        raise
+                    logger.warning("%s", error)  # the process that it belongs to makes it again
+            finished, _ = shards.progress() if store is None else (total, total)
+        if merge and store is None and (output_dir / PROVENANCE_FILE).is_file():
+            return _summary(_same_store(output_dir, plan))  # another launch of the same work was faster
     except (FileNotFoundError, FileExistsError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
-        return _summary(_same_store(output_dir, plan))  # another launch of the same work was faster
+        return _summary(_same_store(output_dir, plan))
     return _summary(
         store,
         encoded=encoded,
@@ -247,9 +257,9 @@ def resume_hint(output_dir: Path) -> str | None:
 
 
 def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]:
-    """Agree on the plan, and see which shards are there (None: another launch finished the store meanwhile).
+    """Agree on the plan, and list the finished shards (None: another launch has since finished the store).
 
-    No shard is read, since other processes wait.
+    No shard is read, since other processes are waiting.
     """
     shards = ShardFolder.begin(unfinished_folder(output_dir), plan)
     if (output_dir / PROVENANCE_FILE).is_file():
@@ -267,7 +277,10 @@ def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -
     ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
     missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
     to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
-    return sorted([*missing, *shards.damaged(to_check)])
+    damaged = shards.damaged(to_check)
+    for shard in damaged:
+        shards.discard(shard)  # no other process shall take it for finished
+    return sorted([*missing, *damaged])
 
 
 def _same_store(output_dir: Path, plan: Plan) -> TokenStore:

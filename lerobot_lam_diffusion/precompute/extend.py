@@ -1,4 +1,4 @@
-"""Extend: an older store's tokens for those episodes of a grown dataset that are provably the same."""
+"""Extend: reuse an older store's tokens for the provably unchanged episodes of a grown dataset."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,11 +15,11 @@ class KnownEpisodes:
     """Tokens of episodes by the hash of their frames.
 
     Args:
-        stores: Of other versions of the dataset.
-        provenance: Of the store to be made.
+        stores: Stores of other versions of the dataset.
+        provenance: Provenance of the store to be made.
 
     Raises:
-        ExtractionError: a store's tokens were made in another way, or it does not know its frames.
+        ExtractionError: a store's tokens were made in another way, or it has no hashes of its frames.
     """
 
     def __init__(self, stores: Sequence[TokenStore], provenance: Provenance) -> None:
@@ -31,7 +31,7 @@ class KnownEpisodes:
                 self._places[_key(store.episode_hash, episode)] = (store, episode)
 
     def values(self, positions: Iterable[int], plan: Plan) -> dict[int, Tensor]:
-        """Those of the plan's `positions` whose tokens are known → the stored values of their frames."""
+        """Map each of the plan's `positions` whose tokens are known to the stored values of its frames."""
         found = {}
         for position in positions if self._places else ():
             place = self._places.get(_key(plan.episode_hash, plan.episodes[position]))

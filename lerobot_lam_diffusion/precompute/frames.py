@@ -1,6 +1,6 @@
-"""Decode: the frames of an episode, the very ones that `LeRobotDataset` returns, each once and in order.
+"""Decode: the frames of an episode, exactly as `LeRobotDataset` returns them, each once and in order.
 
-What this package needs to know of LeRobot's own classes (rows, video backend, files) is read here alone.
+Only this module reads what the package needs from LeRobot's own classes (rows, video backend, files).
 """
 
 import math
@@ -27,7 +27,7 @@ from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_li
 
 CHUNK_FRAMES = 64
 CHUNK_BYTES = 32 << 20
-"""A chunk holds at most so many frames and bytes: memory is bounded whatever an episode's length."""
+"""Maximum frames and bytes of a chunk, so that memory is bounded however long an episode is."""
 
 
 class DecodeError(UserError):
@@ -42,6 +42,9 @@ class DecodeError(UserError):
         super().__init__(f"{what}. {remedy}")
         self.what = what
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple:  # else it cannot leave a process that a pool started
+        return (type(self), (self.what, self.remedy))
 
 
 def decode_error(dataset: Any, frames: str, camera_key: str, episode: int, error: Exception) -> DecodeError:
@@ -95,7 +98,7 @@ def backend_of(dataset: Any) -> str:
 
 
 def decoder_of(meta: Any, camera_key: str, video_backend: str) -> str:
-    """The way from a dataset's files to pixels: "images", or the decoder behind LeRobot's backend."""
+    """How a dataset's files are decoded to pixels: "images", or the decoder behind LeRobot's backend."""
     if camera_key not in meta.video_keys:
         return "images"
     return "torchcodec" if video_backend == "torchcodec" else "pyav"
@@ -155,12 +158,12 @@ class EpisodeFrames:
         self._chunk_frames = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // frame_bytes))
 
     def check(self, episodes: Iterable[int], skip_unreadable: bool = False) -> None:
-        """Find what shows without decoding: images that are not RGB, videos that do not open or end early.
+        """Find problems without decoding: images that are not RGB, videos that do not open or that end early.
 
-        Of images the first of each episode is looked at.
+        Only the first image of each episode is checked.
 
         Args:
-            skip_unreadable: Leave what cannot be read to `chunks`.
+            skip_unreadable: Ignore unreadable files here; `chunks` raises for them.
 
         Raises:
             DatasetError: an image is not RGB.

@@ -1,4 +1,4 @@
-"""A live cache → a token store: tokens of the very pixels of the dataset; a LAM makes those that it lacks."""
+"""A live cache → a token store: tokens of exactly the dataset's pixels; a LAM makes the missing ones."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 
 class LiveStore(NamedTuple):
-    """Attributes:
-    store: The new store.
-    incomplete: Episodes left out, of which pairs are not kept.
-    other_pixels: Complete episodes left out, of which a kept token is of other pixels than the dataset's.
-    encoded: Pairs that the LAM encoded.
+    """What `store_of_live_cache` made.
+
+    Attributes:
+        store: The new store.
+        incomplete: Episodes left out because the cache lacks some of their pairs.
+        other_pixels: Complete episodes left out because a kept token is not of the dataset's pixels.
+        encoded: Pairs that the LAM encoded.
     """
 
     store: TokenStore
@@ -43,20 +45,19 @@ class LiveStore(NamedTuple):
 def store_of_live_cache(
     cache: "PairCache", dataset: Any, folder: "Path", lam: Any = None, show_progress: bool = True
 ) -> LiveStore:
-    """Write the complete episodes as a token store, or all with a LAM.
+    """Write the complete episodes as a token store, or, given a LAM, all episodes.
 
-    Frames are decoded again: a kept token goes into the store only if the dataset's pixels are those that it
-    was made of (training may have augmented them). Tokens are held in memory until they are written: 4·n
-    bytes a frame, or 4·n·a if continuous.
+    Frames are decoded again: a kept token goes into the store only if it was made from the dataset's pixels
+    (training may have augmented them). Tokens are held in memory until they are written: 4·n bytes per frame,
+    or 4·n·a if continuous.
 
     Args:
         dataset: `LeRobotDataset`, the one that was trained on.
-        folder: Where the store will stand.
-        lam: Encodes the pairs of which no token is kept, or one of other pixels. The LAM of the cache; see
-            `load_lam`.
+        folder: Folder of the future store.
+        lam: The cache's LAM (see `load_lam`), to encode pairs whose token is missing or of other pixels.
 
     Raises:
-        TokenStoreError: another dataset, another LAM, or without a LAM no complete episode.
+        TokenStoreError: it is another dataset or LAM, or there is neither a LAM nor a complete episode.
         DecodeError: an episode cannot be read.
         FileExistsError: see `writer.refuse_existing`.
     """
@@ -114,7 +115,7 @@ def store_of_live_cache(
 def _values_of(
     cache: "PairCache", reader: EpisodeFrames, lam: Any, episode: int, first: int, end: int
 ) -> tuple[Tensor, int]:
-    """An episode's values, zeros where it has no token; and how many pairs had none of their pixels."""
+    """An episode's values, zeros where it has no token; and how many pairs lacked a token of their pixels."""
     values, missing = cache.no_values(end - first), 0
     for batch in episode_pairs(reader.chunks(episode), first, cache.tables.frame_stride):
         found = cache.read(batch.rows, pixel_digests(batch.prev, batch.cur))

@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder, not
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
-from lerobot_lam_diffusion.utils.errors import ExtractionError
+from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
 from lerobot_lam_diffusion.utils.files import remove_partial, remove_whole
 
 LOCK_FILE = ".merge.lock"
@@ -35,7 +35,7 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
     Raises:
         ExtractionError: every token was skipped; the shards are removed, so that the same command extracts
             them once the files are repaired.
-        ShardError: a shard is damaged; extract again, which makes that shard anew.
+        ShardError: a shard was damaged, and is unfinished now; extract again.
         OSError: the disk is full or not writable.
     """
     lock = FileLock(shards.path / LOCK_FILE)
@@ -48,6 +48,7 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
     try:
         if (output_dir / PROVENANCE_FILE).is_file():
             store = TokenStore.open(output_dir)
+            _refuse_another(store, shards)
         else:
             if lock.is_locked:
                 remove_partial(output_dir)
@@ -56,6 +57,16 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         return store
     finally:
         lock.release()
+
+
+def _refuse_another(store: TokenStore, shards: ShardFolder) -> None:
+    """Shards are removed only where their own store is there."""
+    assert store.provenance is not None
+    raise_problems(
+        f"{store.path} is not the store of the extraction in {shards.path}: remove one of the two",
+        store.provenance.differences(shards.plan.provenance),
+        ExtractionError,
+    )
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:
@@ -91,6 +102,7 @@ def _write(shards: ShardFolder, output_dir: Path) -> TokenStore:
         try:
             skipped |= shards.read(shard)[1]
         except ShardError as error:
+            shards.discard(shard)
             raise ShardError(
                 f"{error}. Run the extraction's command again, of a job array the task that made this shard "
                 "or one without --shard_index: it is made anew"

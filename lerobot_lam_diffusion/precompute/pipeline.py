@@ -38,7 +38,7 @@ class Clock:
                 self.seconds[name] += time.perf_counter() - started
 
     def timed[T](self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The same items; the time that each one took to come counts as `name`."""
+        """Yield the same items; the time spent waiting for each one counts as `name`."""
         iterator = iter(items)
         while True:
             with self(name):
@@ -85,11 +85,11 @@ def extract(
     """Encode all pairs of some episodes and hand their values to `collector`.
 
     Args:
-        positions: Of the episodes in the plan.
-        make_frames: The reader of one worker thread.
-        num_workers: Threads that decode; 0: none, decoding alternates with encoding.
-        num_encoders: Threads that encode; 0: the calling one, which is what a GPU needs. CPU cores do more as
-            independent threads than within one operation, whose threads spin while they wait for each other.
+        positions: Positions of the episodes in the plan.
+        make_frames: Creates the reader of one worker thread.
+        num_workers: Decoding threads; 0: none, decoding alternates with encoding.
+        num_encoders: Encoding threads; 0: only the calling thread, as a GPU needs. CPU cores achieve more as
+            independent threads than within one operation, whose threads busy-wait for each other.
         skip_unreadable: Skip an episode that cannot be read instead of raising.
         advance: Called with the number of frames that were decoded.
 
@@ -144,7 +144,7 @@ def extract(
     batches = rebatch(readable(clock.timed("wait", ahead)), batch_size)
     encoded = 0
     results = work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders))
-    # One switch of precision for all threads; encoders end before what feeds them.
+    # Set the precision once for all threads; on exit, the encoders stop before their inputs.
     with full_precision(lam.device), closing(ahead), closing(batches), closing(results):
         for rows, values in results:
             with clock("write"):

@@ -1,4 +1,4 @@
-"""Which part of an extraction this process does: under torchrun, `accelerate launch`, a job array, or all."""
+"""This process's part of an extraction: under torchrun, `accelerate launch` or a job array, or all of it."""
 
 import os
 from collections.abc import Callable
@@ -44,6 +44,10 @@ class Process:
     def is_first(self) -> bool:
         """Whether this is the first process of its launch."""
         return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.world_size == 1 and self.num_shards == 1
 
     def agreed[T](self, decide: Callable[[], T]) -> T:
         """The first process's decision, broadcast to its launch; the only time that processes wait."""

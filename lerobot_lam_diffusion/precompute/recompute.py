@@ -22,11 +22,11 @@ class Agreement:
 
     Attributes:
         checked: Tokens compared.
-        equal: How many are equal: VQ bit for bit, continuous within `TOLERANCE` and what storage costs.
+        equal: How many are equal: VQ bit for bit, continuous within `TOLERANCE` plus the storage error.
         max_error: Largest absolute difference of any number.
-        distinct: Different tokens among them: agreement on one value alone would say little.
+        distinct: Number of distinct tokens among them: agreement on a single value would prove little.
         mean_error: Mean absolute difference of the numbers.
-        mean_error_of_others: The same between each stored token and the LAM's of another frame.
+        mean_error_of_others: The same, between each stored token and the LAM's token of another frame.
     """
 
     checked: int
@@ -38,8 +38,8 @@ class Agreement:
 
 
 TOLERANCE = 1e-3
-"""For continuous tokens, as a share of their largest number: kernels round differently from one batch shape
-or machine to another (a float32 encoder by 1e-6 to 5e-5); other frames give other tokens altogether."""
+"""For continuous tokens, relative to their largest absolute value: rounding differs between batch shapes and
+machines (by 1e-6 to 5e-5 for a float32 encoder), whereas other frames give entirely different tokens."""
 
 
 def recompute_sample(
@@ -63,7 +63,7 @@ def recompute_sample(
     """
     refuse_other_tokens(store, lam)
     camera = _camera(store, dataset, camera_key)
-    index = _sample(store, num_samples, seed)
+    index = _sample(store, dataset, num_samples, seed)
     prev, cur = (
         _frames(dataset, camera, frames, lam.device) for frames in (index - store.frame_stride, index)
     )
@@ -74,13 +74,13 @@ def recompute_sample(
 def recompute_kept(
     cache: PairCache, dataset: Any, lam: Any, num_samples: int, seed: int = 0
 ) -> tuple[Agreement, int]:
-    """The same for a cache of live tokens; and how many sampled ones are of other pixels than the dataset's.
+    """As `recompute_sample`, for a live cache; also count sampled tokens of other pixels than the dataset's.
 
     Raises:
-        TokenStoreError: the tokens were made by another LAM, or none of them of the dataset's pixels.
+        TokenStoreError: the tokens were made by another LAM, or none was made from the dataset's pixels.
     """
     refuse_other_tokens(cache.tables, lam)
-    kept = torch.cat([frames for frames, _, _ in cache.scan()])
+    kept = torch.cat([_opened(frames, cache.tables, dataset) for frames, _, _ in cache.scan()])
     if not len(kept):
         raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
     chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
@@ -119,7 +119,7 @@ def _item(dataset: Any, camera: str, index: int) -> dict[str, Any]:
 
 
 def _undecodable(dataset: Any, episode: int, frame: int) -> str | None:
-    """Which of the cameras kept as video it is: LeRobot decodes all of them for an item."""
+    """The video camera that cannot be decoded: LeRobot decodes all of them for an item."""
     for key in dataset.meta.video_keys:
         seconds = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"] + frame / dataset.fps
         path, backend = file_of(dataset, key, episode), backend_of(dataset)
@@ -147,8 +147,10 @@ def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0
 
 
 def refuse_other_tokens(store: TokenStore, lam: Any) -> None:
-    """Raises:
-    TokenStoreError: the tokens are not this LAM's, by its fingerprint or, of a `.pt` file, by their shape.
+    """Refuse tokens that another LAM made.
+
+    Raises:
+        TokenStoreError: the LAM's fingerprint differs or, for a `.pt` file, the tokens' shape.
     """
     if store.provenance is not None:
         refuse_other_lam(str(store.path), store.provenance.lam, lam)
@@ -176,10 +178,24 @@ def _camera(store: TokenStore, dataset: Any, camera_key: str | None) -> str:
     return camera_key
 
 
-def _sample(store: TokenStore, num_samples: int, seed: int) -> Tensor:
-    """Random absolute indices of frames that have a token, ascending."""
-    present = store.num_tokens
-    if not present:
-        raise TokenStoreError(f"{store.path} holds no tokens: every episode is shorter than its stride")
-    positions = random.Random(seed).sample(range(present), min(num_samples, present))
-    return store.frames_at(torch.tensor(sorted(positions)), skip=store.frame_stride)[0]
+def _sample(store: TokenStore, dataset: Any, num_samples: int, seed: int) -> Tensor:
+    """Random absolute indices of frames in the opened episodes that have a token, ascending."""
+    if dataset.episodes is None:
+        positions = random.Random(seed).sample(range(store.num_tokens), min(num_samples, store.num_tokens))
+        index = store.frames_at(torch.tensor(sorted(positions)), skip=store.frame_stride)[0]
+    else:
+        frames = _opened(store.frames_with_tokens(), store, dataset)
+        index = frames[sorted(random.Random(seed).sample(range(len(frames)), min(num_samples, len(frames))))]
+    if not len(index):
+        raise TokenStoreError(
+            f"{store.path} holds no tokens of these episodes, shorter than its stride or not covered"
+        )
+    return index
+
+
+def _opened(frames: Tensor, tables: TokenStore, dataset: Any) -> Tensor:
+    """Those of the absolute indices that lie in episodes that the dataset was opened with."""
+    if dataset.episodes is None:
+        return frames
+    episode = torch.searchsorted(tables.episode_from, frames, right=True) - 1
+    return frames[torch.isin(episode, torch.tensor(dataset.episodes))]

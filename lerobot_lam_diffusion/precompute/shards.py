@@ -1,18 +1,20 @@
-"""Shards: an extraction cut into pieces of whole episodes, and those of them that are finished.
+"""Shards: an extraction split into groups of whole episodes, and the groups finished so far.
 
     STORE.shards/plan.safetensors     what is extracted and how it is cut: codebook, episodes, shards
     STORE.shards/00007.safetensors    a finished shard: `values`, VQ indices uint8/uint16 (rows, n) or
                                       continuous tokens float32 (rows, n·a)
 
-Each file carries a manifest in its metadata, and the SHA-256 of manifest and tensors. It appears whole or not
-at all, so a shard is finished as soon as its file is there. The plan follows from dataset and flags alone:
-processes on any machine make the same one, and the first to write it decides how the episodes are cut.
+Each file carries a manifest in its metadata, and the SHA-256 of manifest and tensors. It appears complete or
+not at all, so a shard is finished once its file exists. The plan depends only on the dataset and the flags:
+processes on any machine make the same one, and the first to write it decides how the episodes are split.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
-from lerobot_lam_diffusion.tokens.storage import index_dtype
+from lerobot_lam_diffusion.tokens.storage import encode_tokens, index_dtype
 from lerobot_lam_diffusion.utils.errors import ExtractionError, first_line, raise_problems
 from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
@@ -48,7 +50,7 @@ class Plan:
     """Which tokens are extracted, and in which pieces.
 
     Attributes:
-        provenance: Of the store to be; hash, error and skipped episodes are still open.
+        provenance: Provenance of the future store; hash, error and skipped episodes are not yet known.
         codebook: float32 `(K, a)`; empty for a LAM without one.
         episode_from, episode_to: int64 `(E,)`, of all the dataset's episodes.
         episode_hash: uint8 `(E, 16)`, of their frames.
@@ -93,7 +95,7 @@ def cut_into_shards(lengths: Sequence[int], shard_frames: int | None = None) -> 
 
     Args:
         lengths: Frames of each episode.
-        shard_frames: Frames of a shard at least (but the last one); None: 1/256 of all, 512 to 65,536.
+        shard_frames: Minimum frames per shard (except the last); None: 1/256 of all, but 512 to 65,536.
     """
     at_least = shard_frames or min(max(sum(lengths) // 256, 512), 65536)
     ends, frames = [0], 0
@@ -142,7 +144,8 @@ class ShardFolder:
 
     Attributes:
         path: The folder.
-        plan: What its shards are pieces of; `digest`: SHA-256 of the plan, which each shard repeats.
+        plan: The plan that its shards belong to.
+        digest: SHA-256 of the plan, which each shard repeats.
     """
 
     path: Path
@@ -151,13 +154,13 @@ class ShardFolder:
 
     @classmethod
     def begin(cls, path: Path, plan: Plan) -> "ShardFolder":
-        """Start an extraction in the folder `path`, or resume the one that lies there.
+        """Start an extraction in the folder `path`, or resume the one found there.
 
         Returns:
-            The folder with the plan in force: what is there may be cut into other shards.
+            The folder with the plan in effect: existing work may be split into different shards.
 
         Raises:
-            ExtractionError: what is there is damaged, or of other inputs; every difference is listed.
+            ExtractionError: existing work is damaged, or has other inputs; every difference is listed.
         """
         path.mkdir(parents=True, exist_ok=True)
         if not (path / PLAN_FILE).exists():
@@ -210,8 +213,11 @@ class ShardFolder:
             skipped: Its episodes that could not be read → why; their rows mean nothing.
 
         Raises:
+            UserError: continuous values that the store could not hold.
             OSError: the disk is full or not writable; the shard stays unfinished.
         """
+        if values.is_floating_point():
+            encode_tokens(values, self.plan.provenance.storage_dtype)
         reasons = {str(episode): reason for episode, reason in skipped.items()}
         manifest = {"plan": self.digest, "shard": shard, "skipped": reasons}
         _write(self._file(shard), manifest, {"values": values}, replace=True)
@@ -255,7 +261,7 @@ class ShardFolder:
         return found
 
     def discard(self, shard: int) -> None:
-        """Make a finished shard an unfinished one."""
+        """Delete a finished shard, so that it counts as unfinished."""
         self._file(shard).unlink(missing_ok=True)
 
     def _file(self, shard: int) -> Path:
@@ -285,13 +291,13 @@ class _Buffer:
 
 
 class ShardCollector:
-    """Encoded rows, in whatever order they come; a full shard is written at once.
+    """Collects encoded rows in any order, and writes each shard as soon as it is full.
 
-    Memory: the rows of shards that have begun and are not full.
+    Memory: the rows of shards that have been started but are not full.
 
     Args:
         folder: Where finished shards are written.
-        shards: Those that this process makes.
+        shards: The shards that this process makes.
     """
 
     def __init__(self, folder: ShardFolder, shards: Sequence[int]) -> None:
@@ -354,6 +360,8 @@ def _write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], rep
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **manifest})
     content = save(tensors, {"manifest": text, "sha256": _digest(text, tensors)})
+    if path.name != PLAN_FILE and not path.parent.is_dir():  # merged by another launch meanwhile
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     with whole_or_nothing(path, replace=replace) as partial:
         partial.write_bytes(content)
 
@@ -390,7 +398,7 @@ def _some(episodes: Sequence[int]) -> str:
 
 
 def nothing_readable(skipped: Mapping[int, str]) -> ExtractionError:
-    """Of an extraction that skipped every episode that has tokens."""
+    """The error for an extraction that skipped every episode that has tokens."""
     first = min(skipped)
     return ExtractionError(
         f"no token was extracted, all {len(skipped)} episodes with tokens were skipped (episode {first}: "

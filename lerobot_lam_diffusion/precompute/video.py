@@ -15,7 +15,7 @@ from lerobot.datasets.video_utils import FrameTimestampError
 from torch import Tensor
 
 SEEK_AHEAD_S = 2.0
-"""Frames up to so far ahead are decoded and dropped; a farther one is sought."""
+"""Up to this far ahead, the frames in between are decoded and dropped; farther ahead, it seeks."""
 
 
 def end_of(path: Path) -> float | None:

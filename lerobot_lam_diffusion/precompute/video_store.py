@@ -45,11 +45,11 @@ def precompute_videos(
     Args:
         fps: Frames per second of the tokens, to which each video is resampled.
         camera_key: What to call the camera; recorded.
-        batch_size: Pairs at a time; another one than guidance's changes continuous tokens by rounding.
+        batch_size: Pairs per batch; a value other than guidance's changes continuous tokens by rounding.
 
     Raises:
-        DatasetError: one cannot be read, or shows no pair of frames; nothing is written then.
-        FileExistsError: there is something at `output_dir`.
+        DatasetError: a video cannot be read, or has no pair of frames; nothing is written then.
+        FileExistsError: something exists at `output_dir` already.
     """
     blocks: list[Tensor] = []
     lengths: list[int] = []

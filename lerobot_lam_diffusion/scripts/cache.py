@@ -38,7 +38,9 @@ class CachePathConfig:
 
 @dataclass
 class CachePruneConfig:
-    """Remove stores, interrupted extractions and live caches; never what a process is building or has open.
+    """Remove stores, interrupted extractions and live caches; never what a process is building.
+
+    A training on this machine keeps what it has open; do not prune a cache that other machines train from.
 
     Args:
         older_than_days: Those that were not used for so long.

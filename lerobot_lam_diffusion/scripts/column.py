@@ -22,8 +22,8 @@ from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 
 NEARER = 0.75
-"""A derived dataset's tokens may differ from the LAM's of its frames, which were encoded again; but by less
-than this share of how much tokens of other frames differ."""
+"""A derived dataset's frames were re-encoded, so its tokens may differ from the LAM's tokens of these frames,
+but by less than this fraction of the difference to tokens of other frames."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ def add_token_column(config: AddColumnConfig) -> None:
     store = TokenStore.open(config.store, meta)
     if config.dataset.root is None and absent_files(meta):
         meta = open_dataset(config.dataset).meta  # fetches the rest from the Hub
-    made = add_column(store, meta, config.output_dir.expanduser(), config.column, config.copy_videos)
+    made = add_column(store, meta, config.output_dir, config.column, config.copy_videos)
     repo_id = config.new_repo_id or _named_as(made.root, meta.repo_id)
     print(
         f"{made.root}: {meta.total_frames} frames with {config.column}; {made.linked} video files linked, "
@@ -84,7 +84,7 @@ def verify_dataset(config: Any) -> None:
         config: `VerifyConfig`, whose `store` is a dataset's folder or None.
 
     Raises:
-        UserError: no dataset or two, no such column, or it is not what it says.
+        UserError: none or two datasets are named, or the column is missing or contradicts its description.
     """
     if (config.store is None) == (config.dataset is None):
         found = "neither" if config.store is None else f"{config.store}, a dataset, and --dataset.repo_id"

@@ -5,16 +5,19 @@ draccus itself takes `--dataset.repo_id=x`; it knows neither `--dataset-repo-id 
 
 import argparse
 import difflib
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 import draccus
 import torch
+import yaml
 from draccus.utils import DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
@@ -97,10 +100,10 @@ def run_command(
     argv: Sequence[str] | None = None,
     spec: Command | None = None,
 ) -> None:
-    """Parse the command line into `config_class` and run `command` on it; `spec` answers `--help`.
+    """Parse the command line into `config_class` and run `command` on it; `spec` provides `--help`.
 
-    Exits with one message where the input is bad: status 2 where a flag is unknown, missing or cannot be
-    read, else 1. Exits with 130 after an interrupt.
+    Bad input exits with a single message: status 2 if a flag is unknown, missing or cannot be parsed,
+    otherwise 1. An interrupt exits with status 130.
     """
     spec = spec or Command(Path(sys.argv[0]).name, config_class, "")
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
@@ -110,11 +113,61 @@ def run_command(
             print(spec.help(), end="")
             sys.exit(0)
         _refuse_missing_config(arguments)
-        command(draccus.parse(config_class, args=arguments, exit_on_error=False))
+        arguments = _quoted(arguments, spec)
+        command(_at_home(draccus.parse(config_class, args=arguments, exit_on_error=False)))
+    except yaml.YAMLError as error:
+        refuse(_unreadable(arguments, error, spec))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
         refuse(_as_flag_error(_root_cause(error), spec))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _quoted(arguments: list[str], spec: Command) -> list[str]:
+    """Texts and paths in quotation marks: draccus reads each value as YAML, where `a #1` is `a`."""
+    texts = {f"--{flag.name}" for group in spec.groups() for flag in group.flags if _is_text(flag.kind)}
+    quoted: list[str] = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if name in texts and equals:
+            word = f"{name}={_as_text(value)}"
+        elif quoted and quoted[-1] in texts and not word.startswith("--"):
+            word = _as_text(word)
+        quoted.append(word)
+    return quoted
+
+
+def _is_text(kind: Any) -> bool:
+    return {kind, *get_args(kind)} - {NoneType} <= {str, Path}
+
+
+def _as_text(value: str) -> str:
+    is_literal = value in ("", "null", "None") or value[0] in "\"'"
+    return value if is_literal else json.dumps(value, ensure_ascii=False)
+
+
+def _unreadable(arguments: list[str], error: yaml.YAMLError, spec: Command) -> FlagError:
+    for word in arguments:
+        try:
+            yaml.safe_load(word.partition("=")[2])
+        except yaml.YAMLError:
+            return FlagError(
+                f"{word} cannot be read: is a bracket or a quotation mark missing? ({spec.name} --help)"
+            )
+    return FlagError(f"{first_line(error)} ({spec.name} --help)")  # of the file of --config_path
+
+
+def _at_home(config: Any) -> Any:
+    """`~` in its paths as the user's home: a shell leaves the one after `=` alone."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if isinstance(value, Path):
+            setattr(config, each.name, value.expanduser())
+        elif is_dataclass(value):
+            _at_home(value)
+    if isinstance(config, DatasetSource) and config.root is not None:
+        config.root = str(Path(config.root).expanduser())
+    return config
 
 
 def _refuse_missing_config(arguments: Sequence[str]) -> None:
@@ -138,7 +191,7 @@ def usable_device(device: str | None) -> str:
     """The device to compute on, found out before the dataset and the LAM are read."""
     if device is None:
         if not any(each.is_available() for each in (torch.cuda, torch.backends.mps, torch.xpu)):
-            return "cpu"  # of which LeRobot would warn
+            return "cpu"  # LeRobot would log a warning about it
         return auto_select_torch_device().type
     try:
         torch.empty(0, device=device)
@@ -156,18 +209,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`; did you mean …?`, or nothing where nothing is like it."""
+    """`; did you mean …?`, or a full stop if no known word is similar."""
     close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]}?" if close else "."
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Where FFmpeg is missing, LeRobot logs a page on torchcodec, then one line that says it uses PyAV."""
+    """Drop the page on torchcodec that LeRobot logs without FFmpeg; its next line says that it uses PyAV."""
     return "libtorchcodec" not in record.getMessage()
 
 
 def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
-    """What argparse and draccus say of flags, in our words; other errors as they are."""
+    """Reword errors of argparse and draccus about flags; return other errors unchanged."""
     flags = {flag.name: flag for group in spec.groups() for flag in group.flags}
     if isinstance(error, argparse.ArgumentError):
         return FlagError(f"{error.argument_name} needs a value ({spec.name} --help)")
@@ -195,7 +248,7 @@ def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
 
 
 def _missing_problems(names: list[str], spec: Command) -> list[str]:
-    """Of these flags and of what is required below them."""
+    """One problem for each of these missing flags and for each required flag nested below them."""
     below = tuple(f"{name}." for name in names)
     flags = [flag for group in spec.groups() for flag in group.flags]
     missing = [

@@ -76,7 +76,7 @@ COMMAND = Command("lerobot-lam-convert", ConvertConfig, __doc__, paths="SOURCE")
 
 def convert(config: ConvertConfig) -> None:
     """Find the checkpoint, convert it, say what was made."""
-    output_dir = config.output_dir.expanduser()
+    output_dir = config.output_dir
     refuse_existing(output_dir)
     source = locate_checkpoint(config.source, config.revision)
     convert_lam(

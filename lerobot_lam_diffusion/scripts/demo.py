@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub.constants
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import resolve_lam
+from lerobot_lam_diffusion.lam import read_config, resolve_lam
 from lerobot_lam_diffusion.scripts.command_line import LamFlags, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
@@ -84,7 +84,7 @@ COMMAND = Command("lerobot-lam-demo", DemoConfig, __doc__)
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Check what can be checked at once, then record, or tell the whole story."""
+    """Run the quick checks, then only record, or run the whole demo."""
     require_simulator()
     go_offline()
     # Only now: these need the simulator.
@@ -92,7 +92,7 @@ def run_demo(config: DemoConfig) -> None:
     from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
 
     if config.record_only:
-        root = (config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht").expanduser()
+        root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
         summary = record(root, config.repo_id, config.num_episodes, config.near_goal, config.first_seed)
         print(f"{recorded_text(summary)}: {summary.root}")
         tokens = summary.root.with_name(f"{summary.root.name}_lam")
@@ -100,7 +100,11 @@ def run_demo(config: DemoConfig) -> None:
             next_step(precompute_command(config.repo_id, summary.root, "pusht-compact", None, tokens, "cpu"))
         )
         return
-    resolve_lam(config.lam.path, config.lam.revision)
+    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
+    if not shape.num_codes:
+        raise DemoError(
+            f"--lam.path={config.lam.path} has no codebook, and the demo draws codes; name another LAM"
+        )
     tell_story(
         Demo(
             folder=demo_folder(config.output_dir),
@@ -125,7 +129,6 @@ def demo_folder(output_dir: Path | None) -> Path:
     if output_dir is None:
         others = (DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}") for number in count(2))
         return DEFAULT_FOLDER if _is_free(DEFAULT_FOLDER) else next(filter(_is_free, others))
-    output_dir = output_dir.expanduser()
     if not _is_free(output_dir):
         raise UserError(
             f"--output_dir={output_dir} is not an empty folder, and the demo overwrites nothing: pass "

@@ -237,7 +237,7 @@ def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: Fi
     if holdout is None:
         holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)
     nothing = torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
-    # What it checks, it checks before the frames are decoded.
+    # Built without frames first, so that its checks run before decoding.
     has_states = STATE_KEY in rows_of(dataset).column_names
     states = torch.from_numpy(vectors_of(dataset, STATE_KEY)).float() if has_states else None
     data = FitData(nothing, episodes, states, config.frame_stride, holdout, source)

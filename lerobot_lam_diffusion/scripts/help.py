@@ -20,7 +20,7 @@ CONFIG_PATH = "A YAML file that holds flags; those of the command line win."
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag, `name` without its dashes; `default` None: there is none to tell."""
+    """One flag: `name` has no dashes; `default` is None if there is none to show."""
 
     name: str
     kind: Any
@@ -58,7 +58,7 @@ class Command:
     about: str
     paths: str = ""
     hidden: tuple[str, ...] = ()
-    """Flags that it takes with its dataclass, and refuses."""
+    """Flags that its dataclass has but the command rejects."""
 
     def groups(self) -> list[Group]:
         return [
@@ -67,7 +67,7 @@ class Command:
         ]
 
     def spelled(self, flag: Flag) -> list[str]:
-        """The word that may stand for the flag, if there is one, and the flag."""
+        """The positional word that can replace the flag, if there is one, and the flag itself."""
         word = flag.name.upper()
         return [*([word] if word in self.paths.split() else []), f"--{flag.name}"]
 
@@ -109,7 +109,7 @@ class Command:
 
 
 def groups_of(config_class: type) -> Iterator[Group]:
-    """The flags of a dataclass, group by group; what is a dataclass itself is a group of its own."""
+    """The flags of a dataclass, by group; a field that is itself a dataclass forms its own group."""
     sections, texts = documented(config_class), {}
     for entries in sections.values():
         texts.update(entries)
@@ -186,7 +186,7 @@ def _kinds(config_class: type) -> dict[str, Any]:
 
 
 def _annotation(kind: Any) -> str:
-    """`str` of a type differs between versions of Python: `pathlib._local.Path | None` is that of 3.13."""
+    """A type as annotations write it; `str(kind)` varies: Python 3.13 has `pathlib._local.Path | None`."""
     arguments = [_annotation(each) for each in get_args(kind)]
     if _is_union(kind):
         return " | ".join(arguments)

@@ -20,6 +20,7 @@ class PushConfig:
         private: Whether a new one is private; left out: as the user or organisation has it.
         revision: Branch, made if there is none; left out: main.
         dataset: That the store was made of: the card shows its frames and what the tokens say of its state.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
     """
 
     store: str
@@ -27,10 +28,11 @@ class PushConfig:
     private: bool | None = None
     revision: str | None = None
     dataset: DatasetSource | None = None
+    tolerance_s: float = 1e-4
 
 
 def push(config: PushConfig) -> None:
-    store, footage = open_footage(config.store, config.dataset)
+    store, footage = open_footage(config.store, config.dataset, tolerance_s=config.tolerance_s)
     pushed = push_store(
         store,
         config.repo_id,

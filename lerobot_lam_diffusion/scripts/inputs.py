@@ -74,7 +74,7 @@ def _has_metadata(root: Path) -> bool:
 
 
 def _refuse_absent_metadata(repo_id: str, root: Path) -> None:
-    """Of a local dataset in LeRobot's v3; what is no dataset at all may be a folder for one of the Hub."""
+    """Refuse a local v3 dataset that lacks metadata; other folders may be the target of a Hub download."""
     if not any((root / name).is_dir() for name in ("meta", "data", "videos")):
         return
     absent = []
@@ -104,7 +104,7 @@ def open_dataset(config: DatasetSource, tolerance_s: float = 1e-4) -> LeRobotDat
 def open_readable_dataset(
     config: DatasetSource, tolerance_s: float = 1e-4
 ) -> tuple[LeRobotDataset, dict[int, str]]:
-    """The same without the episodes whose files are not there; and those, with the reason."""
+    """As `open_dataset`, without episodes whose files are missing; and those episodes, with the reason."""
     return open_readable(open_metadata(config), **_options(config, tolerance_s))
 
 

@@ -69,7 +69,7 @@ def _use_next(cache: PairCache, known: int, dataset: DatasetSource) -> str:
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
-    """Its complete episodes as a token store, of those tokens that are of the dataset's own pixels."""
+    """Write its complete episodes as a token store, using only tokens made from the dataset's own pixels."""
     if config.dataset is None:
         raise TokenStoreError(
             "--dataset.repo_id is missing: the dataset whose pixels merge compares with the cache's"
@@ -97,7 +97,7 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
 
 
 def _device_of(cache: PairCache) -> str:
-    """Where its tokens were made: another kind of device may round otherwise."""
+    """The kind of device that made its tokens: another kind may round differently."""
     try:
         return usable_device(cache.provenance.device)
     except UserError as error:

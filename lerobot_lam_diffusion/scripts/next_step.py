@@ -22,10 +22,10 @@ SMALL_TRAINING = (
 
 
 def next_step(command: Sequence[str], why: str = "Next", fps: float | None = None) -> str:
-    """The closing lines: the command, then what the user may have to know of it.
+    """The closing lines: the command, then what the user may need to know about it.
 
     Args:
-        fps: Of the dataset to train on, at which a robot has to run the policy.
+        fps: Frame rate of the training dataset, at which a robot has to run the policy.
     """
     notes = []
     if f"--dataset.root={UNKNOWN_ROOT}" in command:
@@ -66,9 +66,9 @@ def shell_text(argv: Sequence[str], width: int = 100) -> str:
 def train_on(
     store: TokenStore, tokens: str | Path, repo_id: str, root: str | Path | None = None
 ) -> list[str]:
-    """`lerobot-train` on a store, which `tokens` names, and on those episodes that it covers.
+    """The `lerobot-train` command for the store that `tokens` names, on the episodes that it covers.
 
-    Nobody trains on a store of demonstration videos, which have no actions: it guides.
+    A store of demonstration videos has no actions to train on: its command is guidance (see `follow`).
     """
     if repo_id.startswith(VIDEOS):
         return follow(tokens)
@@ -100,7 +100,7 @@ def training(repo_id: str, root: str | Path | None, *source: str) -> list[str]:
 
 
 def _new_run(repo_id: str) -> Path:
-    """A folder that is not there: LeRobot trains into no other."""
+    """A folder that does not exist yet: LeRobot does not train into an existing one."""
     run = Path("outputs") / f"{repo_id.rpartition('/')[2]}_lam"
     numbered = (run.with_name(f"{run.name}_{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([run], numbered) if not folder.exists())
@@ -137,7 +137,7 @@ def verify_against(provenance: Provenance, tokens: str | Path, root: str | Path 
 
 
 def root_of(repo_id: str) -> str | None:
-    """What stands for the root of a dataset that is not in LeRobot's home and may not be the Hub's."""
+    """A placeholder for the root of a `local/` dataset that is not in LeRobot's home; None for others."""
     is_local = repo_id.startswith("local/")
     return UNKNOWN_ROOT if is_local and not (HF_LEROBOT_HOME / repo_id).is_dir() else None
 

@@ -217,7 +217,7 @@ def _extract(
     merge: bool = True,
     show_progress: bool = True,
 ) -> Summary:
-    output_dir = config.output_dir.expanduser()
+    output_dir = config.output_dir
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
@@ -283,7 +283,7 @@ def _out_of_memory_explained() -> Iterator[None]:
 
 def _by_cluster(config: PrecomputeConfig) -> None:
     """Check what this machine can check, then have the tasks of an engine extract."""
-    output_dir = config.output_dir.expanduser().absolute()
+    output_dir = config.output_dir.absolute()
     if (output_dir / PROVENANCE_FILE).is_file():
         raise ExtractionError(
             f"{output_dir} holds a finished token store, so nothing was submitted; lerobot-lam-tokens info "
@@ -312,26 +312,26 @@ def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any
     flags = draccus.encode(config)
     del flags["cluster"]
     flags["camera_key"] = camera_key
-    flags["output_dir"] = str(config.output_dir.expanduser().absolute())
+    flags["output_dir"] = str(config.output_dir.absolute())
     flags["lam"]["path"] = recorded_path(config.lam.path)
     if config.extend is not None:
         store = TokenStore.open(config.extend)
         flags["extend"] = store.hub_id or str(store.path.absolute())
-    # Decoders may differ by a level: all tasks take that of this machine.
+    # Decoders may differ by one pixel level, so all tasks use the decoder chosen on this machine.
     flags["dataset"]["video_backend"] = config.dataset.video_backend or get_safe_default_video_backend()
     if config.dataset.root is not None:
-        flags["dataset"]["root"] = str(Path(config.dataset.root).expanduser().absolute())
+        flags["dataset"]["root"] = str(Path(config.dataset.root).absolute())
     if config.cluster.engine == "local":
         flags["device"] = usable_device(config.device)
     elif config.cluster.gpus_per_task == 0:
         flags["device"] = config.device or "cpu"
     else:
-        flags["device"] = config.device or "cuda"  # a node whose GPU is broken fails, and mixes no tokens
+        flags["device"] = config.device or "cuda"  # a broken GPU fails its task, so no CPU tokens mix in
     return flags
 
 
 def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> int:
-    """What task `rank` of `tasks` does with `cpus` cores; the pairs that it encoded. Merges nothing."""
+    """Extract the share of task `rank` of `tasks` on `cpus` cores, without merging; return the pair count."""
     config = draccus.decode(PrecomputeConfig, flags)
     process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
     return _extract(config, process, merge=False, show_progress=False).encoded
@@ -362,10 +362,10 @@ def _proposed_stride(lam: TokenShape, fps: float) -> int:
 
 
 def _precompute_videos(config: PrecomputeConfig) -> str:
-    """The videos' store, and what to say of it."""
+    """Write the videos' store, and return the text that reports it."""
     assert config.videos is not None
     assert config.fps is not None
-    output_dir = config.output_dir.expanduser()
+    output_dir = config.output_dir
     refuse_existing(output_dir)
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)

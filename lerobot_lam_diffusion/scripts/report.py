@@ -27,6 +27,7 @@ class ReportConfig:
         camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
         seed: Of the held-out episodes and of all examples.
         device: Where the LAM runs; the best there is if left out.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
     """
 
     store: str
@@ -36,6 +37,7 @@ class ReportConfig:
     camera_key: str | None = None
     seed: int = 0
     device: str | None = None
+    tolerance_s: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.lam is not None and self.dataset is None:
@@ -48,14 +50,21 @@ def report(config: ReportConfig) -> None:
         from lerobot_lam_diffusion.report.build import write_report
     except ImportError as error:
         raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
-    store, footage = open_footage(config.store, config.dataset, config.lam, config.camera_key, config.device)
+    store, footage = open_footage(
+        config.store,
+        config.dataset,
+        config.lam,
+        config.camera_key,
+        config.device,
+        config.tolerance_s,
+    )
     verdict = write_report(store, footage, config.output, config.seed)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
     print(f"{verdict.word}: {verdict.why}.")
 
 
 def illustrate(store: TokenStore, footage: "Footage | None") -> tuple[str, list[CardPicture]]:
-    """Of a card: the verdict as a sentence, where there is a dataset; pictures, where there is matplotlib."""
+    """A card's verdict as a sentence, if there is a dataset; its pictures, if matplotlib is installed."""
     try:
         from lerobot_lam_diffusion.report.build import card_pictures
     except ImportError as error:
@@ -71,6 +80,7 @@ def open_footage(
     lam: LamFlags | None = None,
     camera_key: str | None = None,
     device: str | None = None,
+    tolerance_s: float = 1e-4,
 ) -> tuple[TokenStore, "Footage | None"]:
     """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
     if dataset is None:
@@ -87,7 +97,7 @@ def open_footage(
         loaded = _open_lam(lam, usable_device(device))
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, loaded)
-    return store, Footage(open_dataset(dataset), camera, loaded)
+    return store, Footage(open_dataset(dataset, tolerance_s), camera, loaded)
 
 
 def _open_lam(source: LamFlags, device: str) -> LatentActionModel:

@@ -84,7 +84,7 @@ def subcommand(name: str) -> tuple[type, Callable[[Any], None]]:
 
 
 def command_list(prefix: str = "") -> str:
-    """What `lerobot-lam-tokens --help` prints; with a prefix, of the commands that begin so."""
+    """What `lerobot-lam-tokens --help` prints; with a prefix, only the commands that start with it."""
     about = __doc__ or ""
     names = [
         f"    {name:<14}{summary_of(subcommand(name)[0])}" for name in COMMANDS if name.startswith(prefix)
@@ -114,7 +114,7 @@ def _with_flags(words: list[str], config_class: type) -> list[str]:
     if not paths:
         return flags
     if any(each.name == "stores" for each in fields(config_class)):
-        return [f"--stores={json.dumps(paths)}", *flags]  # a JSON list is one of draccus, whatever is in it
+        return [f"--stores={json.dumps(paths)}", *flags]  # draccus reads a JSON list, whatever it contains
     if len(paths) > 1:
         sys.exit(f"error: expected one store, found {', '.join(paths)}")
     return [f"--store={paths[0]}", *flags]

@@ -30,6 +30,7 @@ class ViewConfig:
         lam: That made the store: the frames that it predicts stand beside the true ones.
         camera_key: Of a `.pt` file: the camera that the LAM looked at, where the dataset has several.
         device: Where the LAM runs; the best there is if left out.
+        tolerance_s: As in lerobot-train: how far a frame may lie from its timestamp, in seconds.
     """
 
     store: str
@@ -39,6 +40,7 @@ class ViewConfig:
     lam: LamFlags | None = None
     camera_key: str | None = None
     device: str | None = None
+    tolerance_s: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.dataset.episodes is not None:
@@ -98,5 +100,6 @@ def _open(config: ViewConfig) -> "View":
         lam = load_lam(config.lam.path, revision=config.lam.revision, device=device, fdm=True)
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, lam)
-    dataset = open_dataset(replace(config.dataset, episodes=[episode]))  # the Hub sends no others
+    one = replace(config.dataset, episodes=[episode])  # the Hub sends no others
+    dataset = open_dataset(one, config.tolerance_s)
     return View(store, dataset, camera, episode, lam)

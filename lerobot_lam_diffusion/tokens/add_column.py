@@ -1,14 +1,15 @@
-"""A LeRobot dataset with the tokens of a store as one more column.
+"""Add the tokens of a store to a LeRobot dataset as one more column.
 
-LeRobot's own `add_features` does this too, but copies every video, turns every number into a Python object,
-drops the row groups by which episodes are found, gives the new feature no statistics, and reads all of the
-result again into the cache of `datasets`. None of that is needed here: a column changes no video, and the
-other columns stay as they are. So the data files are extended as Arrow tables and written, like info,
-statistics and row groups, by the functions that LeRobot's recorder itself writes with; videos are linked.
+LeRobot's own `add_features` does this too, but it copies every video, turns every number into a Python
+object, drops the row groups by which episodes are found, computes no statistics for the new feature, and
+reads the whole result back into the cache of `datasets`. None of that is needed here: a new column changes
+no video and leaves the other columns as they are. So the data files are extended as Arrow tables and written
+with the functions that LeRobot's recorder itself uses, as are info, statistics and row groups; videos are
+linked.
 
-Statistics are those that `recompute_stats` would find (over all rows, missing tokens count as zeros), in
-`meta/stats.json` and, which `delete_episodes` and `split_dataset` read, for every episode in
-`meta/episodes`, as for a recorded feature.
+The statistics equal those that `recompute_stats` would compute (over all rows, with missing tokens counted as
+zeros). As for a recorded feature, they are written to `meta/stats.json` and, per episode, to `meta/episodes`,
+where `delete_episodes` and `split_dataset` read them.
 """
 
 import json
@@ -74,20 +75,20 @@ def add_column(
     key: str = OBS_LAM_TOKENS,
     copy_videos: bool = False,
 ) -> NewDataset:
-    """Write the dataset `meta` with the tokens of `store` as column `key`; it appears whole or not at all.
+    """Write the dataset `meta` with the tokens of `store` as column `key`, atomically.
 
     Args:
-        store: Of all episodes of that dataset.
+        store: Must cover all episodes of that dataset.
         meta: `LeRobotDatasetMetadata`; its data and videos are on this machine.
-        output: Root of the new dataset; must not exist, or be empty.
-        key: A name that LeRobot takes for an observation.
-        copy_videos: Copy them. False: hard links, where the file system has them. A linked file is one
-            file: what writes into it in place changes both datasets. LeRobot's `reencode_dataset` does,
-            where the temporary folder is on another file system; its other tools write new files.
+        output: Root of the new dataset; must not exist or must be empty.
+        key: A name that LeRobot treats as an observation.
+        copy_videos: Copy the videos. If False, hard-link them where the file system supports it. A linked
+            file is one file: writing to it in place changes both datasets. LeRobot's `reencode_dataset` does
+            so if the temporary folder is on another file system; its other tools write new files.
 
     Raises:
         UserError: the store is partial or not a store, the name cannot be used, or files are missing.
-        TokenStoreError: the store was made of another dataset.
+        TokenStoreError: the store was made from another dataset.
         FileExistsError: see `refuse_existing`.
         OSError: the disk is full or not writable; nothing is left behind.
     """

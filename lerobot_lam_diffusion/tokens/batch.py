@@ -1,4 +1,4 @@
-"""Whether a batch's frames are of the dataset that a store was made of, as far as the batch tells."""
+"""Check, as far as a batch allows, that its frames belong to the dataset that a store was made from."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ REMEDY = (
 
 
 def check_batch(store: TokenStore | JoinedStores, batch: dict[str, Any]) -> None:
-    """Refuse frames that lie in another episode than the store's frames of their `index`.
+    """Refuse frames whose episode differs from the one that the store has for their `index`.
 
-    A batch without `episode_index` and `dataset_index` tells nothing, and is not refused. LeRobot's
-    pre-processors drop `dataset_index`, so after one only other episode boundaries are noticed.
+    A batch without `episode_index` and `dataset_index` cannot be checked and is not refused. LeRobot's
+    pre-processors drop `dataset_index`, so after one of them only different episode boundaries are noticed.
 
     Args:
-        batch: With `index`, int64 `(B,)`.
+        batch: Contains `index`, int64 `(B,)`.
 
     Raises:
-        TokenStoreError: the frames are of several datasets, or of another one.
+        TokenStoreError: the frames come from several datasets, or from another one.
     """
     first = store.stores[0] if isinstance(store, JoinedStores) else store  # all are of one dataset
     datasets, episodes = batch.get("dataset_index"), batch.get("episode_index")

@@ -1,10 +1,10 @@
-"""Bind a store to the dataset that it was made of.
+"""Bind a store to the dataset that it was made from.
 
-Frame counts do not tell an edited dataset: after `delete_episodes([0])` index 0 is another frame. Where all
-of a camera's files are on this machine, `frames_digest` tells whether its frames are the store's. Where they
-are not (streaming, some of the episodes), or the store predates it, `dataset_digest` decides. It
-covers every episode's boundaries, the statistics of its actions, states and pictures, and how the video is
-encoded, and reads only `meta/episodes`.
+Frame counts alone do not reveal an edited dataset: after `delete_episodes([0])`, index 0 is another frame.
+If all of a camera's files are on this machine, `frames_digest` determines whether its frames are the store's.
+If they are not (streaming, or only some of the episodes), or if the store predates that digest,
+`dataset_digest` decides. It covers every episode's boundaries, the statistics of its actions, states and
+images, and the video encoding, and it reads only `meta/episodes`.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ FEATURES = ("action", "observation.state")
 
 
 def dataset_digest(meta: Any, camera_key: str) -> str:
-    """SHA-256 of what tells this dataset's frames from another's.
+    """SHA-256 of what distinguishes this dataset's frames from another's.
 
     Args:
         meta: `LeRobotDatasetMetadata`.
-        camera_key: The LAM's camera; its statistics and its video's encoding count too.
+        camera_key: The LAM's camera; its statistics and its video encoding are included.
 
     Raises:
         UserError: the dataset has no `meta/episodes` files (LeRobot's v3 layout).
@@ -45,12 +45,12 @@ def dataset_digest(meta: Any, camera_key: str) -> str:
 
 
 def has_digest(meta: Any, camera_key: str, digest: str, video: Any = None) -> bool:
-    """Whether `digest` is of this dataset's frames.
+    """Whether `digest` matches this dataset's frames.
 
-    Digests of stores from before the encoding counted are accepted too.
+    Digests from older stores, which did not include the encoding, are accepted too.
 
     Args:
-        video: How the camera's video is encoded; None: as the dataset says.
+        video: How the camera's video is encoded; None: use what the dataset says.
     """
     return digest in _digests(meta, camera_key, video_info(meta, camera_key) if video is None else video)
 
@@ -118,12 +118,12 @@ def same_frames(meta: Any, camera_key: str, source: "DatasetInfo") -> bool | Non
 
 
 def check_binding(store: "TokenStore", meta: Any) -> None:
-    """Refuse a store that was made of other frames than the dataset's.
+    """Refuse a store that was made from frames other than the dataset's.
 
-    An opened `.pt` file says nothing about its frames but their number, checked when it was opened.
+    A `.pt` file says nothing about its frames except their number, which was checked when it was opened.
 
     Raises:
-        TokenStoreError: with every difference.
+        TokenStoreError: lists every difference.
     """
     if store.provenance is None:
         return

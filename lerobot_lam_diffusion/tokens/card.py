@@ -17,7 +17,7 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import HubError
 
 PICTURE_PREFIX = "lam_tokens_"
-"""Files of the repository that begin so are the card's pictures."""
+"""Files in the repository whose names begin with this prefix are the card's pictures."""
 TAGS = ("lerobot", "lam-tokens")
 
 _BEGIN = "<!-- lam-tokens: what follows is written by `lerobot-lam-tokens push`; write above or below it -->"
@@ -49,14 +49,14 @@ def make_card(
     """Text of the README.
 
     Args:
-        store: With a provenance.
-        repo_id, revision: Where it will be; the revision only if it has to be named.
-        pictures: They will lie beside it.
+        store: Must have a provenance.
+        repo_id, revision: Where the store will be pushed; the revision only if it has to be named.
+        pictures: Will be stored next to the README.
         verdict: A sentence on what the tokens say, in Markdown.
-        existing: README of the repository as it is.
+        existing: The repository's current README.
 
     Raises:
-        HubError: the metadata of `existing` is not YAML.
+        HubError: the metadata of `existing` is not valid YAML.
     """
     section = f"{_BEGIN}\n{_section(store, repo_id, revision, pictures, verdict)}\n{_END}"
     try:
@@ -180,10 +180,10 @@ def _code(text: str) -> str:
 
 
 def _alt(text: str) -> str:
-    """Text that does not end an image's description."""
+    """Make text safe inside an image description."""
     return " ".join(text.split()).replace("[", "(").replace("]", ")")
 
 
 def _cell(text: str) -> str:
-    """Text that does not end a table's cell."""
+    """Make text safe inside a table cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -62,18 +62,18 @@ def _tokens(path: Path, table: pa.Table, column: TokenColumn) -> Tensor:
 
 
 def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None = None) -> int:
-    """Check that every row is what the column's provenance says.
+    """Check that every row agrees with the column's provenance.
 
     Args:
         store: The opened column.
-        codebook: float32 `(K, a)` of the LAM that made VQ tokens, if it is at hand.
+        codebook: float32 `(K, a)`, codebook of the LAM that made VQ tokens, if available.
 
     Returns:
-        Missing tokens: the first `frame_stride` rows of each episode, all of them zero.
+        Number of missing tokens: the first `frame_stride` rows of each episode, all of them zero.
 
     Raises:
-        UserError: NaN or Inf; a zero row where there should be a token, or a row with numbers where there is
-            none; VQ rows that are none of the codebook's, or of more kinds than it has.
+        UserError: NaN or Inf; a zero row where there should be a token, or a nonzero row where there should
+            be none; VQ rows that are not in the codebook, or more distinct ones than it has.
     """
     name = f"column {column.key!r} of {store.path}"
     problem = not_finite(store.values, "token")

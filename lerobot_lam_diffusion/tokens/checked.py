@@ -1,9 +1,9 @@
-"""Remember which stores were read from end to end and found whole.
+"""Remember which stores were read from end to end and found intact.
 
-Reading gigabytes before every training, in every process, would tell nothing new. A store that was checked
-leaves a stamp, a tiny file under LeRobot's home; while the store's files keep their size, inode and
-times (the inode's ctime cannot be set back), it is trusted. A stamp that cannot be written or
-read costs a check, never an error.
+Reading gigabytes again before every training run, in every process, would reveal nothing new. Checking a
+store leaves a stamp, a tiny file under LeRobot's home; the store is trusted as long as its files keep their
+size, inode and times (the inode's ctime cannot be set back). A stamp that cannot be written or read costs
+another check, but never raises an error.
 """
 
 import hashlib

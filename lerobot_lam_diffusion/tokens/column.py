@@ -1,15 +1,15 @@
-"""A dataset's own column of tokens, and what the dataset says about it.
+"""A dataset's own token column, and what the dataset says about it.
 
-What makes the tokens what they are (LAM, camera, stride, kind, …) stands in the feature's `info` in
-`meta/info.json`: LeRobot's tools carry it into every dataset that they make of this one. `merge_datasets`
-refuses features that differ in anything, `info` included. So it says nothing that differs between two
-datasets with tokens of one kind, and LeRobot itself refuses to mix the tokens of two LAMs.
+What defines the tokens (LAM, camera, stride, kind, …) is stored in the feature's `info` in `meta/info.json`,
+which LeRobot's tools copy into every dataset that they make from this one. `merge_datasets` refuses features
+that differ in anything, including `info`. So `info` holds nothing that differs between two datasets with the
+same kind of tokens, and LeRobot itself refuses to mix the tokens of two LAMs.
 
-What belongs to one dataset alone (its digest, all else that its token store knew, and how the camera's video
-was encoded) stands in `meta/lam_tokens.json`, which LeRobot's tools leave behind: where it is absent, or is
-not true of the dataset any more, the column is *derived*. Its rows still belong to their frames.
+What is specific to one dataset (its digest, everything else that its token store recorded, and how the
+camera's video was encoded) is stored in `meta/lam_tokens.json`, which LeRobot's tools do not copy. If that
+file is absent or no longer describes the dataset, the column is *derived*. Its rows still match their frames.
 
-There is no list of missing tokens: they are the first `frame_stride` rows of each episode, and zero.
+There is no list of missing tokens: they are the first `frame_stride` rows of each episode, which are zero.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from lerobot_lam_diffusion.utils.errors import TokenStoreError
 from lerobot_lam_diffusion.utils.files import DOCUMENT_BYTES, UnreadableError, read_json
 
 COLUMN_FORMAT = "lerobot_lam_diffusion.token_column"
-COLUMN_FORMAT_VERSION = 2  # of a provenance: what `info` tells of one has not changed since
+COLUMN_FORMAT_VERSION = 2  # a provenance version; the fields in `info` have not changed since
 ORIGINS_FILE = Path("meta/lam_tokens.json")
 IDENTITY = (
     "lam",
@@ -45,14 +45,14 @@ AS_EXTRACTED = "its rows are as they were extracted"
 
 @dataclass(frozen=True)
 class TokenColumn:
-    """What a dataset says about a column of tokens.
+    """What a dataset says about a token column.
 
     Attributes:
         key: Name of the column.
         provenance: What its tokens are; `dataset` is the dataset that has the column.
-        derived: Why it is not known to hold the tokens as a LAM made them of these very frames; None where
-            it does.
-        is_changed: Whether its own dataset has changed under it, and not only been made into another one.
+        derived: Why it is not known to hold exactly the tokens that a LAM made from these frames; None if it
+            does.
+        is_changed: Whether its own dataset has been modified, rather than only turned into another one.
     """
 
     key: str
@@ -117,7 +117,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
 
 
 def read_origins(root: str | Path) -> dict[str, Any]:
-    """Column → what `origin_document` said of it; empty where there is none."""
+    """Map each column to its `origin_document`; empty if none can be read."""
     try:
         origins = read_json(Path(root) / ORIGINS_FILE, DOCUMENT_BYTES)
     except UnreadableError:
@@ -126,7 +126,7 @@ def read_origins(root: str | Path) -> dict[str, Any]:
 
 
 def origin_document(provenance: Provenance, meta: Any) -> dict[str, Any]:
-    """What to keep in `ORIGINS_FILE` of the store that a column of the dataset `meta` is made of."""
+    """The `ORIGINS_FILE` entry about the store from which a column of the dataset `meta` is made."""
     return {"store": json.loads(provenance.to_json()), "video": video_info(meta, provenance.camera_key)}
 
 

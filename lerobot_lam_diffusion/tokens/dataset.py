@@ -14,14 +14,14 @@ from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError
 
 
 class LamTokenDataset(Dataset):
-    """Map-style wrapper that adds `observation.lam_tokens` to each item; all else is the dataset's own.
+    """Map-style wrapper that adds `observation.lam_tokens` to each item and changes nothing else.
 
     Args:
         dataset: A `LeRobotDataset`.
-        path: Token store made of that dataset (or the opened store); checked here, before any item is read.
-            A list of them: their tokens stand side by side.
-        deltas: Frame offsets of the tokens, oldest first; `config.lam_token_deltas` of a policy. `[0]`: the
-            frame's own token. With offsets above 0, a frame after the episode's last one has no token: zeros.
+        path: Token store made from that dataset (or the opened store); checked here, before any item is
+            read. If a list of stores, their tokens are concatenated.
+        deltas: Frame offsets of the tokens, oldest first; for a policy, its `config.lam_token_deltas`. `[0]`:
+            the frame's own token. If any offset is above 0, frames past the episode's end get zeros.
         key: Item key of the tokens.
 
     An item's tokens are float32 `(len(deltas), token_dim)`.

@@ -22,8 +22,8 @@ type Absent = dict[str, list[int]]
 def check_metadata(meta: Any) -> None:
     """Refuse a dataset whose episodes contradict one another or `meta/info.json`.
 
-    LeRobot takes row e of `meta/episodes` for episode e, and frame i of the dataset for row i of the data
-    files: the episodes have to follow one another without gap or overlap.
+    LeRobot assumes that row e of `meta/episodes` is episode e and that frame i of the dataset is row i of the
+    data files, so episodes must follow one another without gaps or overlaps.
 
     Args:
         meta: `LeRobotDatasetMetadata`.
@@ -107,7 +107,7 @@ def _numbers(meta: Any, name: str) -> np.ndarray | None:
 
 
 def _lacking_files(meta: Any) -> str:
-    """`; file-001.parquet is missing` where the numbers of the files of `meta/episodes` show it."""
+    """` (file-001.parquet is not there)` if the file numbers in `meta/episodes` show a gap, else empty."""
     folders: dict[Path, set[str]] = defaultdict(set)
     for path in (Path(meta.root) / "meta" / "episodes").glob("*/file-*.parquet"):
         folders[path.parent].add(path.name)
@@ -148,14 +148,14 @@ def channels_of(feature: dict) -> int:
 
 
 def absent_files(meta: Any, episodes: Collection[int] | None = None) -> Absent:
-    """What of the files of a dataset is not on this machine.
+    """Which of a dataset's files are not on this machine.
 
-    Data files count by the rows that are in them: LeRobot reads all that lie in `data/`, whatever
-    `meta/episodes` calls them.
+    Data files are judged by the rows they contain: LeRobot reads every file in `data/`, whatever name
+    `meta/episodes` gives it.
 
     Args:
         meta: `LeRobotDatasetMetadata`, checked by `check_metadata`.
-        episodes: Those that are needed; None: all.
+        episodes: Episodes that are needed; None: all.
 
     Raises:
         DatasetError: a data file cannot be read.
@@ -177,8 +177,10 @@ def absent_files(meta: Any, episodes: Collection[int] | None = None) -> Absent:
 
 
 def refuse_absent(meta: Any, absent: Absent, why_not_fetched: str = "") -> None:
-    """Raises:
-    DatasetError: names what is not there, if anything.
+    """Refuse a dataset with missing files.
+
+    Raises:
+        DatasetError: names what is missing, if anything.
     """
     if not absent:
         return
@@ -219,18 +221,18 @@ def parquet_files(root: Path) -> list[Path]:
 
 
 def read_frames(meta: Any, columns: Collection[str] | None = None) -> Iterator[tuple[Path, pa.Table, range]]:
-    """The data files as LeRobot reads them: one after the other, the frame by the number of the row.
+    """Read the data files as LeRobot does: one after another, taking the row number as the frame index.
 
-    Rows beyond the dataset's last frame, which an interrupted recording leaves, are no frames.
+    Rows past the dataset's last frame, left by an interrupted recording, do not count as frames.
 
     Args:
-        columns: Besides `index` and `episode_index`; None: all.
+        columns: Columns to read besides `index` and `episode_index`; None: all.
 
     Yields:
-        A file, its table, and the frames that its first rows are.
+        A file, its table, and the range of frames that its first rows hold.
 
     Raises:
-        DatasetError: a row says that it is another frame, or frames are missing.
+        DatasetError: a row is labelled as another frame, or frames are missing.
     """
     first, ends = 0, np.asarray(_numbers(meta, "dataset_to_index"))
     wanted = None if columns is None else ["index", "episode_index", *columns]
@@ -251,16 +253,16 @@ def read_frames(meta: Any, columns: Collection[str] | None = None) -> Iterator[t
 def refuse_other_frames(
     where: str, table: pa.Table, frames: np.ndarray, episodes: np.ndarray, first: int = 0
 ) -> None:
-    """Refuse rows that do not call themselves the frames that `meta/episodes` says they are.
+    """Refuse rows whose frame and episode labels contradict `meta/episodes`.
 
     Args:
-        where: What the rows are of.
-        table: With the columns `index` and `episode_index`.
-        frames, episodes: What each row is by `meta/episodes`.
+        where: Where the rows come from, for the message.
+        table: Has the columns `index` and `episode_index`.
+        frames, episodes: Frame and episode of each row according to `meta/episodes`.
         first: Number of the table's first row.
 
     Raises:
-        DatasetError: names the first row that is another frame.
+        DatasetError: names the first row that is labelled as another frame.
     """
     index, episode = (table[name].to_numpy() for name in ("index", "episode_index"))
     wrong = (index != frames) | (episode != episodes)
@@ -287,7 +289,7 @@ def _recorded_episodes(root: Path) -> set[int]:
 
 
 def why_absent(path: Path) -> str | None:
-    """What is wrong with a file from outside; None: it is there."""
+    """Why a file counts as absent, judged without reading all of it; None if it is present."""
     try:
         size = path.stat().st_size
         if size == 0:

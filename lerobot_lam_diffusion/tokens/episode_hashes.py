@@ -1,13 +1,13 @@
-"""Which episodes are the same in two datasets: a hash of each one's encoded pictures.
+"""Identify equal episodes in two datasets by a hash of each episode's encoded images.
 
     video    the packets from the keyframe before its first frame to its last frame, and which of them each
              row shows (LeRobot shows the frame nearest to `from_timestamp + timestamp`)
-    images   the encoded bytes of each row's picture
+    images   the encoded bytes of each row's image
 
-Neither file names nor offsets nor statistics enter, so an episode keeps its hash in a copy, after a download
-and in a dataset that has grown (LeRobot appends to a video by copying packets); another picture, another
-order or another offset changes it. Nothing is decoded. All of the camera's bytes are read once; the hashes
-are then kept under LeRobot's home for as long as the files keep their sizes and times.
+File names, file offsets and statistics are not hashed, so an episode keeps its hash in a copy, after a
+download and in a dataset that has grown (LeRobot appends to a video by copying packets). A changed image,
+order or frame offset changes the hash. Nothing is decoded. All of the camera's bytes are read once; the
+hashes are then cached under LeRobot's home for as long as the files keep their sizes and times.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
 
 
 def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
-    """Episodes whose frames are known to differ: hashes uint8 `(E, 16)`, unlike and neither unknown."""
+    """Episodes known to differ: their hashes, uint8 `(E, 16)`, are both known and unequal."""
     return (are_known(one) & are_known(other) & (one != other).any(1)).nonzero().flatten().tolist()
 
 
@@ -185,7 +185,7 @@ class _Packets:
         self._times = np.array([self.seconds[packet] for packet in self._by_time])
 
     def hash(self, seconds: list[float], rows: dict[str, np.ndarray]) -> bytes:
-        """Of the rows that show the frames nearest to `seconds`."""
+        """Hash of the rows that show the frames nearest to `seconds`."""
         times = np.array(seconds)
         after = np.clip(np.searchsorted(self._times, times), 1, max(1, len(self._times) - 1))
         before = after - 1
@@ -216,10 +216,10 @@ def _hash_images(meta: Any, camera_key: str) -> dict[int, bytes]:
 
 
 def _rows(meta: Any, names: list[str], root: Path | None = None) -> dict[int, dict[str, np.ndarray]]:
-    """Columns of each episode whose rows are all here, and `index`, counted from the episode's start.
+    """Columns of each episode whose rows are all present, plus `index` relative to the episode's start.
 
     Args:
-        root: Of the dataset, where the columns are pictures; each is given as its SHA-256, uint8 `(32,)`.
+        root: The dataset's root if the columns are images; each is returned as its SHA-256, uint8 `(32,)`.
     """
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ["index", *names]}
     for file in sorted((Path(meta.root) / "data").glob("*/*.parquet")):

@@ -1,12 +1,12 @@
-"""What the frames of one camera are: a digest that follows from their files, not from statistics of them.
+"""Identify the frames of one camera by a digest of their files rather than of their statistics.
 
-It covers the episodes' boundaries, which rows and timestamps the data files hold, and either the encoded
-images in them, or which video file each episode lies in, from where on, and what those files contain.
-Video files count by their content and the order in which episodes come to them, so that a copy, a download or
-another numbering is the same dataset. All images are read; of a video file larger than `WHOLE_BYTES` its
-size, its start, its end, which hold the table of its frames, and blocks in between.
+It covers the episode boundaries, the rows and timestamps in the data files, and either the encoded images in
+them or, for videos, which file each episode is in, its start time there, and the content of those files.
+Video files are identified by their content and by the order in which episodes refer to them, so a copy, a
+download or a different file numbering counts as the same dataset. All images are read; of a video file larger
+than `WHOLE_BYTES`, only its size, its start and end (which hold its frame table), and blocks in between.
 
-The contents are read once per machine: the result is recorded under LeRobot's home, and trusted while the
+The contents are read once per machine: the result is cached under LeRobot's home, and trusted as long as the
 files keep their size and times.
 """
 
@@ -38,13 +38,13 @@ _BOUNDARIES = ("episode_index", "length", "dataset_from_index", "dataset_to_inde
 
 
 def frames_digest(meta: Any, camera_key: str) -> str | None:
-    """SHA-256 of what and where a camera's frames are; None where not all of its files are on this machine.
+    """SHA-256 of a camera's frames and their positions; None if any of its files is not on this machine.
 
     Args:
         meta: `LeRobotDatasetMetadata`.
-        camera_key: A camera of it, kept as video or as images.
+        camera_key: One of the dataset's cameras, stored as video or as images.
 
-    A file that cannot be read counts as missing; reading its frames reports what is wrong with it.
+    A file that cannot be read counts as missing; reading its frames later reports what is wrong with it.
     """
     try:
         return _digest(meta, camera_key)
@@ -135,7 +135,7 @@ def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path) -> Iterator[
 
 
 def _file_digest(path: Path) -> bytes:
-    """Of a file's size and content; of a large one, of parts at fixed places."""
+    """Digest of a file's size and content; for a large file, of parts at fixed places."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

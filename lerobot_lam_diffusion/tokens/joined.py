@@ -1,4 +1,4 @@
-"""Several stores of one dataset, of other cameras or LAMs, whose tokens stand side by side."""
+"""Several stores of one dataset, for different cameras or LAMs, whose tokens are concatenated."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise
 
 @dataclass(frozen=True)
 class JoinedStores:
-    """Stores whose tokens stand side by side, in this order; one store gives its own tokens."""
+    """Stores whose tokens are concatenated in this order; a single store yields its own tokens."""
 
     stores: tuple[TokenStore, ...]
 
@@ -70,7 +70,7 @@ def join_stores(stores: Sequence[TokenStore]) -> TokenStore | JoinedStores:
 
 
 def differences(stores: Sequence[TokenStore]) -> list[str]:
-    """Why the tokens of these stores cannot stand side by side; empty if they can."""
+    """Why the tokens of these stores cannot be concatenated; empty if they can."""
     problems = []
     for a, b in itertools.combinations(stores, 2):
         if a.path.resolve() == b.path.resolve():

@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import row_tensors
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, first_line, shown
-from lerobot_lam_diffusion.utils.files import check_regular, is_file
+from lerobot_lam_diffusion.utils.files import check_regular, is_file, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,20 @@ def siblings(folder: Path) -> str:
         return ""
     close = difflib.get_close_matches(folder.name, names, 3)
     return f" (did you mean {' or '.join(str(folder.with_name(name)) for name in close)}?)" if close else ""
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Refuse to write a store where something is already, or where one is being extracted.
+
+    Raises:
+        FileExistsError: see `refuse_existing`; or an unfinished extraction is there.
+    """
+    refuse_existing(folder)
+    if unfinished_folder(folder).is_dir():
+        raise FileExistsError(
+            f"a store is being extracted into {folder} ({unfinished_folder(folder)}); choose another "
+            "--output_dir, or finish or remove that extraction first"
+        )
 
 
 def find_folder(path: Path) -> Path:
@@ -79,12 +93,12 @@ def find_folder(path: Path) -> Path:
 
 
 def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
-    """Provenance and tensors of a store; tensors are views of the mapped file, read when they are used.
+    """Provenance and tensors of a store; tensors are views of the mapped file, read on demand.
 
-    A file that is shortened, or whose disk fails, while it is mapped kills the processes that read what is
-    gone (SIGBUS); nothing in this process can turn that into an error. So nothing of ours changes a store in
-    place: it is replaced by a new file, and the old one lives on for those who have mapped it. Do likewise
-    (`mv`, `rsync` without `--inplace`).
+    If a file is truncated, or its disk fails, while it is mapped, processes that read the lost part are
+    killed (SIGBUS); this process cannot turn that into an error. So our code never changes a store in place:
+    it replaces the store with a new file, and the old one lives on for processes that have mapped it. Do the
+    same (`mv`, `rsync` without `--inplace`).
 
     Raises:
         TokenStoreError: a file is damaged or newer than this package.
@@ -181,11 +195,11 @@ def _table_problems(tensors: dict[str, Tensor], provenance: Provenance) -> list[
 
 
 def check_content(folder: Path, *, again: bool = False) -> None:
-    """Read all of a store, once per size, time and inode of its files: hash, finite numbers, valid indices.
+    """Check a whole store (hash, finite numbers, valid indices), once per size, times and inode of its files.
 
     Args:
-        folder: Of the store.
-        again: Read it whether or not it was checked before.
+        folder: Folder of the store.
+        again: Read it even if it was checked before.
 
     Raises:
         TokenStoreError: the file differs from the one that was written, or holds NaN, Inf or an index past
@@ -240,7 +254,7 @@ def _content_problem(name: str, block: Tensor, first_row: int, provenance: Prove
 
 
 def not_finite(rows: Tensor, name: str, first_row: int = 0) -> str | None:
-    """Where `rows` `(N, D)`, the first of which is called `first_row`, first holds NaN or Inf, or None."""
+    """Where `rows` `(N, D)` first hold NaN or Inf, counting rows from `first_row`, or None."""
     for start in range(0, len(rows), SCAN_ROWS):
         bad = ~torch.isfinite(rows[start : start + SCAN_ROWS]).all(1)
         if bad.any():

@@ -1,4 +1,4 @@
-"""From what a user writes (a folder, a file, a Hub id) to the place of a token store on this machine.
+"""Resolve what a user writes (a folder, a file, a Hub id) to a token store's path on this machine.
 
 | written                                                      | is                                        |
 |--------------------------------------------------------------|-------------------------------------------|
@@ -46,12 +46,12 @@ class StoreLocation(NamedTuple):
 
 
 def locate_store(path: str | Path) -> StoreLocation:
-    """Where a store lies; one on the Hub is fetched into the Hub's cache, or found there.
+    """Locate a store; one on the Hub is fetched into the Hub's cache unless it is already there.
 
-    A local path is returned whether or not there is a store.
+    A local path is returned whether or not it holds a store.
 
     Raises:
-        TokenStoreError: no such repository, no access, no network, or it holds no store.
+        TokenStoreError: no such repository, no access, no network, or the repository holds no store.
     """
     text = str(path)
     url = _URL.match(text)
@@ -120,13 +120,13 @@ def _fetched(hub_id: str, written: str) -> StoreLocation:
 
 
 def check_located(location: StoreLocation, *, again: bool = False) -> Path:
-    """`check_content` of the store that lies there.
+    """Run `check_content` on the store at a location.
 
     Returns:
-        Its folder.
+        The store's folder.
 
     Raises:
-        TokenStoreError: see `find_folder` and `check_content`; of a fetched store it tells what to do.
+        TokenStoreError: see `find_folder` and `check_content`; for a fetched store it says what to do.
     """
     folder = find_folder(location.path)
     try:

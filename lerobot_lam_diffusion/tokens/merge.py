@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known, differing_episodes
+from lerobot_lam_diffusion.tokens.layout import refuse_occupied
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.storage import StoredRows
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_rows
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise_problems
-from lerobot_lam_diffusion.utils.files import refuse_existing
 
 
 def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:
-    """Write the episodes of all `stores` as one store; rows are copied as they are kept.
+    """Write the episodes of all `stores` into one store; rows are copied as stored.
 
     Args:
-        stores: Made of one dataset, by one LAM, in one way; an episode may be in several.
-        folder: Where the new store will stand.
+        stores: Made from one dataset by one LAM with the same settings; an episode may be in several.
+        folder: Where to create the new store.
 
     Returns:
-        The new store, opened. It has the very bytes of a store that was extracted in one go, if the same
-        versions made all of them.
+        The new store, opened. It is byte-identical to a store extracted in one go if the same versions made
+        all of them.
 
     Raises:
-        UserError: no store.
-        TokenStoreError: they differ in what makes a token (every difference is named), or in the tokens of an
-            episode that several of them cover.
-        FileExistsError: see `refuse_existing`.
+        UserError: no store is given.
+        TokenStoreError: the stores differ in what determines a token (every difference is listed), or in the
+            tokens of an episode that several of them cover.
+        FileExistsError: see `refuse_occupied`.
     """
     if not stores:
         raise UserError("nothing to merge; name the folders of the stores")
-    refuse_existing(folder)
+    refuse_occupied(folder)
     _refuse_different(stores)
     source = torch.full_like(stores[0].episode_row, -1)  # which store an episode is taken of
     for number, store in enumerate(stores):
@@ -81,7 +81,7 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
         if _bytes_differ(first.episode_from, other.episode_from):
             problems.append(f"{other.path} has other episode boundaries than {first.path}")
             continue
-        # Not only the first store: what it does not know of the frames, another one may.
+        # Compare with all previous stores: one may know frames that the first does not.
         unlike = next((store for store in stores[:number] if _have_other_frames(store, other)), None)
         if unlike is not None:
             problems.append(f"{other.path} was made of other frames than {unlike.path}")
@@ -142,7 +142,7 @@ def _rows(stores: Sequence[TokenStore], source: Tensor) -> Iterator[StoredRows]:
 
 
 def _stored(store: TokenStore, start: int, stop: int) -> dict[str, Tensor]:
-    """Rows of the covered episodes `start .. stop - 1`, which lie together, as they are kept."""
+    """Stored rows of the covered episodes `start .. stop - 1`, which are contiguous in the store."""
     first = int(store.episode_row[start])
     end = first + int(store.episode_to[stop - 1] - store.episode_from[start])
     name = "tokens" if store.codebook is None else "indices"

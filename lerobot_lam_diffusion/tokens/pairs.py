@@ -6,11 +6,11 @@
     record   pixels  uint64               digest of the pair's pixels
              value   uint8/uint16 (n,)    VQ: code indices
                      float32 (n·a,)       continuous
-             check   uint32               CRC-32 of frame, pixels and value; 0: nothing is here yet
+             check   uint32               CRC-32 of frame, pixels and value; 0: record is empty
 
-Little-endian, without gaps. The file is as long as all records from the start and, on file systems that know
-holes, as large as what was written. A record that a crash or another writer left half written fails its check
-and counts as not there; so the file needs no lock, and may be left at any moment.
+Little-endian, without padding. The file has its full length from the start, but on file systems that support
+sparse files it takes up only the space that was written. A record left half-written by a crash or another
+writer fails its check and counts as absent; so the file needs no lock, and writing may stop at any moment.
 """
 
 import contextlib
@@ -83,16 +83,16 @@ class PairCache:
     def make(
         cls, folder: Path, provenance: Provenance, codebook: Tensor, episode_from: Tensor, episode_to: Tensor
     ) -> "PairCache":
-        """Open the cache in `folder`, made first if it is not there.
+        """Open the cache in `folder`, creating it first if it does not exist.
 
         Args:
-            provenance: What the tokens will be. Continuous ones are kept as float32.
+            provenance: What the tokens will be. Continuous ones are stored as float32.
             codebook: float32 `(K, a)`.
             episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
 
         Raises:
-            TokenStoreError: what is there is damaged.
-            OSError: it cannot be made.
+            TokenStoreError: the existing cache is damaged.
+            OSError: the cache cannot be created.
         """
         if is_pair_cache(folder):
             with contextlib.suppress(OSError):  # it may only be read
@@ -148,7 +148,7 @@ class PairCache:
         return kept
 
     def read(self, frames: Tensor, pixels: Tensor) -> Found:
-        """What is here of the pairs that end in `frames`.
+        """Look up the pairs that end in `frames`.
 
         Args:
             frames: Absolute indices, int64 `(P,)`, on the CPU.
@@ -171,9 +171,9 @@ class PairCache:
         )
 
     def write(self, frames: Tensor, pixels: Tensor, values: Tensor) -> None:
-        """Keep the values of the pairs that end in `frames`; arguments as of `read` and `Found`.
+        """Store the values of the pairs that end in `frames`; for the arguments, see `read` and `Found`.
 
-        Frames that the dataset does not have are passed over.
+        Frames that the dataset does not have are ignored.
 
         Raises:
             UserError: continuous values that are not finite.
@@ -193,14 +193,14 @@ class PairCache:
             self._write_at(frame * self._record.itemsize, record.tobytes())
 
     def scan(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """All of the cache, block by block.
+        """Read the whole cache, block by block.
 
         Yields:
-            Frames with a token (absolute indices), their values, and how many records of the block are
-            neither empty nor whole.
+            Frames with a token (absolute indices), their values, and how many records in the block are
+            neither empty nor intact.
 
         Raises:
-            TokenStoreError: a value that no LAM of this codebook makes.
+            TokenStoreError: a value that no LAM with this codebook can produce.
         """
         size = self._record.itemsize
         for start in range(0, self.tables.num_frames, BLOCK_ROWS):
@@ -263,7 +263,7 @@ def is_pair_cache(folder: Path) -> bool:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Without the holes of files."""
+    """Disk space that the cache takes up, without the holes of sparse files."""
     files = [folder / PAIRS_FILE, *(folder / TABLES).iterdir()]
     return sum(file.stat().st_blocks * 512 for file in files)
 
@@ -284,9 +284,9 @@ def remove_pair_cache(folder: Path) -> bool:
 
 
 def _lock(file: FileIO, *, exclusive: bool) -> bool:
-    """Lock an open file without waiting; False if another one, who has it open, is in the way.
+    """Lock an open file without waiting; return False if a conflicting lock is held.
 
-    Where a file system has no locks there is none: who has a removed file open keeps it.
+    If the file system does not support locks, none is taken: a process keeps a removed file that it has open.
     """
     try:
         import fcntl

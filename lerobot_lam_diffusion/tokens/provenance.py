@@ -27,7 +27,7 @@ DOCUMENT_BYTES = 1 << 23  # it lists each episode that could not be read
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
 VIDEOS = "videos/"
-"""Begins what a store says of its dataset where that is a folder of videos."""
+"""Prefix of a store's dataset name if the dataset is a folder of videos."""
 
 NAMES_ONLY = {
     "dataset.repo_id", "dataset.revision", "dataset.frames", "lam.path", "lam.revision", "versions",
@@ -42,15 +42,16 @@ DERIVED = {
 """Fields that follow from others: from stride and fps, or from the LAM's fingerprint."""
 
 OF_THE_DATASET = {"dataset.total_frames", "dataset.total_episodes", "dataset.digest"}
-"""Fields of the identity in which a dataset may differ from an earlier version of itself."""
+"""Identity fields that may differ between a dataset and an earlier version of it."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
     """The dataset whose frames the LAM looked at.
 
-    `digest`: of its statistics, see `binding.dataset_digest`. `frames`: of the frames themselves, see
-    `frames_digest.frames_digest`; empty before format version 3, and where the files were not all there.
+    `digest` is a digest of its statistics, see `binding.dataset_digest`. `frames` is a digest of the frames
+    themselves, see `frames_digest.frames_digest`; it is empty before format version 3, or if any of the files
+    was missing.
     """
 
     repo_id: str
@@ -93,11 +94,11 @@ class Provenance:
         dtype: Compute dtype of the encoder; the quantiser always ran in float32.
         versions: Packages that made the store.
         tensors_sha256: SHA-256 of `lam_tokens.safetensors`.
-        storage_dtype: How rows are kept (see `storage.py`); chosen by the writer.
-        max_error: Largest absolute difference between a number given to the writer and the one read back.
-        device: Kind of device that the LAM ran on: "cpu", "cuda", "mps"; "unknown" in format version 1.
-        decoder: The way from files to pixels: "pyav", "torchcodec" (they may differ by a level), "images";
-            "unknown" in format version 1.
+        storage_dtype: How rows are stored (see `storage.py`); chosen by the writer.
+        max_error: Largest absolute difference between a number passed to the writer and the one read back.
+        device: Type of device that the LAM ran on: "cpu", "cuda", "mps"; "unknown" in format version 1.
+        decoder: How pixels were read from the files: "pyav", "torchcodec" (they may differ by one intensity
+            level) or "images"; "unknown" in format version 1.
         skipped: Episodes that extraction could not read: number → reason. The store does not cover them.
     """
 
@@ -164,10 +165,10 @@ class Provenance:
         """Check a provenance that was read as JSON.
 
         Args:
-            name: What to call it where it is bad.
+            name: What to call it in error messages.
 
         Raises:
-            TokenStoreError: as `read`.
+            TokenStoreError: as for `read`.
         """
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise TokenStoreError(
@@ -216,7 +217,7 @@ def _refuse_newer(document: dict, name: str) -> None:
 
 
 def _upgraded(document: dict) -> dict:
-    """A document with what later versions tell besides."""
+    """Add to an older document the fields that later format versions introduced."""
     dataset = document.get("dataset")
     if document["format_version"] < 3 and isinstance(dataset, dict):
         document = {**document, "dataset": {**dataset, "frames": ""}}
@@ -232,7 +233,7 @@ def _upgraded(document: dict) -> dict:
 
 
 def _maker(document: dict) -> str:
-    """Requirement of the package version that wrote a provenance file, as far as it tells."""
+    """Pip requirement for the package version that wrote a provenance file, if the file says which."""
     versions = document.get("versions")
     version = versions.get(PACKAGE) if isinstance(versions, dict) else None
     known = isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", version)

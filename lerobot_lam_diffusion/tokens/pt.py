@@ -93,7 +93,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """What `torch.load` does not: it would map compressed entries as they lie, and compares no checksum."""
+    """Check what `torch.load` does not: it would map compressed entries as is, and verifies no checksums."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("its entries are compressed, torch.save compresses nothing")
@@ -121,7 +121,7 @@ def _tokens(document: Any, path: Path) -> Tensor:
 
 
 def _is_dense_matrix(tokens: Tensor) -> bool:
-    """Whether these are float tokens `(N, n·a)` whose values all lie in the file: a view repeats none."""
+    """Whether these are float tokens `(N, n·a)` with all values in the file: not a view that repeats any."""
     return (
         tokens.layout == torch.strided
         and tokens.device.type == "cpu"

@@ -39,19 +39,20 @@ def push_store(
     revision: str | None = None,
     illustrate: Illustrate | None = None,
 ) -> Pushed:
-    """Commit a store to `repo_id`, which is made if there is none.
+    """Commit a store to `repo_id`, creating the repository if needed.
 
     Args:
-        store: Of any coverage; all of it is read again first.
+        store: May be partial; all of it is read again first.
         repo_id: `user/name`.
-        private: Of a new repository; None: as the namespace has it. An existing one is not changed, and a
-            public one is refused where a private one is wanted.
-        revision: Branch, made if there is none; None: `main`.
-        illustrate: Makes the card's verdict and pictures, once the repository has been checked. They replace
+        private: Visibility of a new repository; None: the namespace's default. An existing repository is not
+            changed, and a public one is refused if a private one is requested.
+        revision: Branch, created if needed; None: `main`.
+        illustrate: Makes the card's verdict and pictures after the repository has been checked. They replace
             those of an earlier push.
 
     Raises:
-        UserError: no store (`.pt` file), damaged, the Hub refuses it, or the repository holds something else.
+        UserError: `store` is a `.pt` file or damaged, the Hub refuses it, or the repository holds something
+            else.
     """
     import httpx
     from huggingface_hub import HfApi

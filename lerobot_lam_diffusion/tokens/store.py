@@ -9,8 +9,8 @@ A store is a folder with two files, never a pickle:
     lam_tokens.json          provenance (see `provenance.py`)
 
 The E rows of the three tables are the dataset's episodes in order: episode e holds the absolute frames
-`episode_from[e] .. episode_to[e] - 1`, and its tokens begin at row `episode_row[e]`, or it is not in this
-store where that is -1.
+`episode_from[e] .. episode_to[e] - 1`, and its tokens begin at row `episode_row[e]`. If that is -1, the
+episode is not in this store.
 """
 
 import logging
@@ -46,7 +46,7 @@ BLOCK_ROWS = 1 << 14
 """Rows at a time when scanning a whole store: 4 MB of tokens of 64 numbers."""
 
 READAHEAD_ROWS = 1 << 10
-"""More rows than that are a scan, not a batch, and the kernel reads ahead by itself."""
+"""Requests for more rows count as scans rather than batches; for those, the kernel reads ahead by itself."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ class TokenStore:
 
     @classmethod
     def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
-        """A user's `.pt` file; rows that have no token by the stride count as missing, whatever they hold."""
+        """Open a user's `.pt` file; an episode's first `frame_stride` rows always count as missing."""
         read = read_pt(path, dataset_meta)
         starts = torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64)
         store = cls(
@@ -224,7 +224,7 @@ class TokenStore:
         return covers
 
     def window(self, index: Tensor, deltas: Sequence[int], *, ahead: bool = False) -> Tensor:
-        """Tokens of the frames `index + deltas`: the one join.
+        """Tokens of the frames `index + deltas`; the only place where tokens are joined to frames.
 
         Frames outside the episode are clamped to its first or last one, exactly as LeRobot clamps
         observations (`DatasetReader._get_query_indices`); a frame without a token gives zeros.
@@ -232,7 +232,7 @@ class TokenStore:
         Args:
             index: Absolute frame indices, int64 `(B,)`, as in a batch's `index`.
             deltas: Frame offsets, e.g. `[-1, 0]`.
-            ahead: A frame after the episode's last one has no token: zeros, instead of the last one's.
+            ahead: Give zeros for frames past the episode's end, instead of the last frame's token.
 
         Returns:
             float32 `(B, T, token_dim)` on the device of `index`.
@@ -291,12 +291,12 @@ class TokenStore:
         return self.frames_at(torch.arange(self.num_tokens), skip=self.frame_stride)[0]
 
     def frames_at(self, position: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-        """Which frames stand at the given places among all that this store covers.
+        """Which frames are at the given positions among all frames that this store covers.
 
         Args:
             position: Int64 `(B,)`; without `skip`, these are rows of the store.
-            skip: Leave out so many frames at the start of each episode. With `skip=frame_stride` and
-                positions below `num_tokens`, what is left are the frames that have a token.
+            skip: Number of frames to leave out at the start of each episode. With `skip=frame_stride` and
+                positions below `num_tokens`, the remaining frames are those that have a token.
 
         Returns:
             Absolute frame indices and episodes, int64 `(B,)` each.
@@ -309,7 +309,7 @@ class TokenStore:
     def decode(self, rows: Tensor) -> Tensor:
         """Tokens of rows of the store (int64 of any shape), float32 `(..., token_dim)`.
 
-        Rows at an episode's start count here: `window` knows which of them are missing.
+        Rows at an episode's start are decoded too: `window` determines which of them are missing.
         """
         values = self.values[rows]
         if self.codebook is not None:

@@ -43,15 +43,15 @@ def write_store(
     covered: Tensor,
     episode_hash: Tensor | None = None,
 ) -> TokenStore:
-    """Write tokens, block by block, as a store: two files beside `folder`, renamed into place.
+    """Write tokens, block by block, as a store: two files in a folder next to `folder`, renamed into place.
 
     Args:
-        folder: Where the store will stand; must not exist, or be empty.
-        provenance: What the tokens are, and in `storage_dtype` how to keep them (continuous tokens; empty:
+        folder: Where to create the store; must not exist or must be empty.
+        provenance: What the tokens are, with `storage_dtype` saying how to store continuous ones (empty:
             float32). The tensors' hash and `max_error` are filled in here.
         blocks: Consecutive rows in order. VQ: integer code indices `(b, n)`. Continuous: float32
-            `(b, n·a)`. Together one row for each frame of the covered episodes. One block is in memory at a
-            time.
+            `(b, n·a)`. Together they hold one row for each frame of the covered episodes. Only one block is
+            in memory at a time.
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
         covered: bool `(E,)`, which of them `blocks` hold.
@@ -66,7 +66,7 @@ def write_store(
         ValueError: fewer or more rows than covered frames, or indices outside the codebook.
         OSError: the disk is full or not writable.
 
-    After any of them nothing is left behind.
+    If any of these is raised, nothing is left behind.
     """
     storage = storage_dtype_of(provenance.token_kind, provenance.storage_dtype, len(codebook))
     parts = (part for block in blocks for part in block.split(BLOCK_ROWS))

@@ -1,4 +1,4 @@
-"""Errors that the user can mend: what was found, what was expected, what to do. Several come as one error."""
+"""Errors that the user can fix: found, expected, what to do. Several problems are raised as one error."""
 
 import reprlib
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ class LamNotFoundError(TrainingError):
 
 
 class HubError(UserError):
-    """The Hub gave, or took, nothing. Its message continues a sentence that names the repository."""
+    """A Hub transfer failed or was refused. Its message continues a sentence that names the repository."""
 
 
 class DemoError(UserError):
-    """The demo cannot go on."""
+    """The demo cannot continue."""
 
 
 def raise_problems(
@@ -70,7 +70,7 @@ def raise_problems(
 
 
 def raise_unfit(noun: str, problems: list[tuple[str, list[str]]], common: Sequence[str] = ()) -> None:
-    """`raise_problems` of things that do not fit the policy; of several, each problem says whose it is.
+    """`raise_problems` for things that do not fit the policy; if several, each problem is prefixed by a name.
 
     Args:
         noun: What they are, in the singular.
@@ -93,7 +93,7 @@ def first_line(error: object, at_most: int = 200) -> str:
 
 
 def shown(value: Any, at_most: int = 80) -> str:
-    """`repr` for a message: of bounded length and cost, also of values whose `repr` fails or never ends."""
+    """`repr` for a message, bounded in length and cost even if the value's own `repr` fails or never ends."""
     cut = reprlib.Repr(maxlevel=3, maxstring=at_most, maxlong=at_most, maxother=at_most)
     try:
         text = cut.repr(value)

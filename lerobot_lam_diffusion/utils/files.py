@@ -29,22 +29,22 @@ NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPN
 def whole_or_nothing(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a file or folder under another name, sync it to disk, and rename it to `path`.
 
-    The block creates what it is given: with `mkdir` or `open`, which respect the user's umask (`tempfile`
-    does not). If the block raises, or the process is killed, `path` is as before; what a killed process left
-    is removed by `remove_partial`.
+    The `with` block must create the yielded path itself, using `mkdir` or `open`, which respect the user's
+    umask (`tempfile` does not). If the block raises or the process is killed, `path` is unchanged;
+    `remove_partial` removes what a killed process leaves behind.
 
     Args:
-        path: Its parent folders are made.
-        replace: Overwrite a file that is there. False: see `refuse_existing`.
+        path: Its parent folders are created.
+        replace: Overwrite an existing file. False: see `refuse_existing`.
 
     Yields:
-        The path to build at; no other process or machine chooses the same.
+        The temporary path to build at; no other process or machine chooses the same one.
 
     Raises:
-        FileExistsError: without `replace`, something appeared at `path` meanwhile, and stays.
+        FileExistsError: without `replace`, something appeared at `path` in the meantime; it is kept.
         OSError: the disk is full or not writable; names the file.
     """
-    # "." has no name to write beside, and a folder cannot be renamed onto a link; a file replaces a link.
+    # "." has no name to extend, and a folder cannot be renamed onto a link; a file replaces a link.
     path = path.parent.resolve() / path.name if replace else path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
@@ -107,6 +107,10 @@ def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "exists already and is not empty" if path.is_dir() else "exists already"
         raise FileExistsError(f"{path} {what}; choose another {flag} or remove it first")
+    if os.path.ismount(path):
+        raise FileExistsError(
+            f"{path} is a mount point, onto which nothing can be renamed; choose a folder in it for {flag}"
+        )
     ground = next(parent for parent in path.resolve().parents if parent.exists())
     if not ground.is_dir():
         raise NotADirectoryError(f"{path} cannot be made: {ground} is a file; choose another {flag}")
@@ -115,7 +119,7 @@ def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's entries, before anything relies on them.
+    """Flush a file's bytes, or a folder's entries, to disk before anything relies on them.
 
     Folders are synced where the file system can (CIFS and some FUSE file systems cannot).
 
@@ -135,10 +139,10 @@ def fsync(path: Path) -> None:
 
 
 def spread_mode(folder: Path) -> None:
-    """Give all that is in `folder`, which was made under the user's umask, permissions like its own.
+    """Give everything in `folder`, which was created under the user's umask, the folder's own permissions.
 
-    For what others have written: copies keep the mode of their original, and LeRobot's videos are made by
-    `tempfile`. No file in it may be linked from elsewhere.
+    This is for files written by other code: copies keep the mode of their original, and LeRobot's videos are
+    created with `tempfile`. No file in the folder may be hard-linked from elsewhere.
     """
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
@@ -150,7 +154,7 @@ class UnreadableError(ValueError):
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is, or links to, a regular file; no where nobody can tell (no access, name too long)."""
+    """Whether `path` is or links to a regular file; False if unknown (no access, name too long)."""
     try:
         return path.is_file()
     except OSError:
@@ -189,10 +193,10 @@ def read_json(path: Path, at_most: int = DOCUMENT_BYTES) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON in UTF-8, whose objects name each key once.
+    """Parse UTF-8 JSON whose objects have no duplicate keys.
 
     Raises:
-        UnreadableError: not that; or nested too deeply, or text in it cannot be printed (half a surrogate).
+        UnreadableError: not such JSON; or nested too deeply, or with unprintable text (a lone surrogate).
     """
     try:
         document = json.loads(content.decode(), object_pairs_hook=_once)

@@ -7,17 +7,16 @@ from pathlib import Path
 from lerobot_lam_diffusion.utils.errors import HubError, first_line, shown
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no way out of the cache's folder of branches
+REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # cannot escape the cache's folder of branches
 
 _ACCOUNT = "(hf auth login, or HF_TOKEN) with an account that may"
 
 
 def fetch(repo_id: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
-    """The folder of a repository's snapshot, with those of `files` that it has; its name is the commit.
+    """Return the folder of a repository's snapshot, named by its commit, with those of `files` that it has.
 
-    A commit that is in the cache is not asked for again, so a pinned revision works without a network; a
-    branch is looked up when the Hub can be reached, and else stays where it was. A file enters the cache
-    whole or not at all.
+    A commit in the cache is not requested again, so a pinned revision works offline. A branch is looked up if
+    the Hub can be reached, and otherwise stays at its cached commit. Files are added to the cache atomically.
 
     Args:
         repo_id: `owner/name`.
@@ -61,7 +60,7 @@ def reason(error: Exception, kind: str) -> str:
     """
     from huggingface_hub import errors
 
-    below = error.__cause__  # what kept it from looking, or from uploading
+    below = error.__cause__  # what prevented the lookup or the upload
     if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError) and isinstance(below, Exception):
         return reason(below, kind)
     if isinstance(error, errors.GatedRepoError):

@@ -3,11 +3,14 @@
 import shutil
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
+from lerobot_lam_diffusion.precompute import dataset as module
 from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
@@ -71,6 +74,36 @@ def test_a_missing_video_is_named_without_asking_the_hub(root, hub):
     with pytest.raises(UserError, match=f"all {len(in_file)} episodes .* were skipped"):
         open_readable(meta, root=root, episodes=in_file)
     assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_answer"),
+    [
+        (httpx.ConnectError("no route to host"), False),
+        (httpx.HTTPStatusError("503", request=None, response=None), False),
+        (LocalEntryNotFoundError("not here"), False),
+        (FileNotFoundError("no such file in the repository"), True),
+    ],
+)
+def test_a_hub_that_does_not_answer_makes_no_episode_missing(root, failure, is_answer, monkeypatch):
+    """With --on_error=skip; else an outage would cost episodes for good."""
+    meta = meta_of(root)
+    video = meta.get_video_file_path(4, TOP)
+    (root / video).unlink()
+    opened = module.LeRobotDataset
+
+    def fetch(*args, episodes=None, **options):
+        if episodes is None:
+            raise failure
+        return opened(*args, episodes=episodes, **{**options, "root": root})
+
+    monkeypatch.setattr(module, "LeRobotDataset", fetch)
+    monkeypatch.setattr(module, "is_offline_mode", lambda: False)
+    if is_answer:
+        assert 4 in open_readable(meta, root=None, video_backend="pyav")[1]
+    else:
+        with pytest.raises(DatasetError, match="nor can it be fetched from the Hub"):
+            open_readable(meta, root=None, video_backend="pyav")
 
 
 def test_a_missing_data_file_is_named(root):

@@ -1,6 +1,7 @@
 """The invariant: token(i) = LAM(frame i - stride, frame i) inside an episode, else missing. And atomicity."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,9 @@ from lerobot_lam_diffusion.precompute import frames as frames_module
 from lerobot_lam_diffusion.precompute.encode import LARGEST_BATCH, find_batch_size
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.precompute.frames import DecodeError
-from lerobot_lam_diffusion.precompute.merge import merge_unfinished
+from lerobot_lam_diffusion.precompute.merge import merge_shards, merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import Process
-from lerobot_lam_diffusion.precompute.shards import PLAN_FILE
+from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardFolder
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, writer
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import UserError
@@ -415,6 +416,47 @@ def test_a_second_launch_that_is_overtaken_takes_the_others_store(extract, lam, 
 
     summary = extract(Wrapped(lam, overtake), shard_frames=1, num_workers=0)
     assert torch.equal(summary.store.values, store.values)
+
+
+def test_a_straggler_whose_shards_were_merged_meanwhile_leaves_nothing_behind(extract, lam, store, tmp_path):
+    """It has finished a shard before another launch makes the rest, merges, and removes the folder."""
+    calls = []
+
+    def overtake(prev, cur):
+        calls.append(len(cur))
+        if len(calls) == 3:
+            extract(shard_frames=1)
+        return lam.encode_pairs(prev, cur)
+
+    summary = extract(Wrapped(lam, overtake), shard_frames=1, num_workers=0, process=Process(num_shards=2))
+    assert len(calls) >= 3
+    assert torch.equal(summary.store.values, store.values)
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_a_damaged_shard_of_a_job_array_is_made_again_by_its_task(extract, store, tmp_path):
+    first, second = (Process(shard_index=index, num_shards=2) for index in range(2))
+    extract(shard_frames=1, process=first, merge=False)
+    extract(shard_frames=1, process=second, merge=False)
+    shards = sorted((tmp_path / "store.shards").glob("0*.safetensors"))
+    damaged = bytearray(shards[0].read_bytes())
+    damaged[-1] ^= 1
+    shards[0].write_bytes(damaged)
+    summaries = [extract(shard_frames=1, process=process) for process in (second, first)]
+    assert [summary.store is None for summary in summaries].count(False) >= 1
+    assert torch.equal(TokenStore.open(tmp_path / "store").values, store.values)
+
+
+def test_a_store_that_came_meanwhile_does_not_cost_the_shards(extract, make_store, dataset, tmp_path):
+    extract(shard_frames=1, merge=False)
+    other = make_store(dataset, frame_stride=2)
+    shutil.copytree(other.path, tmp_path / "store")
+    with pytest.raises(UserError, match="frame_stride is 2, expected 1"):
+        extract(shard_frames=1)
+    shards = ShardFolder.open(tmp_path / "store.shards")
+    with pytest.raises(UserError, match="is not the store of the extraction in"):
+        merge_shards(shards, tmp_path / "store")
+    assert shards.progress() == (5, 5)
 
 
 def test_file_systems_without_hard_links_or_locks(extract, store, monkeypatch, caplog, tmp_path):

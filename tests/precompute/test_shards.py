@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.precompute.shards import (
     share_of,
 )
 from lerobot_lam_diffusion.tokens.provenance import DatasetInfo, LamInfo, Provenance
-from lerobot_lam_diffusion.utils.errors import ExtractionError
+from lerobot_lam_diffusion.utils.errors import ExtractionError, TokenStoreError
 
 LENGTHS = [4, 1, 3, 5]
 EPISODES = [0, 2, 3]  # episode 1 is not asked for
@@ -209,6 +209,15 @@ def test_a_process_takes_memory_only_for_shards_in_progress(tmp_path):
     folder = ShardFolder.begin(tmp_path / "x.shards", plan)
     ShardCollector(folder, [0, 1]).add(torch.tensor([1, 2, 3]), VALUES[1:4])
     assert torch.equal(folder.read(0)[0][1:], VALUES[1:4])
+
+
+@pytest.mark.parametrize(("value", "storage"), [(1e6, "float16"), (float("nan"), "float32")])
+def test_values_that_the_store_could_not_hold_are_refused_at_once(tmp_path, value, storage):
+    plan = make_plan(token_kind="continuous", storage_dtype=storage)
+    folder = ShardFolder.begin(tmp_path / "x.shards", plan)
+    with pytest.raises(TokenStoreError):
+        folder.write(0, torch.full((7, 16), value), {})
+    assert folder.present() == []
 
 
 def test_shards_of_episodes_too_short_for_a_pair_are_finished_at_once(tmp_path):

@@ -120,6 +120,10 @@ UNREADABLE = {
     "missing inside": (["--name=x", "--dataset.root=y"], "--dataset.repo_id is missing"),
     "type": (["--name=x", "--batch_size=many"], "--batch_size=many cannot be read, expected N (x --help)"),
     "list": (["--name=x", "--episodes", "a"], "--dataset.episodes"),
+    "bracket": (
+        ["--name=x", "--dataset.episodes=[0,1"],
+        "--dataset.episodes=[0,1 cannot be read: is a bracket",
+    ),
     "no value": (["--name=x", "--batch_size"], "--batch_size needs a value"),
     "no value of a dashed flag": (["--batch-size"], "--batch-size needs a value"),
     "unknown": (["--name=x", "--batch_siez=2"], "unknown flag --batch_siez; did you mean --batch_size? All"),

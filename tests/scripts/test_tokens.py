@@ -108,6 +108,24 @@ def test_verify_reads_a_store_again_that_was_found_whole(store, tmp_path):
     assert "its SHA-256 is" in refusal(["verify", path.parent])
 
 
+def test_verify_of_some_episodes_samples_only_those(store, flags, capsys):
+    main(["verify", str(store.path), *flags, "--dataset.episodes=[1,3]", "--num_samples=100"])
+    assert "ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["*_lam", "runs #2", "@x", "on", "[0"])
+def test_any_name_is_a_name(name, tmp_path, monkeypatch):
+    """draccus reads values as YAML."""
+    monkeypatch.chdir(tmp_path)
+    assert f"no token store at {name}" in refusal(["info", name])
+
+
+def test_a_tilde_is_the_home(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["export", str(store.path), "--format=npy", "--output=~/tokens.npy"])
+    assert (tmp_path / "tokens.npy").is_file()
+
+
 @pytest.mark.parametrize("kind", ["store", "continuous_store"])
 def test_an_exported_pt_file_is_verified_with_its_dataset(kind, flags, tmp_path, capsys, request):
     store, path = request.getfixturevalue(kind), tmp_path / "lam_tokens.pt"

@@ -51,6 +51,12 @@ def refusal(stores, folder) -> str:
     return str(error.value)
 
 
+def test_where_a_store_is_being_extracted_no_other_is_put(store, tmp_path):
+    (tmp_path / "new.shards").mkdir()
+    with pytest.raises(FileExistsError, match="a store is being extracted into"):
+        merge_stores([store], tmp_path / "new")
+
+
 def test_extracted_in_parts_or_in_one_go_is_the_same_to_the_byte(
     store, partial_store, dataset, make_store, tmp_path
 ):

@@ -121,6 +121,14 @@ def test_a_place_that_is_not_writable_is_refused_early(tmp_path):
         refuse_existing(tmp_path / "a" / "store")
 
 
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    """As `docker run -v …:/tokens` makes one: a finished folder could not be renamed to it."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(FileExistsError, match="is a mount point"):
+        refuse_existing(tmp_path)
+    refuse_existing(tmp_path / "store")
+
+
 def blocks_to(make_provenance, folder, blocks, **changes):
     """Writes blocks of rows as a store of two episodes, 4 and 5 frames long."""
     start, stop = torch.tensor([0, 4]), torch.tensor([4, 9])
