@@ -9,7 +9,6 @@ episode near the goal (53 frames on average) takes 1 s, half of it planning; a s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -32,14 +31,12 @@ FEATURES = {
 
 @dataclass
 class RecordSummary:
-    """What was recorded, and what it took."""
+    """What was recorded."""
 
     root: Path
     seeds: list[int] = field(default_factory=list)  # one an episode, in order
     failed_seeds: list[int] = field(default_factory=list)  # left out: the expert did not solve them
     num_frames: int = 0
-    plan_seconds: float = 0.0
-    record_seconds: float = 0.0
 
     @property
     def num_episodes(self) -> int:
@@ -78,7 +75,11 @@ def record_pusht(
         dataset = LeRobotDataset.create(repo_id, FPS, FEATURES, root=partial, video_backend="pyav")
         try:
             for demonstration in _plan(num_episodes, near_goal, first_seed, summary):
-                _record(dataset, demonstration, summary)
+                for frame in replay(demonstration):
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+                summary.seeds.append(demonstration.seed)
+                summary.num_frames += len(demonstration.actions)
                 if progress is not None:
                     progress(summary.num_episodes, num_episodes)
         finally:
@@ -95,9 +96,7 @@ def _plan(
     for seed in count(first_seed):
         if summary.num_episodes == num_episodes:
             return
-        began = time.perf_counter()
         demonstration = plan_episode(seed, near_goal=near_goal)
-        summary.plan_seconds += time.perf_counter() - began
         if demonstration is not None:
             yield demonstration
             continue
@@ -107,17 +106,6 @@ def _plan(
                 f"The expert solved {summary.num_episodes} starts and failed on {len(summary.failed_seeds)}; "
                 "with a working gym-pusht it solves nearly all. Check the versions of gym-pusht and pymunk."
             )
-
-
-def _record(dataset: LeRobotDataset, demonstration: Demonstration, summary: RecordSummary) -> None:
-    """Append one episode to the dataset."""
-    began = time.perf_counter()
-    for frame in replay(demonstration):
-        dataset.add_frame(frame)
-    dataset.save_episode()
-    summary.record_seconds += time.perf_counter() - began
-    summary.seeds.append(demonstration.seed)
-    summary.num_frames += len(demonstration.actions)
 
 
 def replay(demonstration: Demonstration) -> Iterator[dict]:

@@ -25,7 +25,14 @@ _WHOLE = "Name the checkpoint of this architecture, whole."
 
 @dataclass(frozen=True)
 class Dims:
-    """Dimensions that a checkpoint does not contain; None: as in the published weights."""
+    """What a checkpoint does not tell of its model.
+
+    Args:
+        image_size: Side of the square that frames are resized to: 256 (LAPA), 224 (UniVLA) if left out.
+        code_seq_len: LAPA: tokens of a pair; 4 if left out.
+        num_heads: UniVLA: attention heads of the LAM's encoder; 12 if left out.
+        dino_num_heads: UniVLA: attention heads of its DINOv2 tower; 12 if left out.
+    """
 
     image_size: int | None = None
     code_seq_len: int | None = None

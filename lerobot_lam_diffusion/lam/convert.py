@@ -5,16 +5,16 @@ tokens require. It is therefore converted once, to a folder like that of any oth
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
 
 from lerobot_lam_diffusion.utils.errors import HubError, LamError, shown
-from lerobot_lam_diffusion.utils.files import is_file
+from lerobot_lam_diffusion.utils.files import sha256_of
 from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 from .base import LatentActionModel
@@ -54,7 +54,7 @@ def locate_checkpoint(source: str, revision: str | None = None) -> Source:
         LamError: there is no such checkpoint.
     """
     local = Path(source).expanduser()
-    if is_file(local):
+    if isfile(local):
         return Source(local)
     repo_id, file = _on_the_hub(source)
     if local.exists() or file is None:
@@ -67,7 +67,7 @@ def locate_checkpoint(source: str, revision: str | None = None) -> Source:
         snapshot = fetch(repo_id, revision, [file], "model")
     except HubError as error:
         raise LamError(f"There is no checkpoint at {source!r}: {error}.") from error
-    if not is_file(snapshot / file):
+    if not isfile(snapshot / file):
         raise LamError(
             f"The Hub's {repo_id} has no file {file} at {snapshot.name[:12]}, expected the checkpoint there. "
             "Correct its name, or name another --revision."
@@ -160,9 +160,3 @@ def _recognised(path: Path, state: Mapping[str, Tensor], wanted: str | None) -> 
             "another checkpoint."
         )
     return found
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

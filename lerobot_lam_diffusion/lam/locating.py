@@ -1,11 +1,11 @@
 """From what a user writes (a folder, a shipped name, a Hub id) to the folder that holds the model."""
 
 import shlex
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
 from lerobot_lam_diffusion.utils.errors import HubError, LamError, shown
-from lerobot_lam_diffusion.utils.files import is_file
 from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 from .config import CONFIG_FILE
@@ -93,7 +93,7 @@ def shipped_lams() -> list[str]:
 
 def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "lam"):
-        if is_file(candidate / CONFIG_FILE):
+        if isfile(candidate / CONFIG_FILE):
             return candidate
     _refuse_checkpoint(sorted(folder.iterdir()) if folder.is_dir() else [])
     raise LamError(

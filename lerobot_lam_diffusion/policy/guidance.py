@@ -209,7 +209,8 @@ def _unfit(config: DiffusionLamConfig, store: TokenStore) -> list[str]:
 def _warn_of_another_camera(config: DiffusionLamConfig, name: str, store: TokenStore) -> None:
     """Names may differ for one camera (`rename_map`), so this is no error."""
     (source,), provenance = config.token_sources, store.provenance
-    if provenance is None or provenance.dataset.repo_id.startswith(VIDEOS):
+    assert provenance is not None
+    if provenance.dataset.repo_id.startswith(VIDEOS):
         return
     if source.camera_key not in (None, provenance.camera_key):
         logger.warning(

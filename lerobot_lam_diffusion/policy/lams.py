@@ -190,7 +190,7 @@ def resolve_live_sources(
 def warn_of_another_rate(config: DiffusionLamConfig, dataset_meta: Any) -> None:
     """Warn of fine-tuning at another frame rate, where a stride spans another time."""
     before, fps = config.lam_fps, float(dataset_meta.fps)
-    if before is not None and abs(before - fps) > 1e-6 * fps:
+    if before is not None and config.lam_source is not None and abs(before - fps) > 1e-6 * fps:
         logger.warning(
             "The policy was trained at %g frames per second, dataset %r has %g: a stride of 1 frame there "
             "spans the time of %.3g frames here, and tokens of another time mean other motion. Set "

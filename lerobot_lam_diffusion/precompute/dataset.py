@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import (
+    GatedRepoError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -114,7 +115,9 @@ def open_readable(
             return open_whole(meta, episodes=episodes, **options), {}
         except DatasetError as error:
             if _is_unanswered(error):
-                raise
+                raise DatasetError(
+                    f"{error}, or skip what is missing without asking the Hub: HF_HUB_OFFLINE=1"
+                ) from error
             absent = absent_files(meta, episodes)
     unreadable = {episode: what for what, needed_by in absent.items() for episode in needed_by}
     if unreadable:
@@ -128,9 +131,13 @@ def open_readable(
 def _is_unanswered(error: DatasetError) -> bool:
     """Whether the Hub may have what is missing: it was not reached, or refused. Offline it is not asked."""
     cause = error.__cause__ or error.__context__
-    answers = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
-    failed = isinstance(cause, httpx.HTTPError | LocalEntryNotFoundError) and not isinstance(cause, answers)
-    return failed and not is_offline_mode()
+    if is_offline_mode() or isinstance(cause, RemoteEntryNotFoundError | RevisionNotFoundError):
+        return False
+    if isinstance(cause, RepositoryNotFoundError):
+        return isinstance(cause, GatedRepoError)
+    if isinstance(cause, FileNotFoundError):
+        return isinstance(cause, LocalEntryNotFoundError)
+    return isinstance(cause, OSError | RuntimeError | httpx.HTTPError)  # whatever the transport raises
 
 
 def check_dataset(dataset: Any) -> None:

@@ -166,7 +166,7 @@ def precompute_tokens(
         return _summary(_same_store(output_dir, plan))
     known = KnownEpisodes(extend, provenance)
     refuse_existing(output_dir)
-    clock, encoded, copied, store = Clock(), 0, {}, None
+    clock, encoded, copied, store, finished, total = Clock(), 0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
         if present is None:
@@ -219,23 +219,24 @@ def precompute_tokens(
                 try:
                     store = merge_shards(shards, output_dir)
                 except ShardError as error:
-                    if process.is_alone:
-                        raise
-                    logger.warning("%s", error)  # the process that it belongs to makes it again
+                    ours = share_of(plan.shard_sizes, range(total), process.shard_index, process.num_shards)
+                    if set(ours) - set(shards.present()):
+                        raise  # no other launch makes it again
+                    logger.warning("%s", error)
             finished, _ = shards.progress() if store is None else (total, total)
         if merge and store is None and (output_dir / PROVENANCE_FILE).is_file():
-            return _summary(_same_store(output_dir, plan))  # another launch of the same work was faster
+            store = _same_store(output_dir, plan)  # another launch of the same work was faster
     except (FileNotFoundError, FileExistsError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
-        return _summary(_same_store(output_dir, plan))
+        store = _same_store(output_dir, plan)
     return _summary(
         store,
         encoded=encoded,
         copied=len(copied),
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
-        batch_size=batch_size if mine and batch_size else 0,
+        batch_size=batch_size or 0,
         shards_finished=finished,
         shards_total=total,
     )

@@ -87,8 +87,8 @@ def vectors_of(dataset: Any, key: str) -> np.ndarray:
     """A column of numbers or vectors of the opened episodes, float64 `(rows, D)`."""
     column = rows_of(dataset).column(key)
     values: Any = column.combine_chunks()
-    while not pa.types.is_primitive(values.type):
-        values = values.flatten()
+    while not pa.types.is_primitive(values.type):  # a matrix is an extension type
+        values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
     return values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
 
 

@@ -9,7 +9,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder, nothing_readable
+from lerobot_lam_diffusion.precompute.shards import (
+    ShardError,
+    ShardFolder,
+    different_episodes,
+    nothing_readable,
+)
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
@@ -62,9 +67,11 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
 def _refuse_another(store: TokenStore, shards: ShardFolder) -> None:
     """Shards are removed only where their own store is there."""
     assert store.provenance is not None
+    problems = store.provenance.differences(shards.plan.provenance)
+    problems += different_episodes([*store.covered_episodes, *store.skipped], shards.plan.episodes)
     raise_problems(
         f"{store.path} is not the store of the extraction in {shards.path}: remove one of the two",
-        store.provenance.differences(shards.plan.provenance),
+        problems,
         ExtractionError,
     )
 

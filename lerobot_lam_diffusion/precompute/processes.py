@@ -45,10 +45,6 @@ class Process:
         """Whether this is the first process of its launch."""
         return self.rank == 0
 
-    @property
-    def is_alone(self) -> bool:
-        return self.world_size == 1 and self.num_shards == 1
-
     def agreed[T](self, decide: Callable[[], T]) -> T:
         """The first process's decision, broadcast to its launch; the only time that processes wait."""
         if self.world_size == 1:

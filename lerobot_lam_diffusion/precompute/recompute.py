@@ -36,6 +36,13 @@ class Agreement:
     mean_error: float
     mean_error_of_others: float
 
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.equal} of {self.checked} sampled tokens agree with the LAM ({self.distinct} different "
+            f"ones, largest difference {self.max_error:.2g})"
+        )
+
 
 TOLERANCE = 1e-3
 """For continuous tokens, relative to their largest absolute value: rounding differs between batch shapes and

@@ -379,7 +379,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         manifest = json.loads(metadata["manifest"])
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, FileNotFoundError, IsADirectoryError, ValueError, KeyError) as error:
         raise ShardError(f"{path} is damaged: {first_line(error)}") from error
     return manifest, tensors, digest
 

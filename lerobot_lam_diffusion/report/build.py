@@ -15,7 +15,13 @@ from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.report import figures
 from lerobot_lam_diffusion.report.codes import BINS, Codes, read_codes
 from lerobot_lam_diffusion.report.frames import THUMB, Entry, choose_examples, choose_pool, decode_frames
-from lerobot_lam_diffusion.report.motion import StateProbe, probe_state, read_states, state_names
+from lerobot_lam_diffusion.report.motion import (
+    STATE_KEY,
+    StateProbe,
+    dimension_names,
+    probe_state,
+    read_states,
+)
 from lerobot_lam_diffusion.report.page import Group, Picture, Section, write_page
 from lerobot_lam_diffusion.report.verdict import Verdict, judge
 from lerobot_lam_diffusion.tokens.card import PICTURE_PREFIX, CardPicture
@@ -88,7 +94,7 @@ class _Report:
         self.names: list[str] = []
         self.probe: StateProbe | None = None
         if footage is not None and self.states is not None:
-            self.names = state_names(footage.dataset.meta)
+            self.names = dimension_names(footage.dataset.meta.features[STATE_KEY], "state")
             self.changes = self.states[codes.frames] - self.states[codes.frames - store.frame_stride]
             self.probe = probe_state(store, codes, self.changes, self.names, seed)
         self.perplexity = store.code_perplexity()

@@ -12,7 +12,8 @@ MOST_FRAMES = 400_000
 """Larger stores are sampled by whole episodes up to so many frames: memory stays bounded."""
 DIRECTIONS = 3
 BINS = 8
-_PRINCIPAL_TOKENS = 20_000
+PRINCIPAL_TOKENS = 20_000
+"""The directions are those of at most so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,21 @@ def read_codes(store: TokenStore, episodes: list[int], seed: int) -> Codes:
     return Codes(frames, numbers, labels, BINS, slots, False, drawn)
 
 
+def principal_directions(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean (D) and first directions (k, D) of tokens (M, D), double, and their shares of the variance."""
+    mean = tokens.double().mean(0)
+    _, spread, basis = torch.linalg.svd(tokens.double() - mean, full_matrices=False)
+    basis = basis[:DIRECTIONS]
+    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
+    shares = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()
+    return mean, basis, shares
+
+
 def _along_directions(store: TokenStore, rows: Tensor) -> tuple[Tensor, list[float]]:
     """Bins (M, DIRECTIONS) along the first principal directions, and their shares of the variance."""
     if not len(rows):
         return torch.empty(0, DIRECTIONS, dtype=torch.int64), [0.0] * DIRECTIONS
-    some = store.decode(evenly(rows, _PRINCIPAL_TOKENS))
-    mean = some.double().mean(0)
-    _, spread, basis = torch.linalg.svd(some.double() - mean, full_matrices=False)
-    basis = basis[:DIRECTIONS]
-    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
-    variance = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()
+    mean, basis, variance = principal_directions(store.decode(evenly(rows, PRINCIPAL_TOKENS)))
     places = torch.cat([(store.decode(part).double() - mean) @ basis.T for part in rows.split(BLOCK_ROWS)])
     ranks = places.argsort(0).argsort(0)
     return ranks * BINS // len(rows), variance

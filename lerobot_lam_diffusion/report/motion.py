@@ -46,18 +46,15 @@ class StateProbe:
         return sum(max(r2, 0.0) for r2 in self.shuffled) / len(self.shuffled)
 
 
-def state_names(meta: Any) -> list[str]:
-    """Names of the state's dimensions, as the dataset has them, else numbers."""
-    feature = meta.features[STATE_KEY]
+def dimension_names(feature: dict[str, Any], path: str) -> list[str]:
+    """Names of a vector's dimensions, as the dataset has them, else numbers."""
     names: Any = feature.get("names")
     while isinstance(names, dict) and len(names) == 1:
         names = next(iter(names.values()))
-    if isinstance(names, dict):
-        names = list(names)
     size = int(np.prod(feature["shape"]))
-    if isinstance(names, list | tuple) and len(names) == size:
+    if isinstance(names, list | tuple | dict) and len(names) == size:
         return [str(name) for name in names]
-    return [f"state[{axis}]" for axis in range(size)]
+    return [f"{path}[{axis}]" for axis in range(size)]
 
 
 def read_states(dataset: Any) -> Tensor | None:

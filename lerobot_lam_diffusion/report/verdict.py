@@ -30,10 +30,10 @@ def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) 
     if probe is None:
         return Verdict(DOUBTFUL, f"cannot be judged from here: {why_no_probe}")
     best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
-    gain = probe.mean - max(probe.mean_shuffled, 0.0)
+    gain = probe.mean - probe.mean_shuffled
     described = (
-        f"on held-out episodes they explain {max(probe.mean, 0):.0%} of the state's change (R², mean over "
-        f"dimensions; shuffled tokens {max(probe.mean_shuffled, 0):.0%}), {probe.names[best]} best with "
+        f"on held-out episodes they explain {probe.mean:.0%} of the state's change (R², mean over "
+        f"dimensions; shuffled tokens {probe.mean_shuffled:.0%}), {probe.names[best]} best with "
         f"{max(probe.token[best], 0):.0%}"
     )
     if gain >= _GOOD_R2:

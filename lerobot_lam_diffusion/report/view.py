@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+from lerobot_lam_diffusion.report.codes import PRINCIPAL_TOKENS, principal_directions
+from lerobot_lam_diffusion.report.motion import dimension_names
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError, first_line
 from lerobot_lam_diffusion.utils.files import whole_or_nothing
@@ -28,8 +30,6 @@ FRAME, SECONDS = "frame_index", "timestamp"
 CODE, DIRECTION, NORM, MISSING, PREDICTION = (
     f"lam/{name}" for name in ("code", "direction", "norm", "missing", "prediction")
 )
-DIRECTIONS = 3
-_PRINCIPAL_TOKENS = 20_000
 _JPEG_QUALITY = 95
 _LAM_BATCH = 16
 
@@ -157,7 +157,9 @@ class View:
             recording.log(CODE, rr.SeriesPoints(names=names), static=True, strict=True)
             self._send(recording, CODE, rows.numpy(), codes)
             return
-        mean, basis, shares = principal_directions(self.store)
+        # Of the whole store, so that episodes can be compared.
+        frames = evenly(self.store.frames_with_tokens(), PRINCIPAL_TOKENS)
+        mean, basis, shares = principal_directions(self.store.window(frames, [0])[:, 0])
         names = [f"direction {at + 1} ({share:.0%} of the variance)" for at, share in enumerate(shares)]
         recording.log(DIRECTION, rr.SeriesLines(names=names), static=True, strict=True)
         self._send(recording, DIRECTION, rows.numpy(), ((tokens.double() - mean) @ basis.T).numpy())
@@ -204,33 +206,6 @@ class View:
         return {
             path: (dimension_names(features[key], path), self._column(key)) for path, key in found.items()
         }
-
-
-def dimension_names(feature: dict[str, Any], path: str) -> list[str]:
-    """Names of a vector's dimensions, as the dataset has them, else numbers."""
-    names: Any = feature.get("names")
-    while isinstance(names, dict) and len(names) == 1:
-        names = next(iter(names.values()))
-    size = int(np.prod(feature["shape"]))
-    if isinstance(names, list | tuple | dict) and len(names) == size:
-        return [str(name) for name in names]
-    return [f"{path}[{axis}]" for axis in range(size)]
-
-
-def principal_directions(store: TokenStore) -> tuple[Tensor, Tensor, list[float]]:
-    """Mean (D) and first directions (k, D) of the store's tokens, double, and their shares of the variance.
-
-    They are those of the whole store, so that episodes can be compared.
-    """
-    places = evenly(torch.arange(store.num_tokens), _PRINCIPAL_TOKENS)
-    frames, _ = store.frames_at(places, skip=store.frame_stride)
-    some = store.window(frames, [0])[:, 0].double()
-    mean = some.mean(0)
-    _, spread, basis = torch.linalg.svd(some - mean, full_matrices=False)
-    basis = basis[:DIRECTIONS]
-    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
-    shares = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()
-    return mean, basis, shares
 
 
 def _image(picture: Tensor) -> rr.Image:

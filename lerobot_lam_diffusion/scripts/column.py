@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.recompute import Agreement, recompute_sample
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import next_step, training
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -133,12 +131,7 @@ def _open_lam(config: Any, column: TokenColumn, meta: LeRobotDatasetMetadata) ->
             f"column {column.key!r} was made of {camera}, which is not among the dataset's cameras "
             f"{meta.camera_keys}: nothing to compare a LAM's tokens with; leave out --lam.path"
         )
-    lam = load_lam(
-        config.lam.path,
-        revision=config.lam.revision,
-        device=usable_device(config.device),
-        dtype=getattr(torch, column.provenance.dtype),
-    )
+    lam = config.lam.load(config.device, column.provenance.dtype)
     refuse_other_lam(f"column {column.key!r}", column.provenance.lam, lam)
     return lam
 
@@ -159,10 +152,7 @@ def _column(meta: LeRobotDatasetMetadata, key: str) -> TokenColumn:
 
 
 def _compared(column: TokenColumn, found: Agreement) -> str:
-    agreement = (
-        f"{found.equal} of {found.checked} sampled tokens agree with the LAM ({found.distinct} different "
-        f"ones, largest difference {found.max_error:.2g})"
-    )
+    agreement = found.text
     if found.equal == found.checked:
         return f"ok  {agreement}"
     if column.derived is None:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin
 
 import draccus
 import torch
@@ -23,6 +23,9 @@ from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line
+
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.lam import LatentActionModel
 
 DASHED = {
     "--dataset-repo-id": "dataset.repo_id",
@@ -93,6 +96,18 @@ class LamFlags:
     path: str
     revision: str | None = None
 
+    def load(self, device: str | None, dtype: str = "float32", fdm: bool = False) -> "LatentActionModel":
+        """The LAM; `device` None: the best there is."""
+        from lerobot_lam_diffusion.lam import load_lam
+
+        return load_lam(
+            self.path,
+            revision=self.revision,
+            device=usable_device(device),
+            dtype=getattr(torch, dtype),
+            fdm=fdm,
+        )
+
 
 def run_command(
     config_class: type,
@@ -112,8 +127,8 @@ def run_command(
         if {"-h", "--help"} & set(arguments):
             print(spec.help(), end="")
             sys.exit(0)
-        _refuse_missing_config(arguments)
         arguments = _quoted(arguments, spec)
+        _refuse_missing_config(arguments)
         command(_at_home(draccus.parse(config_class, args=arguments, exit_on_error=False)))
     except yaml.YAMLError as error:
         refuse(_unreadable(arguments, error, spec))
@@ -129,7 +144,9 @@ def _quoted(arguments: list[str], spec: Command) -> list[str]:
     quoted: list[str] = []
     for word in arguments:
         name, equals, value = word.partition("=")
-        if name in texts and equals:
+        if name == "--config_path":
+            word = f"{name}{equals}{_with_home(value)}"
+        elif name in texts and equals:
             word = f"{name}={_as_text(value)}"
         elif quoted and quoted[-1] in texts and not word.startswith("--"):
             word = _as_text(word)
@@ -138,7 +155,8 @@ def _quoted(arguments: list[str], spec: Command) -> list[str]:
 
 
 def _is_text(kind: Any) -> bool:
-    return {kind, *get_args(kind)} - {NoneType} <= {str, Path}
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return set(kinds) - {NoneType} <= {str, Path}
 
 
 def _as_text(value: str) -> str:
@@ -154,7 +172,7 @@ def _unreadable(arguments: list[str], error: yaml.YAMLError, spec: Command) -> F
             return FlagError(
                 f"{word} cannot be read: is a bracket or a quotation mark missing? ({spec.name} --help)"
             )
-    return FlagError(f"{first_line(error)} ({spec.name} --help)")  # of the file of --config_path
+    return FlagError(f"{first_line(error)} ({spec.name} --help)")
 
 
 def _at_home(config: Any) -> Any:
@@ -162,12 +180,19 @@ def _at_home(config: Any) -> Any:
     for each in fields(config):
         value = getattr(config, each.name)
         if isinstance(value, Path):
-            setattr(config, each.name, value.expanduser())
+            setattr(config, each.name, Path(_with_home(str(value))))
         elif is_dataclass(value):
             _at_home(value)
     if isinstance(config, DatasetSource) and config.root is not None:
-        config.root = str(Path(config.root).expanduser())
+        config.root = _with_home(config.root)
     return config
+
+
+def _with_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # no such user: then it is a name
+        return path
 
 
 def _refuse_missing_config(arguments: Sequence[str]) -> None:

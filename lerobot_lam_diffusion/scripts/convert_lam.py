@@ -24,23 +24,6 @@ from lerobot_lam_diffusion.utils.files import refuse_existing
 
 
 @dataclass
-class DimsConfig:
-    """What a checkpoint does not tell of its model.
-
-    Args:
-        image_size: Side of the square that frames are resized to: 256 (LAPA), 224 (UniVLA) if left out.
-        code_seq_len: LAPA: tokens of a pair; 4 if left out.
-        num_heads: UniVLA: attention heads of the LAM's encoder; 12 if left out.
-        dino_num_heads: UniVLA: attention heads of its DINOv2 tower; 12 if left out.
-    """
-
-    image_size: int | None = None
-    code_seq_len: int | None = None
-    num_heads: int | None = None
-    dino_num_heads: int | None = None
-
-
-@dataclass
 class ConvertConfig:
     """Published checkpoint → LAM folder.
 
@@ -58,7 +41,7 @@ class ConvertConfig:
     family: str | None = None
     keep_fdm: bool = False
     revision: str | None = None
-    dims: DimsConfig = field(default_factory=DimsConfig)
+    dims: Dims = field(default_factory=Dims)
 
     def __post_init__(self) -> None:
         problems = [
@@ -83,7 +66,7 @@ def convert(config: ConvertConfig) -> None:
         source,
         output_dir,
         family=config.family,
-        dims=Dims(**vars(config.dims)),
+        dims=config.dims,
         keep_fdm=config.keep_fdm,
     )
     lam = load_lam(output_dir)

@@ -6,6 +6,7 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 (`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,12 @@ from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
-from lerobot_lam_diffusion.precompute.dataset import dataset_info
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera, rows_of, vectors_of
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
+from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
 from lerobot_lam_diffusion.utils.files import map_array, remove_partial, whole_or_nothing
 
@@ -231,8 +232,8 @@ def _check_output(config: FitLamConfig) -> None:
 
 def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: FitLamConfig) -> FitData:
     episodes = torch.from_numpy(vectors_of(dataset, "episode_index")[:, 0]).long()
-    info = dataset_info(dataset.meta, camera)
-    source = f"{camera}, episodes {dataset.episodes}, {info.frames or info.digest}"
+    hashes = episode_hashes(dataset.meta, camera)[episodes.unique_consecutive()]
+    source = f"{camera}, {hashlib.sha256(hashes.numpy().tobytes()).hexdigest()}"
     holdout = config.holdout_episodes
     if holdout is None:
         holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)

@@ -1,7 +1,5 @@
 """What a command line opens before it works: metadata first, so that bad input is reported at once."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +29,37 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
     """
     raise_problems("these flags do not work", config.problems())
     local = config.root is not None and is_local(config.root)
-    with _refusing_old_formats(config):
-        try:
-            _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
-            if local:
-                _refuse_absent_metadata(config.repo_id, Path(str(config.root)))
-            meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
-        except (CompatibilityError, NotImplementedError, DatasetError):
-            raise
-        except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
-            reason = first_line(str(error) or type(error).__name__)  # `strerror` would not name the file
-            root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
-            if config.root is not None and not root.is_dir():
-                raise DatasetError(
-                    f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
-                    "Hub or in LeRobot's home"
-                ) from error
-            if local and _has_metadata(root):
-                raise DatasetError(
-                    f"the files in {root / 'meta'} of dataset {config.repo_id!r} cannot be read "
-                    f"({reason}); restore them"
-                ) from error
+    try:
+        _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
+        if local:
+            _refuse_absent_metadata(config.repo_id, Path(str(config.root)))
+        meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+    except DatasetError:
+        raise
+    except (CompatibilityError, NotImplementedError) as error:
+        here = f" --root={config.root} --push-to-hub=false" if config.root is not None else ""
+        raise DatasetError(
+            f"dataset {config.repo_id!r} is in an older format than LeRobot's v3.0; convert it by python -m "
+            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id}{here} (it has to be in "
+            "v2.1 for that)"
+        ) from error
+    except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
+        reason = first_line(str(error) or type(error).__name__)  # `strerror` would not name the file
+        root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
+        if config.root is not None and not root.is_dir():
             raise DatasetError(
-                f"dataset {config.repo_id!r} cannot be opened at {root} nor "
-                f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+                f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
+                "Hub or in LeRobot's home"
             ) from error
+        if local and _has_metadata(root):
+            raise DatasetError(
+                f"the files in {root / 'meta'} of dataset {config.repo_id!r} cannot be read "
+                f"({reason}); restore them"
+            ) from error
+        raise DatasetError(
+            f"dataset {config.repo_id!r} cannot be opened at {root} nor "
+            f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+        ) from error
     check_metadata(meta)
     _refuse_unknown_episodes(config.episodes, meta)
     return meta
@@ -116,20 +120,6 @@ def _options(config: DatasetSource, tolerance_s: float) -> dict[str, Any]:
         "video_backend": config.video_backend,
         "tolerance_s": tolerance_s,
     }
-
-
-@contextmanager
-def _refusing_old_formats(config: DatasetSource) -> Iterator[None]:
-    """LeRobot's error about a format that it does not read any more, as one of ours with its own hint."""
-    try:
-        yield
-    except (CompatibilityError, NotImplementedError) as error:
-        here = f" --root={config.root} --push-to-hub=false" if config.root is not None else ""
-        raise DatasetError(
-            f"dataset {config.repo_id!r} is in an older format than LeRobot's v3.0; convert it by python -m "
-            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id}{here} (it has to be in "
-            "v2.1 for that)"
-        ) from error
 
 
 def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:

@@ -1,15 +1,12 @@
 """`lerobot-lam-tokens verify|merge` of a live cache, which `--policy.lam_live_cache` fills."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, counted, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, counted, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -45,17 +42,16 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if config.lam is None:
         print(_use_next(cache, known, config.dataset))
         return
-    lam = _open_lam(config.lam, cache, config.device)
+    lam = config.lam.load(config.device, cache.provenance.dtype)
     result, others = recompute_kept(cache, dataset, lam, config.num_samples, config.seed)
     if others:
         print(
             f"note: {others} sampled tokens were made of other pixels than the dataset's (augmentation, "
             "another decoder) and cannot be compared; training computes such tokens again"
         )
-    agreement = f"{result.equal} of {result.checked} sampled tokens agree with the LAM"
     if result.equal < result.checked:
-        raise TokenStoreError(f"{agreement}: another kind of device, or a damaged cache. Remove {folder}")
-    print(f"ok  {agreement} ({result.distinct} different ones, largest difference {result.max_error:.2g})")
+        raise TokenStoreError(f"{result.text}: another kind of device, or a damaged cache. Remove {folder}")
+    print(f"ok  {result.text}")
     print(_use_next(cache, known, config.dataset))
 
 
@@ -80,7 +76,7 @@ def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
         )
     refuse_existing(config.output_dir)
     cache, dataset = PairCache.open(folder), open_dataset(config.dataset, config.tolerance_s)
-    lam = None if config.lam is None else _open_lam(config.lam, cache, _device_of(cache))
+    lam = None if config.lam is None else config.lam.load(_device_of(cache), cache.provenance.dtype)
     made = store_of_live_cache(cache, dataset, config.output_dir, lam)
     if made.encoded:
         print(f"{counted(made.encoded, 'pair')} {'was' if made.encoded == 1 else 'were'} encoded now")
@@ -105,8 +101,3 @@ def _device_of(cache: PairCache) -> str:
             f"{cache.path} was filled on {cache.provenance.device}, which is not available here: merge it on "
             "such a machine, or without --lam.path, which leaves out incomplete episodes"
         ) from error
-
-
-def _open_lam(source: LamFlags, cache: PairCache, device: str | None) -> Any:
-    dtype = getattr(torch, cache.provenance.dtype)
-    return load_lam(source.path, revision=source.revision, device=usable_device(device), dtype=dtype)

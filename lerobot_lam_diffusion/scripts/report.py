@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lerobot_lam_diffusion.lam import LatentActionModel, load_lam
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.card import CardPicture
 from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
@@ -94,15 +93,10 @@ def open_footage(
     camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
     loaded = None
     if lam is not None:
-        loaded = _open_lam(lam, usable_device(device))
+        try:
+            loaded = lam.load(device, fdm=True)
+        except LamError:  # its folder may hold no FDM
+            loaded = lam.load(device)
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, loaded)
     return store, Footage(open_dataset(dataset, tolerance_s), camera, loaded)
-
-
-def _open_lam(source: LamFlags, device: str) -> LatentActionModel:
-    """With its FDM, if its folder holds one."""
-    try:
-        return load_lam(source.path, revision=source.revision, device=device, fdm=True)
-    except LamError:
-        return load_lam(source.path, revision=source.revision, device=device)

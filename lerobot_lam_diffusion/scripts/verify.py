@@ -4,12 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
-from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.cache import means_live_cache
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
@@ -86,23 +83,18 @@ def verify(config: VerifyConfig) -> None:
     if config.lam is None:
         print(_train_next(config, store))
         return
-    dtype = getattr(torch, store.provenance.dtype if store.provenance is not None else "float32")
-    lam = load_lam(
-        config.lam.path, revision=config.lam.revision, device=usable_device(config.device), dtype=dtype
+    lam = config.lam.load(
+        config.device, store.provenance.dtype if store.provenance is not None else "float32"
     )
     result = recompute_sample(
         store, dataset, lam, config.num_samples, config.seed, camera_key=config.camera_key
     )
-    agreement = (
-        f"{result.equal} of {result.checked} sampled tokens agree with the LAM ({result.distinct} different "
-        f"ones, largest difference {result.max_error:.2g})"
-    )
     if result.equal < result.checked:
         raise TokenStoreError(
-            f"{agreement}: the frames or the LAM changed, or the store was made on another kind of device. "
+            f"{result.text}: the frames or the LAM changed, or the store was made on another kind of device. "
             "Extract the tokens again with lerobot-lam-precompute"
         )
-    print(f"ok  {agreement}")
+    print(f"ok  {result.text}")
     print(_train_next(config, store))
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.frames import choose_camera
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags, usable_device
+from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
@@ -96,8 +95,7 @@ def _open(config: ViewConfig) -> "View":
     )
     lam = None
     if config.lam is not None:
-        device = usable_device(config.device)
-        lam = load_lam(config.lam.path, revision=config.lam.revision, device=device, fdm=True)
+        lam = config.lam.load(config.device, fdm=True)
         if store.provenance is not None:
             refuse_other_lam(str(store.path), store.provenance.lam, lam)
     one = replace(config.dataset, episodes=[episode])  # the Hub sends no others

@@ -1,8 +1,8 @@
 """The files of a token store: where they lie, how they are mapped, and when they are damaged."""
 
 import difflib
-import hashlib
 import logging
+from os.path import isfile
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from lerobot_lam_diffusion.tokens import checked
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.storage import row_tensors
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, first_line, shown
-from lerobot_lam_diffusion.utils.files import check_regular, is_file, refuse_existing
+from lerobot_lam_diffusion.utils.files import check_regular, refuse_existing, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def siblings(folder: Path) -> str:
     """` (did you mean …?)` of stores beside a folder that does not exist, which are called almost so."""
     try:
         beside = sorted(folder.expanduser().parent.iterdir())
-        names = [each.name for each in beside if is_file(each / PROVENANCE_FILE) or each.suffix == ".pt"]
+        names = [each.name for each in beside if isfile(each / PROVENANCE_FILE) or each.suffix == ".pt"]
     except (OSError, RuntimeError):
         return ""
     close = difflib.get_close_matches(folder.name, names, 3)
@@ -64,12 +64,12 @@ def find_folder(path: Path) -> Path:
         TokenStoreError: nothing there, or a file is missing.
     """
     folder = path.parent if path.name in (TENSORS_FILE, PROVENANCE_FILE) else path
-    if is_file(folder):
+    if isfile(folder):
         raise TokenStoreError(
             f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made, "
             "or a .pt file"
         )
-    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not is_file(folder / name)]
+    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not isfile(folder / name)]
     if not absent:
         return folder
     try:
@@ -260,9 +260,3 @@ def not_finite(rows: Tensor, name: str, first_row: int = 0) -> str | None:
         if bad.any():
             return f"NaN or Inf in {name} row {first_row + start + int(bad.nonzero()[0, 0])}"
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ from lerobot_lam_diffusion.tokens.layout import (
     unfinished_folder,
 )
 from lerobot_lam_diffusion.utils.errors import HubError, TokenStoreError, shown
-from lerobot_lam_diffusion.utils.files import is_file
 from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _fetched(hub_id: str, written: str) -> StoreLocation:
             "on the Hub by lerobot-lam-tokens push"
         ) from error
     pinned = f"{repo_id}@{folder.name}"
-    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not is_file(folder / name)]
+    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not isfile(folder / name)]
     if len(absent) == 2:
         raise TokenStoreError(
             f"no token store at {written}: the Hub's {KIND} repository {pinned} holds no {TENSORS_FILE} and "

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from io import FileIO
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,10 +257,7 @@ class PairCache:
 
 def is_pair_cache(folder: Path) -> bool:
     """Whether there is a cache of live tokens, whole or damaged."""
-    try:
-        return (folder / PAIRS_FILE).is_file() and (folder / TABLES / PROVENANCE_FILE).is_file()
-    except (OSError, ValueError):
-        return False
+    return isfile(folder / PAIRS_FILE) and isfile(folder / TABLES / PROVENANCE_FILE)
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -153,12 +154,10 @@ class UnreadableError(ValueError):
     """Why a file cannot be read; its message is a phrase, without the file's name."""
 
 
-def is_file(path: Path) -> bool:
-    """Whether `path` is or links to a regular file; False if unknown (no access, name too long)."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_regular(path: Path) -> None:

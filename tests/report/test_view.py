@@ -19,7 +19,9 @@ from ..conftest import EPISODE_LENGTHS, SMALL_LAM, TOP, record_dataset
 pytest.importorskip("rerun")
 from rerun.experimental import RrdReader
 
-from lerobot_lam_diffusion.report.view import View, dimension_names, principal_directions
+from lerobot_lam_diffusion.report.codes import principal_directions
+from lerobot_lam_diffusion.report.motion import dimension_names
+from lerobot_lam_diffusion.report.view import View
 
 EPISODE = 2
 LENGTH = EPISODE_LENGTHS[EPISODE]
@@ -159,9 +161,9 @@ def test_continuous_tokens_have_places_along_the_stores_directions(shown, contin
         TOP: LENGTH, "state": LENGTH, "action": LENGTH, "lam/missing": LENGTH,
         "lam/direction": LENGTH - 1, "lam/norm": LENGTH - 1,
     }  # fmt: skip
-    mean, basis, shares = principal_directions(continuous_store)
-    assert shares == sorted(shares, reverse=True)
     everything = continuous_store.window(continuous_store.frames_with_tokens(), [0])[:, 0].double()
+    mean, basis, shares = principal_directions(everything)
+    assert shares == sorted(shares, reverse=True)
     places = (everything - mean) @ basis.T
     assert np.allclose(np.cov(places.numpy().T), np.diag(places.var(0).numpy()), atol=1e-6)
     before = sum(EPISODE_LENGTHS[:EPISODE]) - EPISODE

@@ -1,6 +1,7 @@
 """`lerobot-lam-tokens`, in this process and once as the installed command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,7 +118,14 @@ def test_verify_of_some_episodes_samples_only_those(store, flags, capsys):
 def test_any_name_is_a_name(name, tmp_path, monkeypatch):
     """draccus reads values as YAML."""
     monkeypatch.chdir(tmp_path)
-    assert f"no token store at {name}" in refusal(["info", name])
+    for command in ("info", "verify"):
+        assert f"no token store at {name}" in refusal([command, name])
+
+
+def test_a_new_folder_may_have_any_name(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["merge", str(store.path), "--output_dir=runs #2"])
+    assert os.listdir(tmp_path) == ["runs #2"]
 
 
 def test_a_tilde_is_the_home(store, tmp_path, monkeypatch):
