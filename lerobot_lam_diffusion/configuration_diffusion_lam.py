@@ -316,6 +316,6 @@ class DiffusionLamConfig(DiffusionConfig):
         return [
             f"--policy.lam_guidance={self.lam_guidance}: this policy is for tokens of what has happened "
             f"({self.lam_token_deltas}), and a video shows what comes next: train with "
-            "--policy.lam_token_offsets=[1,2,3,4,5,6,7,8] --policy.lam_token_dropout=0.5 --policy.horizon=16 "
-            "--policy.n_action_steps=8"
+            "'--policy.lam_token_offsets=[1,2,3,4,5,6,7,8]' --policy.lam_token_dropout=0.5 "
+            "--policy.horizon=16 --policy.n_action_steps=8"
         ]

@@ -55,6 +55,11 @@ def load_weights(
         if name in given and given[name].shape != tensor.shape
     ]
     what = f"the weights in {where} do not fit this policy"
+    if any(name.startswith("normalize_inputs.") for name in given):
+        what += (
+            " (they are of a LeRobot before processors: migrate them with python -m "
+            "lerobot.processor.migrate_policy_normalization --pretrained-path=…)"
+        )
     raise_problems(what, sorted(problems), TrainingError, at_most=12)
     module.load_state_dict({own[name][0]: tensor for name, tensor in given.items()}, strict=False)
 

@@ -164,6 +164,8 @@ def resolve_live_sources(
     Raises:
         UserError: the dataset brings tokens of its own as well, or there is no such camera.
     """
+    from lerobot_lam_diffusion.lam import recorded_path
+
     if dataset_meta is not None:
         check_metadata(dataset_meta)
     sources = config.token_sources
@@ -182,7 +184,8 @@ def resolve_live_sources(
     for source, lam in zip(sources, lams, strict=True):
         trained: dict[str, str] = {}
         if dataset_meta is not None:
-            trained = {"fingerprint": lam.fingerprint, "trained_on": f"live:{source.model_path}"}
+            path = recorded_path(str(source.model_path))
+            trained = {"fingerprint": lam.fingerprint, "trained_on": f"live:{path}", "model_path": path}
         resolved.append(with_shape(source, lam, **trained))
     record_sources(config, resolved)
 

@@ -55,6 +55,12 @@ class LiveTokens:
         models = tuple(live.model for live in self._lams or ())
         return models[0] if len(models) == 1 else models or None
 
+    def warm_up(self) -> None:
+        """Move the LAMs to the policy's device and run them once, so that a robot need not wait for it."""
+        blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self._config.device)
+        for live in self.lams:
+            live.encode(blank, blank)
+
     def use_caches(self, caches: "Sequence[LiveCache]") -> None:
         """Cache the tokens of a training dataset's frames, each source's in its own cache."""
         for live, cache in zip(self.lams, caches, strict=True):
@@ -142,9 +148,10 @@ class LiveLam:
             if self.cache is not None:
                 self.cache.disable("the batch has no 'index', which identifies the frames")
             return self.encode(prev, cur)
-        order = torch.arange(len(frame), device=frame.device)
-        _, group = torch.unique(frame, return_inverse=True)
+        order = torch.arange(len(frame))
+        _, group = torch.unique(frame.cpu(), return_inverse=True)  # Apple's GPUs have no such reduction
         first = torch.full_like(order, len(order)).scatter_reduce(0, group, order, "amin")[group]
+        order, first = order.to(prev.device), first.to(prev.device)
         same = (prev == prev[first]).flatten(1).all(1) & (cur == cur[first]).flatten(1).all(1)
         distinct, position = torch.unique(torch.where(same, first, order), return_inverse=True)
         prev, cur, frame = prev[distinct], cur[distinct], frame[distinct]

@@ -244,7 +244,9 @@ def _adopt_stores(config: DiffusionLamConfig, stores: Sequence[TokenStore], data
     for source, store in zip(sources, stores, strict=True):
         known = _with_provenance(config, source, store, dataset_meta)
         if source.is_auto:  # keep the path where the LAM was found: the recorded one may be gone
-            known = replace(known, model_path=source.model_path)
+            from lerobot_lam_diffusion.lam import recorded_path  # imported to build the store anyway
+
+            known = replace(known, model_path=recorded_path(str(source.model_path)))
         elif store.hub_id is not None:
             known = replace(known, tokens_path=store.hub_id)  # a resumed run stays at this commit
         resolved.append(replace(known, trained_on=f"store:{store.name}"))

@@ -23,7 +23,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.frames import rows_of
+from lerobot_lam_diffusion.precompute.rows import rows_of
 from lerobot_lam_diffusion.precompute.shards import nothing_readable
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.dataset_check import (

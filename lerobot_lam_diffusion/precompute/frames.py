@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from lerobot.datasets.video_utils import (
     FrameTimestampError,
@@ -21,6 +20,7 @@ from lerobot.datasets.video_utils import (
 from PIL import Image
 from torch import Tensor
 
+from lerobot_lam_diffusion.precompute.rows import rows_of
 from lerobot_lam_diffusion.precompute.video import SequentialVideo, end_of
 from lerobot_lam_diffusion.tokens.dataset_check import not_rgb, why_absent
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError, first_line
@@ -73,23 +73,6 @@ def file_of(dataset: Any, camera_key: str, episode: int) -> Path:
     if camera_key in meta.video_keys:
         return dataset.root / meta.get_video_file_path(episode, camera_key)
     return dataset.root / meta.get_data_file_path(episode)
-
-
-def rows_of(dataset: Any) -> pa.Table:
-    """The rows of the opened episodes, as they are stored.
-
-    An interrupted recording leaves rows beyond the last episode, which are no frames; they are not here.
-    """
-    return dataset.hf_dataset.data.slice(0, dataset.meta.total_frames)
-
-
-def vectors_of(dataset: Any, key: str) -> np.ndarray:
-    """A column of numbers or vectors of the opened episodes, float64 `(rows, D)`."""
-    column = rows_of(dataset).column(key)
-    values: Any = column.combine_chunks()
-    while not pa.types.is_primitive(values.type):  # a matrix is an extension type
-        values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
-    return values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
 
 
 def backend_of(dataset: Any) -> str:

@@ -29,7 +29,8 @@ from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
-from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera, rows_of, vectors_of
+from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
+from lerobot_lam_diffusion.precompute.rows import rows_of, vectors_of
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata

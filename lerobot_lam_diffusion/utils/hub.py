@@ -102,7 +102,7 @@ def _not_delivered(error: Exception) -> str:
         )
     if isinstance(error, httpx.ConnectError | httpx.TimeoutException | errors.LocalEntryNotFoundError):
         return (
-            f"the Hub could not be reached, nor does its cache {cache} have it whole "
+            f"the Hub could not be reached, nor does its cache {cache} have all of it "
             f"({first_line(error)}). Go online once, or name a local copy"
         )
     if isinstance(error, httpx.HTTPError) or "Consistency check failed" in str(error):
