@@ -9,7 +9,7 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.modeling_diffusion_lam import DiffusionLamModel
-from tests.policies import SMALL, build, lam_config, stock_config, teach, training_batch
+from tests.policies import SMALL, build, lam_config, stock_config, training_batch
 
 ROWS = [0, 1, 20, 30]  # two at an episode's start, where tokens are missing
 
@@ -100,35 +100,6 @@ def test_training_fills_in_what_the_checkpoint_must_know(dataset, store, lam_fol
     assert config.lam_model_path == str(lam_folder)
     assert config.lam_source == f"store:{store.path}"
     assert policy.diffusion.lam_model is None
-
-
-def two_different_tokens(store):
-    """The first token and the one that is farthest from it, `(1, n·a)` each."""
-    tokens = store.window(store.frames_with_tokens(), [0])
-    farthest = (tokens - tokens[0]).norm(dim=-1).argmax()
-    return tokens[0], tokens[farthest]
-
-
-@pytest.mark.slow
-def test_other_tokens_other_actions_after_training_and_reloading(dataset, store, tmp_path):
-    """One picture, two motions, two actions: what was learnt can only have come through the tokens."""
-    config = lam_config(lam_tokens_path=str(store.path), prediction_type="sample")
-    policy, preprocess = build(config, dataset)
-    right, left = two_different_tokens(store)
-    first = 14  # of its episode: its observation window is two copies, as at the start of a rollout
-    batch = preprocess(training_batch(config, dataset, [first, first, first, first]))
-    batch["action"] = torch.tensor([0.7, -0.7, 0.7, -0.7]).view(4, 1, 1).expand(4, 8, 2)
-    batch[OBS_LAM_TOKENS] = torch.stack([right, left, right, left])
-    teach(policy, batch)
-    policy.save_pretrained(tmp_path)
-    reloaded = DiffusionLamPolicy.from_pretrained(tmp_path)
-
-    observation = observation_of(dataset, preprocess, first)
-    actions = {name: sample_actions(reloaded, observation | {OBS_LAM_TOKENS: token})
-               for name, token in (("right", right), ("left", left))}  # fmt: skip
-    assert actions["right"].mean() > 0.3
-    assert actions["left"].mean() < -0.3
-    assert torch.equal(actions["right"], sample_actions(policy, observation | {OBS_LAM_TOKENS: right}))
 
 
 def test_a_checkpoint_loads_where_the_store_is_gone(dataset, make_store, tmp_path):

@@ -115,7 +115,8 @@ def test_offsets_of_the_past_are_the_default_bit_for_bit(dataset, store):
 
 
 def test_a_checkpoint_keeps_the_offsets_and_no_guidance(dataset, store, tmp_path):
-    config = lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1, 2, 3])
+    guide = f"{store.path}#0"  # for evaluations in training
+    config = lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1, 2, 3], lam_guidance=guide)
     policy, _ = build(config, dataset)
     policy.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())

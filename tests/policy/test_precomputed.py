@@ -17,6 +17,7 @@ from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens.add_column import add_column
+from lerobot_lam_diffusion.tokens.export import export_store
 from tests.conftest import FPS, TOP, record_dataset, write_lam
 from tests.policies import build, lam_config, make_lam_weights_matter, refused, training_batch
 
@@ -237,6 +238,41 @@ def test_tokens_in_the_batch_that_are_not_the_stores_are_told(dataset, store, de
     assert caplog.text.count("at the frame offsets [1], which the policy") == ((deltas, factor) != ([1], 1.0))
 
 
+def test_training_on_a_pt_file(dataset, store, tmp_path, caplog):
+    """It says nothing of its LAM: no fingerprint, and its tokens are not scaled unless the user says so."""
+    export_store(store, tmp_path / "tokens.pt", "pt")
+    for scale in (None, 0.5):
+        config = lam_config(lam_tokens_path=str(tmp_path / "tokens.pt"), lam_token_scale=scale)
+        policy, preprocess = build(config, dataset)
+        assert (config.lam_fingerprint, config.lam_token_scale) == (None, scale or 1.0)
+        tokens = policy._window_tokens(preprocess(training_batch(config, dataset, [20, 40])))
+        assert torch.equal(tokens[:, 0], store.window(torch.tensor([20, 40]), [0])[:, 0])
+    assert "is unverified: a .pt file says nothing reliable" in caplog.text
+
+
+def test_features_of_ones_own_in_a_column(dataset, tmp_path):
+    """As the guide's FAQ has it: any column of vectors, and at deployment the same key in the batch."""
+    key, feature = "observation.flow", {"dtype": "float32", "shape": (3,), "names": None}
+    values = torch.randn(len(dataset), 3).numpy()
+    own = add_features(dataset, {key: (values, feature)}, output_dir=tmp_path / "own", repo_id="local/own")
+    config = lam_config(
+        lam_tokens_key=key, lam_num_learned_tokens=1, lam_action_latent_dim=3, num_inference_steps=1
+    )
+    policy, preprocess = build(config, own)
+    batch = preprocess(training_batch(config, own, [20, 40]))
+    loss, figures = policy.forward(batch)
+    assert loss.isfinite()
+    assert figures["lam_token_share"] == 1.0
+    assert figures["lam_norm_ratio"] == 0.0  # a policy starts as the stock one
+    assert figures["lam_shuffled_loss_ratio"] == 1.0
+    policy.eval()
+    item = own[20]
+    frame = preprocess(
+        {"observation.state": item["observation.state"], TOP: item[TOP] / 255, key: item[key][None]}
+    )
+    assert policy.select_action(frame).shape == (1, 2)
+
+
 # The camera is the one that the tokens are of; it is never guessed.
 
 
@@ -314,13 +350,12 @@ def losses_of(routes, rows, scale=None):
 
 
 @pytest.mark.parametrize("with_stats", [False, True])
-def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_stats):
+def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_stats, monkeypatch):
     """Also where the dataset has statistics for the column, by which LeRobot would normalise it."""
     if with_stats:
         statistics = {"min": -1, "max": 3, "mean": 0.5, "std": 2, "count": 60}
-        with_column.meta.stats[OBS_LAM_TOKENS] = {
-            name: torch.full((64,), float(value)).numpy() for name, value in statistics.items()
-        }
+        of_tokens = {name: torch.full((64,), float(value)).numpy() for name, value in statistics.items()}
+        monkeypatch.setitem(with_column.meta.stats, OBS_LAM_TOKENS, of_tokens)
     routes = [(dataset, {"lam_tokens_path": str(store.path)}), (with_column, {})]
     by_store, by_column = losses_of(routes, [1, 20, 30], store.provenance.lam.token_scale)
     assert by_store == by_column

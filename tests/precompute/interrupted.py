@@ -71,12 +71,6 @@ def die_at_write(kill_at: int, root: Path, lam_folder: Path, output_dir: Path, o
     extract(root, lam_folder, output_dir, **options)
 
 
-def run(started, root: Path, lam_folder: Path, output_dir: Path, options: dict) -> None:
-    """A run that says when it begins."""
-    started.set()
-    extract(root, lam_folder, output_dir, **options)
-
-
 def run_as(
     rank: int, world_size: int, kill_at: int, root: Path, lam: Path, output_dir: Path, port: int
 ) -> None:

@@ -13,7 +13,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_lam_diffusion.lam.fit.report import axis_r2, ridge_predictions
 from lerobot_lam_diffusion.report.build import Footage, write_report
 from lerobot_lam_diffusion.report.codes import read_codes
-from lerobot_lam_diffusion.report.verdict import DOUBTFUL, USELESS, judge
+from lerobot_lam_diffusion.report.motion import StateProbe
+from lerobot_lam_diffusion.report.verdict import DOUBTFUL, GOOD, USELESS, judge
 
 from ..conftest import TOP, with_rows_beyond
 
@@ -101,6 +102,23 @@ def test_rows_beyond_the_last_episode_are_no_frames(store, dataset, tmp_path):
 
 def test_collapsed_tokens_are_useless():
     assert judge(None, [1.0, 1.2], "no dataset").word == USELESS
+
+
+@pytest.mark.parametrize(
+    ("token", "shuffled", "word"),
+    [
+        ([0.3, 0.3], [0.0, 0.0], GOOD),
+        ([0.9, -50.0], [0.0, 0.0], GOOD),  # an axis that is predicted worse than by its mean counts as 0
+        ([0.28, 0.3], [0.0, 0.0], DOUBTFUL),
+        ([0.4, 0.4], [0.2, 0.2], DOUBTFUL),  # what shuffled tokens reach does not count
+        ([0.3, 0.0, 0.0, 0.0], [0.0] * 4, DOUBTFUL),  # one dimension is explained well
+        ([0.09, 0.09], [0.0, 0.0], USELESS),
+    ],
+)
+def test_the_verdict_follows_from_what_the_tokens_explain(token, shuffled, word):
+    names = [f"state[{axis}]" for axis in range(len(token))]
+    nothing = torch.zeros(0, len(token))
+    assert judge(StateProbe(names, [], token, shuffled, nothing, nothing, [0]), [20.0], "").word == word
 
 
 def test_r2_of_each_axis():

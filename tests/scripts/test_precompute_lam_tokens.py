@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.utils.import_utils import get_safe_default_video_backend
-from safetensors.torch import load_file, save_file
 
-from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
 from lerobot_lam_diffusion.precompute import engine
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.scripts.next_step import without_network
@@ -223,52 +221,6 @@ def test_several_cameras_and_none_named(flags, tmp_path):
     told = refusal(flags(dataset__root=tmp_path / "data", camera_key=None), tmp_path)
     assert "--camera_key is unset" in told
     assert f"['{TOP}', '{wrist}']" in told
-
-
-def drop_weights(folder):
-    (folder / WEIGHTS_FILE).unlink()
-
-
-def drop_config(folder):
-    (folder / "model_config.json").unlink()
-
-
-def cut_weights(folder):
-    (folder / WEIGHTS_FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1")
-
-
-def drop_keys(folder):
-    weights = load_file(folder / WEIGHTS_FILE)
-    for name in sorted(weights)[:2]:
-        del weights[name]
-    save_file({**weights, "stranger": torch.zeros(1)}, folder / WEIGHTS_FILE)
-
-
-def other_sizes(folder):
-    path = folder / "model_config.json"
-    text = path.read_text()
-    assert '"n_codes": 16' in text
-    path.write_text(text.replace('"n_codes": 16', '"n_codes": 17'))
-
-
-DAMAGES = {
-    drop_weights: "expected the weights beside model_config.json",
-    drop_config: "holds no model_config.json",
-    cut_weights: "git-lfs pointer",
-    drop_keys: "unexpected key 'stranger'",
-    other_sizes: "vq",
-}
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"), DAMAGES.items(), ids=lambda item: getattr(item, "__name__", "")
-)
-def test_damaged_lam(flags, lam_folder, tmp_path, damage, expected):
-    copy = shutil.copytree(lam_folder, tmp_path / "lam")
-    damage(copy)
-    told = refusal(flags(lam__path=copy), tmp_path)
-    assert expected in told
-    assert str(copy) in told
 
 
 def test_an_existing_output_is_refused_before_the_lam_is_loaded(flags, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, layout
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
@@ -47,13 +45,6 @@ def test_a_file_that_is_no_store(tmp_path):
     assert "no token store at" in refusal(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("keep", [0, 7, 8, 60, -1, -40])
-def test_truncated_tensor_file(files, keep):
-    whole = files.tensors.read_bytes()
-    files.tensors.write_bytes(whole[:keep])
-    assert f"{files.tensors} is damaged" in refusal(files.folder)
-
-
 def test_altered_bytes(files):
     content = bytearray(files.tensors.read_bytes())
     content[-1] ^= 1
@@ -62,11 +53,6 @@ def test_altered_bytes(files):
     assert "its SHA-256 is" in told
     assert f"{PROVENANCE_FILE} expects {files.document()['tensors_sha256'][:16]}" in told
     assert "truncated or altered" in told
-
-
-def test_appended_bytes(files):
-    files.tensors.write_bytes(files.tensors.read_bytes() + b"more")
-    assert "is damaged" in refusal(files.folder)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -222,19 +208,3 @@ HOSTILE = {
 def test_hostile_tensor_file(files, content):
     files.tensors.write_bytes(content)
     assert f"{files.tensors} is damaged" in refusal(files.folder)
-
-
-@settings(max_examples=100)
-@given(data=st.data())
-def test_no_changed_byte_and_no_cut_goes_unnoticed(tmp_path_factory, store, data):
-    whole = (store.path / TENSORS_FILE).read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    if data.draw(st.booleans()):
-        changed = whole[:at]
-    else:
-        other = data.draw(st.integers(0, 255).filter(lambda byte: byte != whole[at]))
-        changed = whole[:at] + bytes([other]) + whole[at + 1 :]
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / PROVENANCE_FILE).write_bytes((store.path / PROVENANCE_FILE).read_bytes())
-    (folder / TENSORS_FILE).write_bytes(changed)
-    assert "is damaged" in refusal(folder)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lerobot_lam_diffusion.tokens import Provenance, TokenStore, TokenStoreError
 from tests.conftest import FPS, TOP
@@ -194,28 +192,3 @@ def test_unreadable_json(files, content):
     told = refusal(files)
     assert "is not readable as JSON" in told
     assert REMEDY in told
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-(10**400), 10**400)
-    | st.floats()
-    | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from([*keys(), ("format",), ("format_version",)]), value=JSON)
-def test_any_value_anywhere_is_either_believed_or_refused(files, store, key, value):
-    files.provenance.write_bytes((store.path / files.provenance.name).read_bytes())
-    files.write_document(put(files.document(), key, value))
-    try:
-        opened = TokenStore.open(files.folder)
-    except TokenStoreError:
-        return
-    assert opened.values.shape == store.values.shape

@@ -131,23 +131,6 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path, dataset, hidden):
     assert trace.exists()
 
 
-def test_a_bare_pickle_with_a_pt_name_is_not_executed(tmp_path, dataset):
-    trace, path = tmp_path / "executed", tmp_path / "lam_tokens.pt"
-    path.write_bytes(pickle.dumps(Touch(trace)))
-    refusal(path, dataset.meta)
-    assert not trace.exists()
-    pickle.loads(path.read_bytes())
-    assert trace.exists()
-
-
-def test_a_pickle_under_a_stores_name_is_not_executed(files):
-    trace = files.folder / "executed"
-    files.tensors.write_bytes(pickle.dumps(Touch(trace)))
-    with pytest.raises(TokenStoreError, match="is damaged"):
-        TokenStore.open(files.folder)
-    assert not trace.exists()
-
-
 NOT_TOKENS = {
     "a tensor": (torch.ones(60, 64), "found Tensor"),
     "a list": ([1, 2], "found list"),

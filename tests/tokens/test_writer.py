@@ -59,11 +59,6 @@ def test_a_failure_while_writing_leaves_nothing(write_random, tmp_path, monkeypa
     assert write_random(tmp_path / "store", LENGTHS)
 
 
-def test_what_a_killed_writer_left_is_no_hindrance(write_random, tmp_path):
-    (tmp_path / f".store.partial-{os.getpid()}").mkdir()
-    assert write_random(tmp_path / "store", LENGTHS)
-
-
 def test_an_empty_folder_is_filled(write_random, tmp_path):
     (tmp_path / "store").mkdir()
     assert len(write_random(tmp_path / "store", LENGTHS).values) == 9
