@@ -1,5 +1,6 @@
 """From what a user writes (a folder, a shipped name, a Hub id) to the folder that holds the model."""
 
+import os
 import shlex
 from os.path import isfile
 from pathlib import Path
@@ -56,7 +57,7 @@ def resolve_lam(path: str | Path, revision: str | None = None) -> Path:
 def recorded_path(path: str) -> str:
     """How a store names its LAM: a folder by its absolute path, so that training finds it from anywhere."""
     folder = Path(path).expanduser()
-    return str(folder.resolve()) if path not in shipped_lams() and folder.is_dir() else path
+    return os.path.abspath(folder) if path not in shipped_lams() and folder.is_dir() else path
 
 
 def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
