@@ -337,7 +337,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 if drives_a_robot():
                     raise
                 logger.warning("%s. The first action needs it, unless the batch brings tokens.", error)
-        if drives_a_robot() and policy.live_tokens.loaded is not None:
+        if drives_a_robot() and policy.live_tokens.loaded is not None and config.past_token_deltas:
             policy.live_tokens.warm_up()
         policy.diffusion.lam_model = policy.live_tokens.loaded
         return policy

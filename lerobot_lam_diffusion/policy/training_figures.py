@@ -66,13 +66,13 @@ class TrainingFigures:
 def _generator_states(device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return [torch.get_rng_state()]
-    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)]
 
 
 def _set_generators(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
-        torch.get_device_module(device).set_rng_state(states[1])
+        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @contextmanager

@@ -137,7 +137,9 @@ def _is_unanswered(error: DatasetError) -> bool:
         return isinstance(cause, GatedRepoError)
     if isinstance(cause, FileNotFoundError):
         return isinstance(cause, LocalEntryNotFoundError)
-    return isinstance(cause, OSError | RuntimeError | httpx.HTTPError)  # whatever the transport raises
+    # Whatever the transport raises; LeRobot's own RuntimeError says that the repository has no version.
+    is_version = isinstance(cause, RuntimeError) and "codebase version" in str(cause)
+    return isinstance(cause, OSError | RuntimeError | httpx.HTTPError) and not is_version
 
 
 def check_dataset(dataset: Any) -> None:

@@ -220,7 +220,8 @@ def precompute_tokens(
                     store = merge_shards(shards, output_dir)
                 except ShardError as error:
                     ours = share_of(plan.shard_sizes, range(total), process.shard_index, process.num_shards)
-                    if set(ours) - set(shards.present()):
+                    is_merged = (output_dir / PROVENANCE_FILE).is_file()
+                    if set(ours) - set(shards.present()) and not is_merged:
                         raise  # no other launch makes it again
                     logger.warning("%s", error)
             finished, _ = shards.progress() if store is None else (total, total)
@@ -236,7 +237,7 @@ def precompute_tokens(
         copied=len(copied),
         seconds=time.perf_counter() - started,
         spent=dict(clock.seconds),
-        batch_size=batch_size or 0,
+        batch_size=(batch_size or 0) if encoded else 0,
         shards_finished=finished,
         shards_total=total,
     )

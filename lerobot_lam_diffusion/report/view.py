@@ -158,7 +158,8 @@ class View:
             self._send(recording, CODE, rows.numpy(), codes)
             return
         # Of the whole store, so that episodes can be compared.
-        frames = evenly(self.store.frames_with_tokens(), PRINCIPAL_TOKENS)
+        places = evenly(torch.arange(self.store.num_tokens), PRINCIPAL_TOKENS)
+        frames, _ = self.store.frames_at(places, skip=self.store.frame_stride)
         mean, basis, shares = principal_directions(self.store.window(frames, [0])[:, 0])
         names = [f"direction {at + 1} ({share:.0%} of the variance)" for at, share in enumerate(shares)]
         recording.log(DIRECTION, rr.SeriesLines(names=names), static=True, strict=True)

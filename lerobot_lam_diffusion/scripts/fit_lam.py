@@ -6,7 +6,6 @@ writes a folder that every `--lam.path` takes, with a card of held-out figures. 
 (`--config_path=configs/fit_pusht_compact.yaml`); an interrupted fit continues with `--resume=true`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_comman
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
-from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
+from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
 from lerobot_lam_diffusion.utils.files import map_array, remove_partial, whole_or_nothing
 
@@ -233,8 +232,7 @@ def _check_output(config: FitLamConfig) -> None:
 
 def _load_data(dataset: LeRobotDataset, camera: str, resolution: int, config: FitLamConfig) -> FitData:
     episodes = torch.from_numpy(vectors_of(dataset, "episode_index")[:, 0]).long()
-    hashes = episode_hashes(dataset.meta, camera)[episodes.unique_consecutive()]
-    source = f"{camera}, {hashlib.sha256(hashes.numpy().tobytes()).hexdigest()}"
+    source = f"{camera}, episodes {dataset.episodes}, {dataset_digest(dataset.meta, camera)}"
     holdout = config.holdout_episodes
     if holdout is None:
         holdout = min(max(5, dataset.num_episodes // 10), dataset.num_episodes // 2)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.utils import MISSING_VERSION_TAG_MESSAGE
 
 from lerobot_lam_diffusion.precompute import dataset as module
 from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
@@ -82,6 +83,8 @@ def test_a_missing_video_is_named_without_asking_the_hub(root, hub):
         (httpx.ConnectError("no route to host"), False),
         (httpx.HTTPStatusError("503", request=None, response=None), False),
         (LocalEntryNotFoundError("not here"), False),
+        (RuntimeError("Data processing error: the transport broke"), False),
+        (RuntimeError(MISSING_VERSION_TAG_MESSAGE), True),
         (FileNotFoundError("no such file in the repository"), True),
     ],
 )
