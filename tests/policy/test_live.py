@@ -9,6 +9,7 @@ from lerobot.rollout.inference.sync import SyncInferenceEngine
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from tests.conftest import FPS, TOP, write_lam
 from tests.policies import (
     build,
@@ -273,6 +274,15 @@ def test_a_trained_policys_action_depends_on_the_live_motion(dataset, frames, la
         actions.append(policy.select_action(preprocess(observation(dataset, [now]))))
     assert actions[0].mean() > 0.3
     assert actions[1].mean() < -0.3
+
+
+def test_after_a_bfloat16_store_the_live_lam_runs_in_bfloat16_too(dataset, lam_folder, tmp_path):
+    lam = load_lam(lam_folder, dtype=torch.bfloat16)
+    made = {"camera_key": TOP, "lam_path": str(lam_folder), "show_progress": False, "use_vq_tokens": False}
+    store = precompute_tokens(dataset, lam, tmp_path / "store", **made).store
+    policy, *rest = deploy(dataset, store, lam_use_vq_tokens=False)
+    act(policy, *rest, dataset, store, episode(dataset, 0)[:4])
+    assert policy.live_tokens.lams[0].model.dtype == torch.bfloat16
 
 
 def test_tokens_in_the_batch_win_over_the_lam(dataset, store):

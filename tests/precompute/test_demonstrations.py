@@ -227,6 +227,11 @@ def test_a_folder_becomes_a_store_whose_episodes_guide_like_the_videos(
     with pytest.raises(SystemExit):
         main(argv)  # overwrites nothing
 
+    part = f"--videos={folder / 'a.mkv'}#t=0.5,1.2"
+    main([part, *argv[1:3], f"--output_dir={tmp_path / 'part'}", *argv[4:]])
+    assert TokenStore.open(tmp_path / "part").episode_to.tolist() == [7]
+    capsys.readouterr()
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),

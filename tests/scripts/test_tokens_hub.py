@@ -1,6 +1,7 @@
 """`lerobot-lam-tokens` and the Hub; once as users have it: own processes, which read their environment."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,18 @@ def test_push_then_every_command_by_the_repositorys_name(
     assert hub_id in capsys.readouterr().out
     assert TokenStore.open("pulled").provenance == store.provenance
     assert LamTokenDataset(dataset, REPO).store.name == hub_id
+
+
+@pytest.mark.slow
+def test_with_its_dataset_the_card_shows_frames_and_the_verdict(hub, dataset, store):
+    of = [f"--dataset.repo_id={dataset.repo_id}", f"--dataset.root={dataset.root}"]
+    run("push", store.path, f"--repo_id={REPO}", *of, "--dataset.video_backend=pyav")
+    files = hub.repos[REPO].head
+    card = files["README.md"].decode()
+    assert re.search(r"\*\*(Good|Doubtful|Useless)\*\*: on held-out episodes they explain \d+%", card)
+    shown = re.findall(r"!\[.+?\]\((\S+?\.(?:png|jpg))\)", card)
+    assert {name.rpartition("_")[0] for name in shown} >= {"lam_tokens_codes", "lam_tokens_time"}
+    assert all(len(files[name]) > 1000 for name in shown)
 
 
 def test_errors_are_one_message(hub, store, capsys):
