@@ -5,8 +5,12 @@
 set -eu
 cd "$(dirname "$0")"
 
+# Without uv, pip installs it into an environment of its own; Debian's Python lacks what that needs without python3-venv.
+needed=venv
+command -v uv >/dev/null 2>&1 || needed=ensurepip
+
 works() { # a pyenv shim can be on PATH and still run nothing
-    "$1" -c 'import sys, venv; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' \
+    "$1" -c 'import sys; __import__("'"$needed"'"); sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' \
         ${PYTHON_VERSION:-3.12 3.13} >/dev/null 2>&1
 }
 

@@ -50,7 +50,7 @@ def run_logged(
     if program is None:
         raise DemoError(
             f"{argv[0]} is not beside {sys.executable} nor on the PATH; it belongs to this installation. "
-            "Install the package again: pip install --force-reinstall --no-deps lerobot_policy_diffusion_lam"
+            "Install the package again into this environment"
         )
     with open(log, "ab") as output:
         process = subprocess.Popen(

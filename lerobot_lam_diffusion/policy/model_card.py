@@ -15,8 +15,9 @@ _TEMPLATE = """## Latent action model (LAM)
 
 {table}
 
+With the LeRobot plugin `lerobot_policy_diffusion_lam` installed:
+
 ```bash
-pip install lerobot_policy_diffusion_lam
 lerobot-eval --policy.path={policy} --policy.lam_model_path={lam}{guidance} --env.type=<environment>
 ```
 """

@@ -4,7 +4,7 @@
     lerobot-lam-demo --lam.path=my_lam --steps=500
     lerobot-lam-demo --record_only=true --root=data/pusht --num_episodes=200 --near_goal=false
 
-It needs the simulator: pip install 'lerobot_policy_diffusion_lam[pusht]'.
+It needs the simulator: pip install 'lerobot[pusht]' shapely matplotlib.
 """
 
 import importlib.util
@@ -147,7 +147,7 @@ def require_simulator() -> None:
     if missing:
         raise DemoError(
             f"the demo needs {', '.join(missing)}, not installed here. Install the simulator: "
-            "pip install 'lerobot_policy_diffusion_lam[pusht]'"
+            "pip install 'lerobot[pusht]' shapely matplotlib"
         )
 
 

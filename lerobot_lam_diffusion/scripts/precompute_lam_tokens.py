@@ -299,7 +299,7 @@ def _by_cluster(config: PrecomputeConfig) -> None:
     if missing:
         raise ExtractionError(
             f"--cluster.engine={config.cluster.engine} needs {' and '.join(missing)}, not installed here: "
-            "pip install 'lerobot_policy_diffusion_lam[cluster]'"
+            f"pip install {' '.join(missing)}"
         )
     from lerobot_lam_diffusion.precompute.cluster import submit
 

@@ -139,8 +139,8 @@ def _commands(provenance: Provenance, where: str) -> str:
     dataset, lam = shlex.quote(provenance.dataset.repo_id), shlex.quote(provenance.lam.path)
     kind = " --policy.lam_use_vq_tokens=false" if provenance.token_kind == CONTINUOUS else ""
     return (
+        f"With the LeRobot plugin {_code(PACKAGE)} installed:\n\n"
         "```bash\n"
-        f"pip install {PACKAGE}\n"
         f"lerobot-train --policy.type=diffusion_lam --dataset.repo_id={dataset} \\\n"
         f"    --policy.use_precomputed_lam_tokens=true --policy.lam_tokens_path={where}{kind} \\\n"
         "    --policy.push_to_hub=false --output_dir=outputs/diffusion_lam\n"

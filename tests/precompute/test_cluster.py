@@ -132,7 +132,7 @@ def test_what_no_task_could_do_is_not_submitted(argv, flag, refusal, tmp_path):
 
 def test_without_datatrove_the_command_names_the_extra(argv, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datatrove", None)
-    with pytest.raises(SystemExit, match=r"needs datatrove, not installed here: pip install '.*\[cluster\]'"):
+    with pytest.raises(SystemExit, match=r"needs datatrove, not installed here: pip install datatrove"):
         main([*argv, "--cluster.engine=local", "--cluster.tasks=2"])
     assert os.listdir(tmp_path) == []
 

@@ -220,7 +220,7 @@ def test_without_rerun_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rerun", None)
     monkeypatch.delitem(sys.modules, "lerobot_lam_diffusion.report.view")
     argv = ["view", "none", "--dataset.repo_id=no/where", "--episode=0", f"--save={tmp_path / 'out.rrd'}"]
-    assert "pip install 'lerobot_policy_diffusion_lam[viz]'" in refusal(argv)
+    assert "pip install 'lerobot[viz]'" in refusal(argv)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
