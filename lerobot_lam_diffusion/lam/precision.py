@@ -4,29 +4,47 @@ LeRobot's training and evaluation enable TF32 globally, and Accelerate wraps the
 either would move tokens by some 1e-3 and flip indices of nearly tied codes.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+_lock = threading.Lock()
+_inside = 0  # threads and nested contexts that need full precision now
+_before: list[tuple[Any, str, Any]] = []
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast off on `device`, and float32 kernels in true float32; both restored on leaving."""
-    changed = [
-        (owner, name, getattr(owner, name), exact)
-        for owner, name, exact in _switches()
-        if getattr(owner, name) != exact
-    ]
+    """Autocast off on `device`, and float32 kernels in true float32; restored when the last thread leaves."""
     with torch.autocast(device.type, enabled=False):
+        _enter()
         try:
-            for owner, name, _, exact in changed:
-                setattr(owner, name, exact)
             yield
         finally:
-            for owner, name, before, _ in reversed(changed):
-                setattr(owner, name, before)
+            _leave()
+
+
+def _enter() -> None:
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            for owner, name, exact in _switches():
+                if getattr(owner, name) != exact:
+                    _before.append((owner, name, getattr(owner, name)))
+                    setattr(owner, name, exact)
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        while not _inside and _before:
+            owner, name, value = _before.pop()
+            setattr(owner, name, value)
 
 
 def _switches() -> list[tuple[Any, str, Any]]:

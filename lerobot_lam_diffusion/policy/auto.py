@@ -142,6 +142,10 @@ def _build(
     )  # fmt: skip
     dataset = _whole_dataset(dataset_meta, video_backend)
     lam = open_lam(config, wanted.lam.path, str(config.device))
+    if lam.fingerprint != wanted.lam.fingerprint:
+        raise ExtractionError(
+            f"the LAM {wanted.lam.path} was replaced while its tokens were being prepared; start again"
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # building must not change a run's random numbers
             precompute_tokens(

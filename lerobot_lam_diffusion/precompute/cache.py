@@ -221,7 +221,7 @@ class CacheEntry:
         """
         path = self._mark("lock")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock, patience = FileLock(path), QUIET_SECONDS if wait else 0.0
+        lock, patience = FileLock(path, fallback_to_soft=False), QUIET_SECONDS if wait else 0.0
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=patience, poll_interval=0.2)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lerobot_lam_diffusion.precompute.dataset import (
@@ -162,7 +161,7 @@ def precompute_tokens(
         sorted(episodes),
         cut_into_shards([int(stop[episode] - start[episode]) for episode in sorted(episodes)], shard_frames),
     )
-    if (output_dir / PROVENANCE_FILE).is_file():
+    if process.agreed(lambda: (output_dir / PROVENANCE_FILE).is_file()):
         return _summary(_same_store(output_dir, plan))
     known = KnownEpisodes(extend, provenance)
     refuse_existing(output_dir)
@@ -189,14 +188,10 @@ def precompute_tokens(
             if compile:
                 lam.compile()
             workers = min(process.cores, MOST_WORKERS) if num_workers is None else num_workers
-            collector = ShardCollector(shards, mine)
+            collector = ShardCollector(shards, mine, copied)
             for position in positions:
                 if plan.episodes[position] in unreadable:
                     collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
-            for position, values in copied.items():
-                tokens = values[frame_stride:]
-                rows = plan.first_rows[position] + frame_stride + torch.arange(len(tokens))
-                collector.add(rows, tokens)
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
                 encoded = extract(

@@ -43,7 +43,7 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         ShardError: a shard was damaged, and is unfinished now; extract again.
         OSError: the disk is full or not writable.
     """
-    lock = FileLock(shards.path / LOCK_FILE)
+    lock = FileLock(shards.path / LOCK_FILE, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -298,15 +298,19 @@ class ShardCollector:
     Args:
         folder: Where finished shards are written.
         shards: The shards that this process makes.
+        copied: Position of an episode in the plan → its rows, which need no encoding.
     """
 
-    def __init__(self, folder: ShardFolder, shards: Sequence[int]) -> None:
+    def __init__(
+        self, folder: ShardFolder, shards: Sequence[int], copied: Mapping[int, Tensor] | None = None
+    ) -> None:
         self._folder = folder
+        self._copied = copied or {}
         self._plan = folder.plan
         self._starts = [self._plan.first_rows[first] for first, _ in self._plan.shards]
         self._buffers: dict[int, _Buffer] = {}
         for shard in shards:
-            if not self._pairs_in(shard):  # nothing will ever come for it
+            if not self._pairs_to_come(shard):
                 self._count_down(shard, 0)
 
     def add(self, rows: Tensor, values: Tensor) -> None:
@@ -332,7 +336,13 @@ class ShardCollector:
             shape, dtype = self._plan.row
             dtype = dtype if dtype.is_floating_point else torch.int32  # torch cannot index with uint16
             values = torch.zeros((self._plan.shard_sizes[shard], *shape), dtype=dtype)
-            self._buffers[shard] = _Buffer(values, self._pairs_in(shard))
+            for position in range(*self._plan.shards[shard]):
+                if position in self._copied:
+                    first = self._plan.first_rows[position] - self._starts[shard]
+                    tokens = self._copied[position][self._plan.provenance.frame_stride :]
+                    end = first + self._plan.lengths[position]
+                    values[end - len(tokens) : end] = tokens.to(dtype)
+            self._buffers[shard] = _Buffer(values, self._pairs_to_come(shard))
         return self._buffers[shard]
 
     def _count_down(self, shard: int, pairs: int) -> None:
@@ -342,8 +352,9 @@ class ShardCollector:
             self._folder.write(shard, buffer.values.to(self._plan.row[1]), buffer.skipped)
             del self._buffers[shard]
 
-    def _pairs_in(self, shard: int) -> int:
-        return sum(self._num_pairs(position) for position in range(*self._plan.shards[shard]))
+    def _pairs_to_come(self, shard: int) -> int:
+        positions = range(*self._plan.shards[shard])
+        return sum(self._num_pairs(position) for position in positions if position not in self._copied)
 
     def _num_pairs(self, position: int) -> int:
         return max(0, self._plan.lengths[position] - self._plan.provenance.frame_stride)

@@ -74,9 +74,7 @@ def _open(config: ViewConfig) -> "View":
     try:
         from lerobot_lam_diffusion.report.view import View
     except ImportError as error:
-        raise UserError(
-            f"view needs Rerun ({error}): pip install 'lerobot[viz]'"
-        ) from error
+        raise UserError(f"view needs Rerun ({error}): pip install 'lerobot[viz]'") from error
     meta, episode = open_metadata(config.dataset), config.episode
     if not 0 <= episode < meta.total_episodes:
         raise UserError(

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
@@ -51,6 +52,26 @@ def read_note(place: Path) -> str | None:
         return place.read_text(encoding="utf-8")
     except (OSError, ValueError):  # ValueError: not UTF-8
         return None
+
+
+def note_of(kind: str, root: Path, camera_key: str) -> Path:
+    """Where a note on a dataset's camera is kept."""
+    name = hashlib.sha256(os.fsencode(root.resolve()) + b"\0" + camera_key.encode()).hexdigest()
+    return HF_LEROBOT_HOME / "lam_tokens" / kind / name
+
+
+def recall(place: Path, stamp: str) -> Any:
+    """The value noted by `note` for files that look like `stamp`; None if there is none."""
+    try:
+        known = json.loads(read_note(place) or "null")
+    except ValueError:  # damaged
+        return None
+    return known[1] if isinstance(known, list) and len(known) == 2 and known[0] == stamp else None
+
+
+def note(place: Path, stamp: str, value: Any) -> None:
+    """Keep a JSON value for `recall`."""
+    write_note(place, json.dumps([stamp, value]))
 
 
 def write_note(place: Path, text: str) -> None:

@@ -11,7 +11,6 @@ hashes are then cached under LeRobot's home for as long as the files keep their 
 """
 
 import hashlib
-import json
 import logging
 import os
 from bisect import bisect_right
@@ -26,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from lerobot.utils.constants import HF_LEROBOT_HOME
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.checked import read_note, write_note
+from lerobot_lam_diffusion.tokens.checked import note, note_of, recall
+from lerobot_lam_diffusion.tokens.frames_digest import names_pictures
 from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
     root = Path(meta.root)
     files = _files(root, camera_key)
     stamp = _stamp(root, camera_key, files)
-    place = _place(root, camera_key)
+    place = note_of("episodes", root, camera_key)
     known = _known_here.get(place)
     if known is None or known[0] != stamp:
         table = _read(place, stamp, meta.total_episodes)
@@ -62,8 +61,13 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
             size = sum(stat.st_size for _, stat in files)
             if size > LOGGED_BYTES:
                 logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
-            table = _hash_all(meta, camera_key)
-            write_note(place, json.dumps([stamp, table.numpy().tobytes().hex()]))
+            trouble: list[OSError] = []
+            table = _hash_all(meta, camera_key, trouble)
+            data = [file for file, _ in files if file.suffix == ".parquet" and "data" in file.parts]
+            is_video = camera_key in meta.video_keys
+            if trouble or (not is_video and names_pictures(data, camera_key)):
+                return table
+            note(place, stamp, table.numpy().tobytes().hex())
         _known_here[place] = known = (stamp, table)
     return known[1].clone()
 
@@ -93,35 +97,31 @@ def _stamp(root: Path, camera_key: str, files: Iterable[tuple[Path, os.stat_resu
     return digest.hexdigest()
 
 
-def _place(root: Path, camera_key: str) -> Path:
-    name = hashlib.sha256(os.fsencode(root.resolve()) + b"\0" + camera_key.encode()).hexdigest()
-    return HF_LEROBOT_HOME / "lam_tokens" / "episodes" / name
-
-
 def _read(place: Path, stamp: str, num_episodes: int) -> Tensor | None:
     """The hashes that were noted for files that look like `stamp`."""
-    note = json.loads(read_note(place) or "null")
-    if not isinstance(note, list) or note[:1] != [stamp]:
+    try:
+        table = bytearray.fromhex(recall(place, stamp) or "")
+    except (TypeError, ValueError):  # damaged
         return None
-    table = bytearray.fromhex(note[1])
     if len(table) != num_episodes * HASH_BYTES:
         return None
     return torch.frombuffer(table, dtype=torch.uint8).view(num_episodes, HASH_BYTES)
 
 
-def _hash_all(meta: Any, camera_key: str) -> Tensor:
+def _hash_all(meta: Any, camera_key: str, trouble: list[OSError]) -> Tensor:
+    """Hashes of all episodes; errors that may pass, as of a network file system, go to `trouble`."""
     table = torch.zeros(meta.total_episodes, HASH_BYTES, dtype=torch.uint8)
     if camera_key in meta.video_keys:
-        hashes = _hash_videos(meta, camera_key)
+        hashes = _hash_videos(meta, camera_key, trouble)
     else:
-        hashes = _hash_images(meta, camera_key)
+        hashes = _hash_images(meta, camera_key, trouble)
     for episode, digest in hashes.items():
         table[episode] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     return table
 
 
-def _hash_videos(meta: Any, camera_key: str) -> dict[int, bytes]:
-    rows = _rows(meta, ["timestamp"])
+def _hash_videos(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int, bytes]:
+    rows = _rows(meta, ["timestamp"], trouble)
     by_file: dict[Path, list[int]] = defaultdict(list)
     template, root = meta.video_path, Path(meta.root)
     chunks, numbers, starts = (
@@ -136,7 +136,8 @@ def _hash_videos(meta: Any, camera_key: str) -> dict[int, bytes]:
         path, episodes = item
         try:
             video = _Packets(path)
-        except (OSError, ValueError, av.FFmpegError, IndexError):  # absent or damaged: nothing is known
+        except (OSError, ValueError, av.FFmpegError, IndexError) as error:  # nothing is known
+            _note_trouble(error, trouble)
             return {}
         return {
             episode: video.hash(
@@ -204,8 +205,8 @@ class _Packets:
         return digest.digest()[:HASH_BYTES]
 
 
-def _hash_images(meta: Any, camera_key: str) -> dict[int, bytes]:
-    rows = _rows(meta, [camera_key], root=Path(meta.root))
+def _hash_images(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int, bytes]:
+    rows = _rows(meta, [camera_key], trouble, root=Path(meta.root))
     hashes = {}
     for episode, columns in rows.items():
         digest = hashlib.sha256(b"images")
@@ -215,7 +216,15 @@ def _hash_images(meta: Any, camera_key: str) -> dict[int, bytes]:
     return hashes
 
 
-def _rows(meta: Any, names: list[str], root: Path | None = None) -> dict[int, dict[str, np.ndarray]]:
+def _note_trouble(error: Exception, trouble: list[OSError]) -> None:
+    """An absent or damaged file stays so while it looks the same; other errors may pass."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        trouble.append(error)
+
+
+def _rows(
+    meta: Any, names: list[str], trouble: list[OSError], root: Path | None = None
+) -> dict[int, dict[str, np.ndarray]]:
     """Columns of each episode whose rows are all present, plus `index` relative to the episode's start.
 
     Args:
@@ -234,7 +243,8 @@ def _rows(meta: Any, names: list[str], root: Path | None = None) -> dict[int, di
                         if is_picture and root
                         else column.to_numpy(zero_copy_only=False)
                     )
-        except (OSError, pa.ArrowException, KeyError):  # damaged: what is unread stays unknown
+        except (OSError, pa.ArrowException, KeyError) as error:  # what is unread stays unknown
+            _note_trouble(error, trouble)
             continue
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     if len(joined) < len(columns) or len({len(column) for column in joined.values()}) != 1:
@@ -260,7 +270,4 @@ def _picture(picture: Any, root: Path) -> bytes:
         return repr(picture).encode()
     if picture.get("bytes") is not None:
         return picture["bytes"]
-    try:
-        return (root / str(picture.get("path"))).read_bytes()
-    except OSError:
-        return repr(picture).encode()
+    return (root / str(picture.get("path"))).read_bytes()

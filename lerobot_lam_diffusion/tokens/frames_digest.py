@@ -10,20 +10,19 @@ The contents are read once per machine: the result is cached under LeRobot's hom
 files keep their size and times.
 """
 
+import contextlib
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_lam_diffusion.tokens.checked import read_note, write_note
+from lerobot_lam_diffusion.tokens.checked import note, note_of, recall
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +97,10 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
     for file, stat in zip((*data, *videos), stats, strict=True):
         looks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         stamp.update(os.fsencode(file.relative_to(root)) + repr(looks).encode())
-    name = hashlib.sha256(os.fsencode(root.resolve()) + b"\0" + camera_key.encode()).hexdigest()
-    note = HF_LEROBOT_HOME / "lam_tokens" / "frames" / name
-    known = json.loads(read_note(note) or "null")
-    if isinstance(known, list) and len(known) == 2 and known[0] == stamp.hexdigest():
-        return str(known[1])
+    place = note_of("frames", root, camera_key)
+    known = recall(place, stamp.hexdigest())
+    if known is not None:
+        return str(known)
     columns = [hashlib.sha256() for _ in ROWS]
     pictures = hashlib.sha256()
     found = 0
@@ -120,8 +118,18 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
     total = hashlib.sha256(b"".join(part.digest() for part in (*columns, pictures)))
     for file in videos:
         total.update(_file_digest(file))
-    write_note(note, json.dumps([stamp.hexdigest(), total.hexdigest()]))
+    if is_video or not names_pictures(data, camera_key):
+        note(place, stamp.hexdigest(), total.hexdigest())
     return total.hexdigest()
+
+
+def names_pictures(data: Sequence[Path], camera_key: str) -> bool:
+    """Whether data files name the files of their images, which no stamp covers, instead of holding them."""
+    for file in data:
+        with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # damaged: another file tells
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[camera_key]):
+                return any(picture.get("bytes") is None for picture in batch.column(0).to_pylist())
+    return False
 
 
 def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path) -> Iterator[bytes]:

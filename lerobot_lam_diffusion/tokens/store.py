@@ -13,6 +13,7 @@ The E rows of the three tables are the dataset's episodes in order: episode e ho
 episode is not in this store.
 """
 
+import hashlib
 import logging
 import operator
 import os
@@ -173,10 +174,24 @@ class TokenStore:
             hub_id=hub_id,
         )
 
+    @classmethod
+    def _map_again(cls, folder: Path, hub_id: str | None, identity: str) -> "TokenStore":
+        """In another process: the same store, or an error if another one has taken its place."""
+        store = cls._map(folder, hub_id)
+        if store._identity() != identity:
+            raise TokenStoreError(
+                f"{store.name} was replaced while it was in use; start what uses it again with the new one"
+            )
+        return store
+
     def __reduce__(self) -> tuple:
         if self.provenance is None:  # a `.pt` file: nothing to map, its tensors travel
             return (TokenStore, tuple(vars(self).values()))
-        return (TokenStore._map, (self.path, self.hub_id))
+        return (TokenStore._map_again, (self.path.absolute(), self.hub_id, self._identity()))
+
+    def _identity(self) -> str:
+        assert self.provenance is not None
+        return hashlib.sha256(self.provenance.to_json().encode()).hexdigest()
 
     @property
     def name(self) -> str:

@@ -44,6 +44,17 @@ def test_reduced_precision_is_restored(reduced_precision):
     assert torch.is_autocast_enabled("cpu")
 
 
+def test_of_several_threads_the_last_one_restores(reduced_precision):
+    before = [getattr(owner, name) for owner, name, _ in _switches()]
+    first, second = full_precision(torch.device("cpu")), full_precision(torch.device("cpu"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the second one is still at work
+    assert all(getattr(owner, name) == "ieee" for owner, name, _ in _switches())
+    second.__exit__(None, None, None)
+    assert [getattr(owner, name) for owner, name, _ in _switches()] == before
+
+
 def test_restored_after_an_error(reduced_precision):
     with pytest.raises(RuntimeError), full_precision(torch.device("cpu")):
         raise RuntimeError

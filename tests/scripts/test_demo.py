@@ -80,9 +80,7 @@ def test_a_missing_simulator_is_told_with_its_remedy(monkeypatch):
     monkeypatch.setattr(
         demo.importlib.util, "find_spec", lambda name: None if name == "gym_pusht" else find(name)
     )
-    with pytest.raises(
-        SystemExit, match=r"needs gym_pusht.*pip install 'lerobot\[pusht\]'"
-    ):
+    with pytest.raises(SystemExit, match=r"needs gym_pusht.*pip install 'lerobot\[pusht\]'"):
         main([])
 
 

@@ -13,6 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetad
 
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
+from lerobot_lam_diffusion.tokens.episode_hashes import are_known, episode_hashes
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from tests.conftest import TOP, record_dataset
 
@@ -50,6 +51,23 @@ def recorded(request, tmp_path_factory):
 @pytest.fixture
 def root(recorded, tmp_path):
     return shutil.copytree(recorded.root, tmp_path / "copy")
+
+
+def test_images_beside_the_data_files_are_read_each_time(tmp_path):
+    """No note is kept of them: what a note is believed by are the data files' sizes and times."""
+    root = record_dataset(tmp_path / "data", lengths=(4, 3), use_videos=False).root
+
+    def beside(table):
+        for number, picture in enumerate(table[TOP].to_pylist()):
+            (root / f"{number}.png").write_bytes(picture["bytes"])
+        return replaced(table, TOP, [{"bytes": None, "path": f"{k}.png"} for k in range(len(table))])
+
+    edit_parquet(root / "data", beside)
+    digest, hashes = frames_digest(opened(root), TOP), episode_hashes(opened(root), TOP)
+    assert are_known(hashes).all()
+    (root / "5.png").write_bytes((root / "4.png").read_bytes())
+    assert frames_digest(opened(root), TOP) != digest
+    assert (episode_hashes(opened(root), TOP) != hashes).any(1).tolist() == [False, True]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -173,6 +174,17 @@ def test_continuous_store_has_no_codes_to_count(continuous_store):
 def test_store_opens_by_its_folder_or_either_file_as_text_or_path(store):
     for path in (store.path, str(store.path), *store.path.iterdir()):
         assert torch.equal(TokenStore.open(path).values, store.values)
+
+
+def test_a_worker_refuses_a_store_that_was_replaced_meanwhile(write_random, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(TokenStore.open(write_random(Path("store"), [4, 5]).path))
+    monkeypatch.chdir("/")  # a relative path would now mean another place
+    assert len(pickle.loads(sent).values) == 9
+    shutil.rmtree(tmp_path / "store")
+    write_random(tmp_path / "store", [4, 5], frame_stride=2)
+    with pytest.raises(TokenStoreError, match="was replaced while it was in use"):
+        pickle.loads(sent)
 
 
 def test_store_travels_as_its_path(store):
