@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 # Without uv, pip installs it into an environment of its own; Debian's Python lacks what that needs without python3-venv.
 needed=venv
-command -v uv >/dev/null 2>&1 || needed=ensurepip
+uv --version >/dev/null 2>&1 || .cache/uv/bin/uv --version >/dev/null 2>&1 || needed=ensurepip
 
 works() { # a pyenv shim can be on PATH and still run nothing
     "$1" -c 'import sys; __import__("'"$needed"'"); sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' \

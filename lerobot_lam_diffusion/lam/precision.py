@@ -30,12 +30,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def _enter() -> None:
     global _inside
     with _lock:
-        _inside += 1
-        if _inside == 1:
+        if not _inside:
             for owner, name, exact in _switches():
                 if getattr(owner, name) != exact:
                     _before.append((owner, name, getattr(owner, name)))
                     setattr(owner, name, exact)
+        _inside += 1
 
 
 def _leave() -> None:

@@ -164,7 +164,6 @@ def precompute_tokens(
     if process.agreed(lambda: (output_dir / PROVENANCE_FILE).is_file()):
         return _summary(_same_store(output_dir, plan))
     known = KnownEpisodes(extend, provenance)
-    refuse_existing(output_dir)
     clock, encoded, copied, store, finished, total = Clock(), 0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
@@ -258,6 +257,8 @@ def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]
 
     No shard is read, since other processes are waiting.
     """
+    if not (output_dir / PROVENANCE_FILE).is_file():
+        refuse_existing(output_dir)
     shards = ShardFolder.begin(unfinished_folder(output_dir), plan)
     if (output_dir / PROVENANCE_FILE).is_file():
         return shards, None

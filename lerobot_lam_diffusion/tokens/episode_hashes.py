@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.checked import note, note_of, recall
-from lerobot_lam_diffusion.tokens.frames_digest import names_pictures
 from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
 
 logger = logging.getLogger(__name__)
@@ -61,11 +60,9 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
             size = sum(stat.st_size for _, stat in files)
             if size > LOGGED_BYTES:
                 logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
-            trouble: list[OSError] = []
-            table = _hash_all(meta, camera_key, trouble)
-            data = [file for file, _ in files if file.suffix == ".parquet" and "data" in file.parts]
-            is_video = camera_key in meta.video_keys
-            if trouble or (not is_video and names_pictures(data, camera_key)):
+            passing: list[Any] = []
+            table = _hash_all(meta, camera_key, passing)
+            if passing:
                 return table
             note(place, stamp, table.numpy().tobytes().hex())
         _known_here[place] = known = (stamp, table)
@@ -108,20 +105,25 @@ def _read(place: Path, stamp: str, num_episodes: int) -> Tensor | None:
     return torch.frombuffer(table, dtype=torch.uint8).view(num_episodes, HASH_BYTES)
 
 
-def _hash_all(meta: Any, camera_key: str, trouble: list[OSError]) -> Tensor:
-    """Hashes of all episodes; errors that may pass, as of a network file system, go to `trouble`."""
+def _hash_all(meta: Any, camera_key: str, passing: list[Any]) -> Tensor:
+    """Hashes of all episodes.
+
+    Args:
+        passing: Receives what forbids to keep them: errors that may pass, as of a network file system, and
+            images in files of their own, which no stamp covers.
+    """
     table = torch.zeros(meta.total_episodes, HASH_BYTES, dtype=torch.uint8)
     if camera_key in meta.video_keys:
-        hashes = _hash_videos(meta, camera_key, trouble)
+        hashes = _hash_videos(meta, camera_key, passing)
     else:
-        hashes = _hash_images(meta, camera_key, trouble)
+        hashes = _hash_images(meta, camera_key, passing)
     for episode, digest in hashes.items():
         table[episode] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     return table
 
 
-def _hash_videos(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int, bytes]:
-    rows = _rows(meta, ["timestamp"], trouble)
+def _hash_videos(meta: Any, camera_key: str, passing: list[Any]) -> dict[int, bytes]:
+    rows = _rows(meta, ["timestamp"], passing)
     by_file: dict[Path, list[int]] = defaultdict(list)
     template, root = meta.video_path, Path(meta.root)
     chunks, numbers, starts = (
@@ -137,7 +139,7 @@ def _hash_videos(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int
         try:
             video = _Packets(path)
         except (OSError, ValueError, av.FFmpegError, IndexError) as error:  # nothing is known
-            _note_trouble(error, trouble)
+            _note_error(error, passing)
             return {}
         return {
             episode: video.hash(
@@ -205,10 +207,12 @@ class _Packets:
         return digest.digest()[:HASH_BYTES]
 
 
-def _hash_images(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int, bytes]:
-    rows = _rows(meta, [camera_key], trouble, root=Path(meta.root))
+def _hash_images(meta: Any, camera_key: str, passing: list[Any]) -> dict[int, bytes]:
+    rows = _rows(meta, [camera_key], passing, root=Path(meta.root))
     hashes = {}
     for episode, columns in rows.items():
+        if not columns[camera_key].any(1).all():
+            continue  # an image is not on this machine
         digest = hashlib.sha256(b"images")
         digest.update(columns[camera_key].tobytes())
         digest.update(columns["index"].astype("<i8").tobytes())
@@ -216,14 +220,14 @@ def _hash_images(meta: Any, camera_key: str, trouble: list[OSError]) -> dict[int
     return hashes
 
 
-def _note_trouble(error: Exception, trouble: list[OSError]) -> None:
+def _note_error(error: Exception, passing: list[Any]) -> None:
     """An absent or damaged file stays so while it looks the same; other errors may pass."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        trouble.append(error)
+        passing.append(error)
 
 
 def _rows(
-    meta: Any, names: list[str], trouble: list[OSError], root: Path | None = None
+    meta: Any, names: list[str], passing: list[Any], root: Path | None = None
 ) -> dict[int, dict[str, np.ndarray]]:
     """Columns of each episode whose rows are all present, plus `index` relative to the episode's start.
 
@@ -239,12 +243,12 @@ def _rows(
                     column = batch.column(name)
                     is_picture = root is not None and name != "index"
                     columns[name].append(
-                        _picture_digests(column, root)
+                        _picture_digests(column, root, passing)
                         if is_picture and root
                         else column.to_numpy(zero_copy_only=False)
                     )
         except (OSError, pa.ArrowException, KeyError) as error:  # what is unread stays unknown
-            _note_trouble(error, trouble)
+            _note_error(error, passing)
             continue
     joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
     if len(joined) < len(columns) or len({len(column) for column in joined.values()}) != 1:
@@ -259,15 +263,22 @@ def _rows(
     return found
 
 
-def _picture_digests(column: pa.Array, root: Path) -> np.ndarray:
-    digests = [hashlib.sha256(_picture(picture, root)).digest() for picture in column.to_pylist()]
+def _picture_digests(column: pa.Array, root: Path, passing: list[Any]) -> np.ndarray:
+    """SHA-256 of each picture, uint8 `(rows, 32)`; zeros for one that is not on this machine."""
+    digests = []
+    for picture in column.to_pylist():
+        try:
+            digests.append(hashlib.sha256(_picture(picture, root, passing)).digest())
+        except FileNotFoundError:
+            digests.append(bytes(32))
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 32)
 
 
-def _picture(picture: Any, root: Path) -> bytes:
+def _picture(picture: Any, root: Path, passing: list[Any]) -> bytes:
     """A picture's encoded bytes, or those of the file that it names."""
     if not isinstance(picture, dict):
         return repr(picture).encode()
     if picture.get("bytes") is not None:
         return picture["bytes"]
+    passing.append(picture.get("path"))
     return (root / str(picture.get("path"))).read_bytes()

@@ -10,11 +10,10 @@ The contents are read once per machine: the result is cached under LeRobot's hom
 files keep their size and times.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,7 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
         return str(known)
     columns = [hashlib.sha256() for _ in ROWS]
     pictures = hashlib.sha256()
+    beside: list[Path] = []  # image files that data files name: no stamp covers them, so no note is kept
     found = 0
     for file in data:
         parquet = pq.ParquetFile(file)
@@ -111,35 +111,27 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
         for name, column in zip(ROWS, columns, strict=True):
             column.update(table[name].to_numpy().astype(_AS_READ.get(name, "<i8")).tobytes())
         if not is_video:
-            for picture in _pictures(parquet, camera_key, root):
+            for picture in _pictures(parquet, camera_key, root, beside):
                 pictures.update(len(picture).to_bytes(8, "little") + picture)
     if found != rows:
         return None
     total = hashlib.sha256(b"".join(part.digest() for part in (*columns, pictures)))
     for file in videos:
         total.update(_file_digest(file))
-    if is_video or not names_pictures(data, camera_key):
+    if not beside:
         note(place, stamp.hexdigest(), total.hexdigest())
     return total.hexdigest()
 
 
-def names_pictures(data: Sequence[Path], camera_key: str) -> bool:
-    """Whether data files name the files of their images, which no stamp covers, instead of holding them."""
-    for file in data:
-        with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # damaged: another file tells
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[camera_key]):
-                return any(picture.get("bytes") is None for picture in batch.column(0).to_pylist())
-    return False
-
-
-def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path) -> Iterator[bytes]:
-    """The encoded images of a data file, in order, a few at a time."""
+def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path, beside: list[Path]) -> Iterator[bytes]:
+    """The encoded images of a data file, in order, a few at a time; files that it names go to `beside`."""
     for batch in parquet.iter_batches(batch_size=64, columns=[camera_key]):
         for picture in pa.Table.from_batches([batch])[camera_key].to_pylist():
             if picture.get("bytes") is not None:
                 yield picture["bytes"]
             else:
-                yield (root / picture["path"]).read_bytes()
+                beside.append(root / picture["path"])
+                yield beside[-1].read_bytes()
 
 
 def _file_digest(path: Path) -> bytes:

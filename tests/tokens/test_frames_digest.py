@@ -68,6 +68,8 @@ def test_images_beside_the_data_files_are_read_each_time(tmp_path):
     (root / "5.png").write_bytes((root / "4.png").read_bytes())
     assert frames_digest(opened(root), TOP) != digest
     assert (episode_hashes(opened(root), TOP) != hashes).any(1).tolist() == [False, True]
+    (root / "0.png").unlink()
+    assert are_known(episode_hashes(opened(root), TOP)).tolist() == [False, True]
 
 
 @pytest.fixture
