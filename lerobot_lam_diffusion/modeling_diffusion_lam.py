@@ -160,8 +160,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
         """Warn if a batch's own tokens differ from the store's; zeros are ignored, as they may be masked."""
         own, deltas = self._window_tokens(batch), self.config.lam_token_deltas
         try:
-            check_batch(store, batch)
-            stored = store.window(batch["index"], deltas, ahead=max(deltas) > 0).to(own)
+            stored = self._stored_tokens(store, batch).to(own)
         except TokenStoreError:
             return  # frames that this store knows nothing of
         if ((own != stored) & (own != 0)).any():
@@ -269,8 +268,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 "--policy.lam_tokens_path"
             )
         else:
-            check_batch(self.token_store, batch)
-            tokens = self.token_store.window(batch["index"], deltas, ahead=max(deltas) > 0)
+            tokens = self._stored_tokens(self.token_store, batch)
         if tokens.ndim == 2:  # one observation step without a time axis
             tokens = tokens.unsqueeze(1)
         # A longer window of the past is trimmed; other offsets must be met exactly.
@@ -284,6 +282,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 "lam_action_latent_dim): LamTokenDataset(dataset, store, config.lam_token_deltas) joins them"
             )
         return tokens[:, -steps:]
+
+    def _stored_tokens(self, store: TokenStore | JoinedStores, batch: dict[str, Any]) -> Tensor:
+        deltas = self.config.lam_token_deltas
+        check_batch(store, batch)
+        return store.window(batch["index"], deltas, ahead=max(deltas) > 0)
 
     def _last_observations(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Drop the frames that only the LAM needs: keep the last `n_obs_steps` of every observation."""

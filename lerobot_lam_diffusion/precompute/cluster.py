@@ -242,8 +242,7 @@ def _discard_damaged(folder: Path) -> None:
         shards = ShardFolder.open(folder)
     except ExtractionError:
         return
-    for shard in shards.damaged(shards.present()):
-        shards.discard(shard)
+    shards.discard_damaged(shards.present())
 
 
 def _described(

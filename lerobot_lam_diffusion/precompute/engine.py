@@ -275,10 +275,7 @@ def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -
     ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
     missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
     to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
-    damaged = shards.damaged(to_check)
-    for shard in damaged:
-        shards.discard(shard)  # no other process shall take it for finished
-    return sorted([*missing, *damaged])
+    return sorted([*missing, *shards.discard_damaged(to_check)])
 
 
 def _same_store(output_dir: Path, plan: Plan) -> TokenStore:

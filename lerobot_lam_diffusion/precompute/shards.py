@@ -260,6 +260,13 @@ class ShardFolder:
                 found.append(shard)
         return found
 
+    def discard_damaged(self, shards: Sequence[int]) -> list[int]:
+        """Make the damaged ones of these finished shards unfinished; which they were."""
+        found = self.damaged(shards)
+        for shard in found:
+            self.discard(shard)
+        return found
+
     def discard(self, shard: int) -> None:
         """Delete a finished shard, so that it counts as unfinished."""
         self._file(shard).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.fit.data import moving_pixels
-from lerobot_lam_diffusion.lam.fit.report import evenly
+from lerobot_lam_diffusion.lam.fit.report import evenly, perplexity
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.report import figures
 from lerobot_lam_diffusion.report.codes import BINS, Codes, read_codes
@@ -222,10 +222,10 @@ class _Report:
             return section
         if codes.is_vq:
             for slot in range(len(codes.slots)):
-                shares = codes.shares(slot)
-                used, perplexity = int((shares > 0).sum()), torch.exp(-torch.xlogy(shares, shares).sum())
+                used = int((codes.shares(slot) > 0).sum())
+                alike = perplexity(codes.labels[:, slot], codes.num_codes)
                 section.rows.append(
-                    (codes.slots[slot], f"{used} of {codes.num_codes} codes, perplexity {perplexity:.1f}")
+                    (codes.slots[slot], f"{used} of {codes.num_codes} codes, perplexity {alike:.1f}")
                 )
             bars = Picture(
                 figures.png(figures.usage_bars(codes)),
@@ -269,9 +269,9 @@ class _Report:
         assert self.footage is not None
         lam, stride = self.footage.lam, self.store.frame_stride
         section = Section("What does the LAM predict?", "prediction", on_card=2)
-        which, held = "held-out", self.probe.held_out if self.probe is not None else None
-        if held is None:
-            which, held = "drawn", pool[: max(1, len(pool) // 5)]
+        which, held = "drawn", pool[: max(1, len(pool) // 5)]
+        if self.probe is not None:
+            which, held = "held-out", self.probe.held_out
         inside = torch.isin(self.codes.episodes, torch.tensor(sorted({*held} & {*pool})))
         later = self.codes.frames[inside]
         later = evenly(later, _PREDICTED)

@@ -103,8 +103,9 @@ def read_codes(store: TokenStore, episodes: list[int], seed: int) -> Codes:
 
 def principal_directions(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """Mean (D) and first directions (k, D) of tokens (M, D), double, and their shares of the variance."""
-    mean = tokens.double().mean(0)
-    _, spread, basis = torch.linalg.svd(tokens.double() - mean, full_matrices=False)
+    tokens = tokens.double()
+    mean = tokens.mean(0)
+    _, spread, basis = torch.linalg.svd(tokens - mean, full_matrices=False)
     basis = basis[:DIRECTIONS]
     basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # a sign of its own choice
     shares = (spread.square() / spread.square().sum().clamp(min=1e-30))[:DIRECTIONS].tolist()

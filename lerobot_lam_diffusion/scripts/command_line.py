@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import draccus
 import torch
@@ -21,7 +21,7 @@ import yaml
 from draccus.utils import DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.help import Command, is_union
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _quoted(arguments: list[str], spec: Command) -> list[str]:
 
 
 def _is_text(kind: Any) -> bool:
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = get_args(kind) if is_union(kind) else (kind,)
     return set(kinds) - {NoneType} <= {str, Path}
 
 

@@ -36,7 +36,7 @@ class Flag:
     @property
     def metavar(self) -> str:
         kinds = [kind for kind in get_args(self.kind) if kind is not NoneType]
-        kind = kinds[0] if _is_union(self.kind) else self.kind
+        kind = kinds[0] if is_union(self.kind) else self.kind
         return METAVARS.get(kind, getattr(kind, "__name__", "value").upper().replace("STR", "TEXT"))
 
 
@@ -188,13 +188,13 @@ def _kinds(config_class: type) -> dict[str, Any]:
 def _annotation(kind: Any) -> str:
     """A type as annotations write it; `str(kind)` varies: Python 3.13 has `pathlib._local.Path | None`."""
     arguments = [_annotation(each) for each in get_args(kind)]
-    if _is_union(kind):
+    if is_union(kind):
         return " | ".join(arguments)
     name = "None" if kind is NoneType else getattr(get_origin(kind) or kind, "__name__", repr(kind))
     return f"{name}[{', '.join(arguments)}]" if arguments else name
 
 
-def _is_union(kind: Any) -> bool:
+def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
