@@ -1,10 +1,12 @@
-"""Success in closed loop on PushT: the diffusion policy with and without the live token of the last pair.
+"""Success in closed loop: the diffusion policy with and without the live token of the last pair.
 
     python -m tests.benchmarks.study.closed_loop --dataset.root=DIR --work_dir=WORK [--study=3]
+    python -m tests.benchmarks.study.closed_loop --dataset.root=NEW --work_dir=WORK --study=11
     python -m tests.benchmarks.study.closed_loop … --study=8 --device=cuda --steps=N --seeds 0 1 2
 
 Each finished training is a line; a command that is run again goes on where it stopped. `--steps` and
-`--seeds` say how much to train. Commands for different conditions or seeds may run side by side.
+`--seeds` say how much to train. Commands for different conditions or seeds may run side by side. The task is
+PushT, from study 11 on the pendulum, which is recorded first.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,7 +27,7 @@ from lerobot_lam_diffusion import DiffusionLamPolicy
 from lerobot_lam_diffusion.demo.pusht import PushTEnv, make_env
 from lerobot_lam_diffusion.lam import load_lam
 
-from . import lams
+from . import lams, pendulum
 from .data import ACTION, ENV, STATE, Recorded, pusht, reset_to_start
 from .lams import LamChoice, Tokens
 from .policies import Budget, Pictures, Windows, errors, train
@@ -35,7 +38,68 @@ HELD_OUT = 40  # episodes that the LAM's probe is measured on; the policy's test
 FIRST_START, STARTS = 50_000, 200  # seeds of the test's starts; no demonstration has one of them
 BUDGET = Budget(steps=20_000, learning_rate=1e-3, down_dims=(64, 128), ema=0.999)
 
+STEPS_11 = 5_000
 Condition = tuple[int, str]  # observations; which tokens
+
+
+class Arena(Protocol):
+    """Several environments that advance in step, each from its own start.
+
+    Attributes:
+        solved: Whether each has succeeded so far (B,).
+        coverage: How well each has done so far, 0 to 1 (B,).
+        is_over: Whether nothing can change any more.
+    """
+
+    @property
+    def solved(self) -> np.ndarray: ...
+    @property
+    def coverage(self) -> np.ndarray: ...
+    @property
+    def is_over(self) -> bool: ...
+    def observed(self) -> dict[str, Tensor]:
+        """Columns (B, D) that the policy sees, as recorded."""
+        ...
+
+    def frames(self) -> Tensor:
+        """uint8 (B, 3, 96, 96)."""
+        ...
+
+    def step(self, actions: Tensor) -> None:
+        """Act (B, A), on the scale of the recording."""
+        ...
+
+
+@dataclass(frozen=True)
+class PushT:
+    """PushT, its keypoints recovered from the recording.
+
+    Attributes:
+        near_goal: Whether episodes start near the goal.
+        longest: Steps of an episode.
+    """
+
+    near_goal: bool
+    longest: int
+
+    def demonstrations(self, root: Path, folder: Path, first_seed: int) -> Recorded:
+        return pusht(root, folder, HELD_OUT, first_seed, self.near_goal)
+
+    def arena(self, starts: int) -> Arena:
+        return PushTs(self.near_goal, starts)
+
+
+@dataclass(frozen=True)
+class Pendulum:
+    """The pendulum whose velocity is hidden."""
+
+    longest: int
+
+    def demonstrations(self, root: Path, folder: Path, first_seed: int) -> Recorded:
+        return pendulum.demonstrations(root, folder, HELD_OUT)
+
+    def arena(self, starts: int) -> Arena:
+        return pendulum.Pendulums(starts)
 
 
 @dataclass(frozen=True)
@@ -43,44 +107,53 @@ class Study:
     """One registered run.
 
     Attributes:
-        near_goal: Whether episodes start near the goal.
-        longest: Steps of an episode.
-        windows: What the policy sees: keypoints or pictures, and the agent's state.
+        task: What is recorded and acted on.
+        windows: What the policy sees: keypoints or pictures, and the state.
         conditions: By name; the first one is what the others are compared with.
         budget: Of each training; `--steps` replaces its steps.
     """
 
-    near_goal: bool
-    longest: int
+    task: PushT | Pendulum
     windows: type[Windows]
     conditions: dict[str, Condition]
     budget: Budget = BUDGET
 
 
+NEAR = PushT(near_goal=True, longest=150)
 WITH_KEYPOINTS = {name: (2, name) for name in ("stock", "latest", "true state change")}
+ONE_AND_TWO = {"stock with 1 observation": (1, "stock"), "stock with 2 observations": (2, "stock")}
 STUDIES = {
-    3: Study(False, 300, Windows, WITH_KEYPOINTS),
-    6: Study(True, 150, Windows, WITH_KEYPOINTS),
+    3: Study(PushT(near_goal=False, longest=300), Windows, WITH_KEYPOINTS),
+    6: Study(NEAR, Windows, WITH_KEYPOINTS),
     8: Study(
-        True,
-        150,
+        NEAR,
         Pictures,
         {
-            "stock with 1 observation": (1, "stock"),
-            "stock with 2 observations": (2, "stock"),
+            **ONE_AND_TWO,
             "latest with 1 observation": (1, "latest"),
             "latest with 2 observations": (2, "latest"),
         },
     ),
-    10: Study(True, 150, Windows, {name: (1, which) for name, (_, which) in WITH_KEYPOINTS.items()}),
+    10: Study(NEAR, Windows, {name: (1, which) for name, (_, which) in WITH_KEYPOINTS.items()}),
+    11: Study(
+        Pendulum(longest=120),
+        Windows,
+        {
+            **ONE_AND_TWO,
+            "latest with 1 observation": (1, "latest"),
+            "tokens of other episodes with 1 observation": (1, "shuffled"),
+            "true state change with 1 observation": (1, "true state change"),
+        },
+        replace(BUDGET, steps=STEPS_11),
+    ),
 }
 
 Token = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Token (B, D) of the pair of frames (B, 3, H, W) and states (B, 2): before, now."""
 
 
-class Arena:
-    """Several environments that advance in step, each from its own start.
+class PushTs:
+    """An arena of PushT.
 
     Attributes:
         coverage: Largest share of the goal covered so far (B,).
@@ -93,6 +166,10 @@ class Arena:
         self.coverage = np.array([env._get_coverage() for env in self.envs])
         self.solved = np.zeros(starts, bool)
         self.rendered: dict[int, np.ndarray] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.solved.all())
 
     def observed(self) -> dict[str, Tensor]:
         """State (B, 2) and keypoints (B, 16), as recorded."""
@@ -135,7 +212,7 @@ def act(policy: DiffusionLamPolicy, windows: Windows, arena: Arena, steps: int, 
             before = now
         action = policy.select_action({key: value.to(device) for key, value in batch.items()})
         arena.step(windows.data.denormalize(ACTION, action.cpu()))
-        if arena.solved.all():
+        if arena.is_over:
             return
 
 
@@ -147,6 +224,11 @@ def seen_by(which: str, data: Recorded, work_dir: Path, device: str) -> tuple[To
         return lams.state_changes(data), lambda _, state, __, now: now - state
     how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
     tokens = lams.of_lam(LAM, "vq", data, **how)
+    if which == "shuffled":
+        pool, generator = tokens.store.values[data.train_frames], torch.Generator().manual_seed(3)
+        return lams.of_other_episodes(tokens, data), lambda before, *_: pool[
+            torch.randint(len(pool), (len(before),), generator=generator)
+        ]
     lam = load_lam(lams.fitted(LAM, data, **how), device=device)
     return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True).cpu()
 
@@ -164,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         "--first_seed", type=int, default=20_000, help="of the recording, to recover keypoints"
     )
     parser.add_argument("--conditions", nargs="+", help="of the study; all if left out")
-    parser.add_argument("--steps", type=int, default=BUDGET.steps)
+    parser.add_argument("--steps", type=int, help="of each training; the study's own if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
@@ -174,11 +256,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda":  # as lerobot-train does
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     folder.mkdir(parents=True, exist_ok=True)
-    data = pusht(args.root, folder, HELD_OUT, args.first_seed, study.near_goal)
-    results, budget = results_of(args.study, args.work_dir), replace(study.budget, steps=args.steps)
+    data = study.task.demonstrations(args.root, folder, args.first_seed)
+    results, budget = (
+        results_of(args.study, args.work_dir),
+        replace(study.budget, steps=args.steps or study.budget.steps),
+    )
     for seed in args.seeds:
         for condition in args.conditions or study.conditions:
-            name = f"{condition}, {args.steps} steps"
+            name = f"{condition}, {budget.steps} steps"
             if results.has(name, seed):
                 continue
             started = time.perf_counter()
@@ -190,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
             found = errors(policy, windows, budget, data.held_out_frames[:: budget.every])
             error = np.mean(found["error"])
             print(f"{name:<40} seed {seed}  error {error:.4f}  {trained:.0f} s of training", flush=True)
-            arena = Arena(study.near_goal, STARTS)
-            act(policy, windows, arena, study.longest, token)
+            arena = study.task.arena(STARTS)
+            act(policy, windows, arena, study.task.longest, token)
             results.add(
                 condition=name, seed=seed, success=arena.solved.tolist(), coverage=arena.coverage.tolist(),
                 probe_r2=lams.probe_r2(tokens, data) if tokens else None, error=found["error"],

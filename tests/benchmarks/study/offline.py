@@ -1,6 +1,7 @@
 """Held-out error of the next actions on PushT: the diffusion policy with and without LAM tokens.
 
     python -m tests.benchmarks.study.offline --dataset.root=DIR --work_dir=WORK [--study=5] [--until=TIER]
+        [--conditions "1 obs: stock" "1 obs: latest"] [--seeds 0 1]
 
 The conditions stand in the order in which they are run; each is finished for all training seeds before the
 next one begins, except in study 9, which takes long: there a seed is finished for all conditions.
@@ -185,10 +186,9 @@ def results_of(study: int, work_dir: Path) -> Results:
     return Results(work_dir / ("offline.jsonl" if study == 1 else f"study_{study}.jsonl"))
 
 
-def runs(study: int, until: int) -> list[tuple[Condition, int]]:
+def runs(conditions: list[Condition], study: int, seeds: list[int]) -> list[tuple[Condition, int]]:
     """Conditions and training seeds in the order in which they are run."""
-    conditions = [condition for condition in STUDIES[study]() if condition.tier <= until]
-    found = [(condition, seed) for condition in conditions for seed in condition.seeds]
+    found = [(condition, seed) for condition in conditions for seed in condition.seeds if seed in seeds]
     return sorted(found, key=lambda run: run[1]) if study == 9 else found
 
 
@@ -199,11 +199,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first_seed", type=int, default=100, help="of the recording, to recover keypoints")
     parser.add_argument("--study", type=int, choices=STUDIES, default=1)
     parser.add_argument("--until", type=int, default=7, help="last tier of conditions to run")
+    parser.add_argument("--conditions", nargs="+", help="of the study; all if left out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args(argv)
+    conditions = [condition for condition in STUDIES[args.study]() if condition.tier <= args.until]
+    if unknown := set(args.conditions or ()) - {condition.name for condition in conditions}:
+        parser.error(f"--conditions: {sorted(unknown)} are not conditions of study {args.study}")
+    conditions = [c for c in conditions if not args.conditions or c.name in args.conditions]
     args.work_dir.mkdir(parents=True, exist_ok=True)
     data = pusht(args.root, args.work_dir, HELD_OUT, args.first_seed)
     results = results_of(args.study, args.work_dir)
-    for condition, seed in runs(args.study, args.until):
+    for condition, seed in runs(conditions, args.study, args.seeds):
         if results.has(condition.name, seed):
             continue
         frames = data.frames_of(0, condition.demonstrations or data.train_episodes)
