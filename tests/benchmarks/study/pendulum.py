@@ -1,10 +1,12 @@
-"""A closed-loop task that needs motion: Gymnasium's Pendulum-v1 with its angular velocity hidden.
+"""A closed-loop task that needs motion: Gymnasium's Pendulum-v1, held upright, its angular velocity hidden.
 
-The pendulum has to be swung up and held there, with less torque than would lift it at once. One look at it
-does not tell which way it moves, and without that it can neither be swung up nor held. Recorded as a LeRobot
-dataset with encoded video; a policy sees (cos, sin) of the angle, the LAM sees pictures.
+Kicks throw the pendulum off balance, and its motor is too weak to lift it again once it has fallen. One look
+at it does not tell which way it moves, and without that it cannot be held. Recorded as a LeRobot dataset with
+encoded video; a policy sees the angle, the LAM sees pictures.
 """
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +20,84 @@ from lerobot_lam_diffusion.demo.console import output_to
 
 from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
 
-EPISODES, LENGTH, FPS = 300, 100, 20
-SIZE, SCREEN = 96, 352  # px; the rod is 40 px long in the picture
-NOISE = 0.5  # of the torque while recording, so that demonstrations show how to recover
-UPRIGHT = 0.3  # rad from the top
-HOLD = 20  # last steps of an episode in which the pendulum has to be upright
-FIRST_START = 50_000  # seeds of the test's starts; no demonstration has one of them
+EPISODES, LENGTH, FPS = 300, 60, 20
+LONGEST = 120  # steps of an episode of the test
+SIZE, SCREEN = 96, 704  # px; the rod is 80 px long in the picture
+KICK, EVERY = 0.5, 10  # spread of a kick, rad/s; one in so many steps, at random
+ANGLE, SPEED = 0.1, 0.5  # rad, rad/s: an episode starts within these of upright and rest
+FALLEN = 0.5  # rad from upright
+FIRST_START = 50_000  # seeds of the test's starts and kicks; no demonstration has one of them
 FEATURES = {
     IMAGE: {"dtype": "video", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]},
-    STATE: {"dtype": "float32", "shape": (2,), "names": ["cos", "sin"]},
+    STATE: {"dtype": "float32", "shape": (1,), "names": ["angle"]},
     ACTION: {"dtype": "float32", "shape": (1,), "names": ["torque"]},
 }
 
 
-def make_env(seed: int) -> Any:
-    """Pendulum-v1 at its start of this seed."""
-    env = gymnasium.make("Pendulum-v1", render_mode="rgb_array").unwrapped
-    env.screen_dim = SCREEN
-    env.reset(seed=seed)
-    return env
+class Pendulum:
+    """One episode; its seed decides start and kicks."""
+
+    def __init__(self, seed: int) -> None:
+        self.env = gymnasium.make("Pendulum-v1", render_mode="rgb_array").unwrapped
+        self.env.screen_dim = SCREEN
+        self.env.reset(seed=seed, options={"x_init": ANGLE, "y_init": SPEED})
+        self.rng = np.random.default_rng(seed)
+
+    @property
+    def angle(self) -> float:
+        """From upright, rad."""
+        return float(self.env.state[0])
+
+    @property
+    def fallen(self) -> bool:
+        return abs(self.angle) > FALLEN
+
+    def expert(self) -> float:
+        """Torque of a controller that knows the velocity."""
+        return float(np.clip(-10 * self.angle - 2.5 * self.env.state[1], -2, 2))
+
+    def step(self, torque: float) -> None:
+        self.env.step(np.array([torque], np.float32))
+        kick, is_kicked = self.rng.normal(0, KICK), self.rng.random() < 1 / EVERY
+        self.env.state[1] += kick * is_kicked
+
+    def picture(self) -> np.ndarray:
+        """(SIZE, SIZE, 3) uint8 of what is above the axle, without the arrow that shows the torque."""
+        self.env.last_u = None
+        middle = SCREEN // 2
+        above = self.env.render()[middle - 2 * SIZE + 16 : middle + 16, middle - SIZE : middle + SIZE]
+        halved = above.astype(np.float32).reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
+        return halved.round().astype(np.uint8)
 
 
-def from_top(env: Any) -> float:
-    """Angle from upright, in -π…π."""
-    return float((env.state[0] + np.pi) % (2 * np.pi) - np.pi)
-
-
-def expert(env: Any) -> float:
-    """Torque of a controller that knows the velocity: pump energy until the top is near, then hold it."""
-    angle, speed = from_top(env), env.state[1]
-    if abs(angle) < 0.5 and abs(speed) < 4:
-        return float(np.clip(-10 * angle - 2.5 * speed, -2, 2))
-    if abs(speed) < 0.05:  # at rest: start either way
-        return 2.0
-    energy = speed**2 / 2 + 1.5 * env.g * (np.cos(angle) - 1)  # 0 when upright at rest
-    return float(np.clip(-energy * speed, -2, 2))
-
-
-def step(env: Any, torque: float) -> None:
-    env.step(np.array([torque], np.float32))
-
-
-def position(env: Any) -> np.ndarray:
-    return np.array([np.cos(env.state[0]), np.sin(env.state[0])], np.float32)
-
-
-def picture(env: Any) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8, without the arrow that Gymnasium draws for the torque."""
-    env.last_u = None
-    edge = SCREEN // 2 - SIZE
-    middle = env.render()[edge:-edge, edge:-edge].astype(np.float32)
-    return middle.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).round().astype(np.uint8)
+def held_episodes() -> Iterator[list[dict[str, Any]]]:
+    """Frames of the demonstrations in which the pendulum does not fall."""
+    for seed in itertools.count():
+        pendulum, frames = Pendulum(seed), []
+        while not pendulum.fallen:
+            if len(frames) == LENGTH:
+                yield frames
+                break
+            torque = pendulum.expert()
+            frames.append(
+                {
+                    IMAGE: pendulum.picture(),
+                    STATE: np.array([pendulum.angle], np.float32),
+                    ACTION: np.array([torque], np.float32),
+                    "task": "hold it upright",
+                }
+            )
+            pendulum.step(torque)
 
 
 def record(root: Path) -> LeRobotDataset:
     if not root.exists():
-        part, rng = root.with_suffix(".part"), np.random.default_rng(0)
+        part = root.with_suffix(".part")
         with output_to(root.with_suffix(".log")):
             dataset = LeRobotDataset.create("local/pendulum", FPS, FEATURES, root=part, video_backend="pyav")
-            for seed in range(EPISODES):
-                env = make_env(seed)
-                for _ in range(LENGTH):
-                    torque = expert(env)
-                    action = np.array([torque], np.float32)
-                    frame = {IMAGE: picture(env), STATE: position(env), ACTION: action, "task": "swing up"}
+            for frames in itertools.islice(held_episodes(), EPISODES):
+                for frame in frames:
                     dataset.add_frame(frame)
-                    step(env, torque + NOISE * rng.standard_normal())
                 dataset.save_episode()
             dataset.finalize()
         part.rename(root)
@@ -97,38 +111,36 @@ def demonstrations(root: Path, folder: Path, held_out: int) -> Recorded:
 
 
 class Pendulums:
-    """Several pendulums that advance in step, each from its own start.
+    """An arena of pendulums; one that has fallen stands still.
 
     Attributes:
-        up: Whether each was upright after each step so far, a list of (B,).
+        coverage: Share of the test's steps that each has been held for so far (B,).
     """
 
     def __init__(self, starts: int) -> None:
-        self.envs = [make_env(FIRST_START + start) for start in range(starts)]
-        self.up: list[np.ndarray] = []
+        self.all = [Pendulum(FIRST_START + start) for start in range(starts)]
+        self.coverage = np.zeros(starts)
 
     @property
     def solved(self) -> np.ndarray:
-        """Upright in all of the last `HOLD` steps (B,)."""
-        return np.all(self.up[-HOLD:], axis=0)
+        """Not fallen so far (B,)."""
+        return np.array([not pendulum.fallen for pendulum in self.all])
 
     @property
-    def coverage(self) -> np.ndarray:
-        """Share of the steps in which each was upright (B,)."""
-        return np.mean(self.up, axis=0)
-
-    is_over = False  # a pendulum that is held may still fall
+    def is_over(self) -> bool:
+        return not self.solved.any()
 
     def observed(self) -> dict[str, Tensor]:
-        """State and environment's state (B, 2), as recorded."""
-        found = torch.from_numpy(np.stack([position(env) for env in self.envs]))
+        """State and environment's state (B, 1), as recorded."""
+        found = torch.tensor([[pendulum.angle] for pendulum in self.all])
         return {STATE: found, ENV: found}
 
     def frames(self) -> Tensor:
         """uint8 (B, 3, SIZE, SIZE)."""
-        return torch.from_numpy(np.stack([picture(env) for env in self.envs])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([p.picture() for p in self.all])).permute(0, 3, 1, 2)
 
     def step(self, actions: Tensor) -> None:
-        for env, torque in zip(self.envs, actions[:, 0].tolist(), strict=True):
-            step(env, torque)
-        self.up.append(np.array([abs(from_top(env)) < UPRIGHT for env in self.envs]))
+        for pendulum, torque in zip(self.all, actions[:, 0].tolist(), strict=True):
+            if not pendulum.fallen:
+                pendulum.step(torque)
+        self.coverage += self.solved / LONGEST

@@ -93,9 +93,9 @@ def conveyor_table(results: Results, study: int) -> str:
 def closed_loop_table(results: Results, study: int) -> str:
     """Success of all seeds pooled; coverage and held-out error beside the study's first condition."""
     first = next(iter(closed_loop.STUDIES[study].conditions))
+    second = closed_loop.STUDIES[study].task.coverage
     lines = [
-        f"| condition | seeds | success | mean of the largest coverage | coverage, against {first} | "
-        "held-out error | probe R² |",
+        f"| condition | seeds | success | mean {second} | difference to {first} | held-out error | probe R² |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["condition"] for row in results.rows):
