@@ -95,7 +95,7 @@ def closed_loop_table(results: Results, study: int) -> str:
     first = next(iter(closed_loop.STUDIES[study].conditions))
     second = closed_loop.STUDIES[study].task.coverage
     lines = [
-        f"| condition | seeds | success | mean {second} | difference to {first} | held-out error | probe R² |",
+        f"| condition | seeds | success | mean {second} | against {first} | held-out error | probe R² |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["condition"] for row in results.rows):
