@@ -146,7 +146,7 @@ STUDIES = {
             "tokens of other episodes with 1 observation": (1, "shuffled"),
             "true state change with 1 observation": (1, "true state change"),
         },
-        Budget(steps=2_000, n_action_steps=2),
+        Budget(steps=4_000, n_action_steps=2),
     ),
 }
 
