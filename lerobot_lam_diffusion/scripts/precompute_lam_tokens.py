@@ -265,8 +265,7 @@ def _extract(
             print(f"Stopped. {hint}.", file=sys.stderr)
         if isinstance(error, DecodeError):
             raise DecodeError(
-                error.what,
-                f"{error.remedy}, or pass --on_error=skip to record such episodes as missing",
+                f"{error}, or pass --on_error=skip to record such episodes as missing"
             ) from error
         raise
 

@@ -1,6 +1,5 @@
 """The frames that the LAM sees are those of LeRobot's random access, each once and in order."""
 
-import pickle
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -103,11 +102,6 @@ def images_in(root, change) -> LeRobotDataset:
     field = table.schema.field(at)
     pq.write_table(table.set_column(at, field, pa.array(stored, field.type)), path)
     return LeRobotDataset(recorded.repo_id, root=root)
-
-
-def test_the_error_of_a_process_reaches_the_one_that_waits_for_it():
-    error = DecodeError("frame 3 cannot be read", "Repair the file")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("P", 1), ("I;16", 1)])
