@@ -27,7 +27,7 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
 )
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import usable_cores
-from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardError, ShardFolder, share_of
+from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardError, ShardFolder
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExtractShards(PipelineStep):
-    """One task: its share of the plan's shards, by frames, largest first.
+    """One task: every `tasks`-th shard of the plan, from shard `rank` on.
 
     Args:
         extract: Name of the function that does it, `module:function`. It takes `flags`, the task's rank, the
@@ -221,13 +221,13 @@ def _forget_unfinished(extraction: PipelineExecutor, output_dir: Path) -> None:
     """Drop datatrove's record of each task that lacks shards: they were removed or assigned differently."""
     folder = unfinished_folder(output_dir)
     present: set[int] = set()
-    sizes: list[int] = []
+    total = 0
     if (folder / PLAN_FILE).is_file():
         shards = ShardFolder.open(folder)
-        present, sizes = set(shards.present()), shards.plan.shard_sizes
+        present, total = set(shards.present()), len(shards.plan.shards)
     tasks = extraction.world_size
-    shares = [set(share_of(sizes, range(len(sizes)), rank, tasks)) for rank in range(tasks)]
-    _forget(extraction, [rank for rank, share in enumerate(shares) if not sizes or share - present])
+    shares = [set(range(total)[rank::tasks]) for rank in range(tasks)]
+    _forget(extraction, [rank for rank, share in enumerate(shares) if not total or share - present])
 
 
 def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:

@@ -23,7 +23,7 @@ class ClusterConfig:
 
     Args:
         engine: slurm, ray or local (processes of this machine). This process extracts if left out.
-        tasks: Tasks that share the shards, by their frames.
+        tasks: Tasks that share the shards.
         workers: Tasks that run at a time; all if left out.
         logs: The engine's records, on a file system that all nodes see. OUTPUT_DIR.logs if left out.
         dry_run: Print what would be submitted, and submit nothing.

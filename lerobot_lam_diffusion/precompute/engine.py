@@ -36,7 +36,6 @@ from lerobot_lam_diffusion.precompute.shards import (
     SkippedEpisode,
     cut_into_shards,
     different_episodes,
-    share_of,
 )
 from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
@@ -213,7 +212,7 @@ def precompute_tokens(
                 try:
                     store = merge_shards(shards, output_dir)
                 except ShardError as error:
-                    ours = share_of(plan.shard_sizes, range(total), process.shard_index, process.num_shards)
+                    ours = range(total)[process.shard_index :: process.num_shards]
                     is_merged = (output_dir / PROVENANCE_FILE).is_file()
                     if set(ours) - set(shards.present()) and not is_merged:
                         raise  # no other launch makes it again
@@ -271,11 +270,11 @@ def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]
 
 def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -> list[int]:
     """This process's part of the missing shards, and of those that are there but damaged."""
-    sizes = shards.plan.shard_sizes
-    ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
-    missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
-    to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
-    return sorted([*missing, *shards.discard_damaged(to_check)])
+    ours = range(len(shards.plan.shards))[process.shard_index :: process.num_shards]
+    missing = [shard for shard in ours if shard not in present]
+    to_check = [shard for shard in ours if shard in present]
+    damaged = shards.discard_damaged(to_check[process.rank :: process.world_size])
+    return sorted([*missing[process.rank :: process.world_size], *damaged])
 
 
 def _same_store(output_dir: Path, plan: Plan) -> TokenStore:

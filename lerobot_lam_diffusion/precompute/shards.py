@@ -107,26 +107,6 @@ def cut_into_shards(lengths: Sequence[int], shard_frames: int | None = None) -> 
     return list(pairwise(ends))
 
 
-def share_of(sizes: Sequence[int], which: Sequence[int], index: int, count: int) -> list[int]:
-    """Shards of process `index` of `count`: largest first, each to the process with the fewest frames so far.
-
-    Args:
-        sizes: Frames of every shard.
-        which: Shards to hand out.
-
-    Returns:
-        This process's, ascending.
-    """
-    loads = [0] * count
-    mine = []
-    for shard in sorted(which, key=lambda shard: (-sizes[shard], shard)):
-        process = loads.index(min(loads))
-        loads[process] += sizes[shard]
-        if process == index:
-            mine.append(shard)
-    return sorted(mine)
-
-
 def different_episodes(found: Sequence[int], expected: Sequence[int]) -> list[str]:
     """How the episodes of an extraction differ from the expected ones: one sentence, or none."""
     differing = sorted(set(found) ^ set(expected))

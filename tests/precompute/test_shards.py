@@ -15,7 +15,6 @@ from lerobot_lam_diffusion.precompute.shards import (
     ShardError,
     ShardFolder,
     cut_into_shards,
-    share_of,
 )
 from lerobot_lam_diffusion.tokens.provenance import DatasetInfo, LamInfo, Provenance
 from lerobot_lam_diffusion.utils.errors import ExtractionError, TokenStoreError
@@ -61,7 +60,7 @@ def folder(tmp_path):
     return shards
 
 
-# --- how the work is cut and shared out
+# --- how the work is cut
 
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 
@@ -72,18 +71,6 @@ def test_shards_are_whole_episodes_in_order_each_once(lengths, shard_frames):
     assert [episode for first, end in shards for episode in range(first, end)] == list(range(len(lengths)))
     sizes = [sum(lengths[first:end]) for first, end in shards]
     assert all(size >= (shard_frames or 512) for size in sizes[:-1])
-
-
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 7), st.integers(1, 4))
-def test_processes_share_all_shards_evenly(sizes, count, launches):
-    everything = []
-    for launch in range(launches):
-        theirs = share_of(sizes, range(len(sizes)), launch, launches)
-        shares = [share_of(sizes, theirs, index, count) for index in range(count)]
-        everything += [shard for share in shares for shard in share]
-        loads = [sum(sizes[shard] for shard in share) for share in shares]
-        assert max(loads) - min(loads) <= max(sizes)
-    assert sorted(everything) == list(range(len(sizes)))
 
 
 # --- the plan of an extraction
