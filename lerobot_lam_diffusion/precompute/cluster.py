@@ -27,7 +27,7 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
 )
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import usable_cores
-from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardError, ShardFolder
+from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardFolder
 from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 
@@ -69,11 +69,7 @@ class MergeStore(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         with self.track_time("store"):
-            try:
-                merge_unfinished(Path(self.output_dir))
-            except ShardError:
-                _discard_damaged(unfinished_folder(Path(self.output_dir)))
-                raise
+            merge_unfinished(Path(self.output_dir))
 
 
 class _Slurm(SlurmPipelineExecutor):
@@ -234,15 +230,6 @@ def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:
     for rank in ranks:
         if executor.logging_dir.isfile(f"completions/{rank:05d}"):
             executor.logging_dir.rm(f"completions/{rank:05d}")
-
-
-def _discard_damaged(folder: Path) -> None:
-    """Discard shards whose bytes were altered, so that the tasks that made them are run again."""
-    try:
-        shards = ShardFolder.open(folder)
-    except ExtractionError:
-        return
-    shards.discard_damaged(shards.present())
 
 
 def _described(

@@ -35,12 +35,12 @@ from lerobot_lam_diffusion.precompute.shards import (
     ShardFolder,
     SkippedEpisode,
     cut_into_shards,
-    different_episodes,
+    refuse_another,
 )
-from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
+from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import ExtractionError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.errors import UserError
 from lerobot_lam_diffusion.utils.files import refuse_existing, remove_partial, remove_whole
 
 logger = logging.getLogger(__name__)
@@ -166,10 +166,9 @@ def precompute_tokens(
     clock, encoded, copied, store, finished, total = Clock(), 0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
-        if present is None:
-            raise FileExistsError(output_dir)
         plan = shards.plan
-        mine = _shards_to_make(shards, present, process)
+        ours = range(len(plan.shards))[process.shard_index :: process.num_shards]
+        mine = sorted(set(ours) - set(present))[process.rank :: process.world_size]
         if mine:
             positions = [position for shard in mine for position in range(*plan.shards[shard])]
             readable = [position for position in positions if plan.episodes[position] not in unreadable]
@@ -209,18 +208,10 @@ def precompute_tokens(
         finished, total = shards.progress()
         if merge and finished == total:
             with clock("merge"):
-                try:
-                    store = merge_shards(shards, output_dir)
-                except ShardError as error:
-                    ours = range(total)[process.shard_index :: process.num_shards]
-                    is_merged = (output_dir / PROVENANCE_FILE).is_file()
-                    if set(ours) - set(shards.present()) and not is_merged:
-                        raise  # no other launch makes it again
-                    logger.warning("%s", error)
-            finished, _ = shards.progress() if store is None else (total, total)
+                store = merge_shards(shards, output_dir)
         if merge and store is None and (output_dir / PROVENANCE_FILE).is_file():
             store = _same_store(output_dir, plan)  # another launch of the same work was faster
-    except (FileNotFoundError, FileExistsError):
+    except (FileNotFoundError, FileExistsError, ShardError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
         store = _same_store(output_dir, plan)
@@ -251,16 +242,11 @@ def resume_hint(output_dir: Path) -> str | None:
     return f"{finished} of {total} shards are safe in {folder}; run the same command again to go on"
 
 
-def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]:
-    """Agree on the plan, and list the finished shards (None: another launch has since finished the store).
-
-    No shard is read, since other processes are waiting.
-    """
+def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int]]:
+    """Agree on the plan, and list the finished shards."""
     if not (output_dir / PROVENANCE_FILE).is_file():
         refuse_existing(output_dir)
     shards = ShardFolder.begin(unfinished_folder(output_dir), plan)
-    if (output_dir / PROVENANCE_FILE).is_file():
-        return shards, None
     present = shards.present()
     if present:
         total = len(shards.plan.shards)
@@ -268,37 +254,18 @@ def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]
     return shards, present
 
 
-def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -> list[int]:
-    """This process's part of the missing shards, and of those that are there but damaged."""
-    ours = range(len(shards.plan.shards))[process.shard_index :: process.num_shards]
-    missing = [shard for shard in ours if shard not in present]
-    to_check = [shard for shard in ours if shard in present]
-    damaged = shards.discard_damaged(to_check[process.rank :: process.world_size])
-    return sorted([*missing[process.rank :: process.world_size], *damaged])
-
-
 def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
     """The finished store, if it is what this plan would make."""
     store = TokenStore.open(output_dir)
     assert store.provenance is not None
-    problems = store.provenance.differences(plan.provenance)
-    problems += different_episodes([*store.covered_episodes, *store.skipped], plan.episodes)
-    changed = [] if problems else differing_episodes(plan.episode_hash, store.episode_hash)
-    if changed:
-        problems.append(
-            f"the frames of {len(changed)} episodes have changed since, the first is {changed[0]}"
-        )
-    raise_problems(
+    refuse_another(
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",
-        problems,
-        ExtractionError,
+        store.provenance,
+        [*store.covered_episodes, *store.skipped],
+        store.episode_hash,
+        plan,
     )
-    if store.skipped and not store.num_tokens:
-        raise ExtractionError(
-            f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
-            f"{output_dir} and extract again"
-        )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
     # A run may have died before it tidied up, or while it did.
     remove_whole(unfinished_folder(output_dir))

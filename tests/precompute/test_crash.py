@@ -176,13 +176,15 @@ def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_
     process = server.Process(target=interrupted.die_at_write, args=(30, *where, output_dir, {}))
     process.start()
     process.join(60)
-    safe = pairs_of(finished_shards(output_dir))
     tensors = unfinished_folder(output_dir) / "00001.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
+    with pytest.raises(ShardError, match=r"00001\.safetensors is damaged.*Run the extraction again"):
+        interrupted.extract(*where, output_dir)
+    assert sorted(finished_shards(output_dir)) == [0, 2, 3, 4]
     summary = interrupted.extract(*where, output_dir)
-    assert summary.encoded == PAIRS - safe + EPISODE_LENGTHS[1] - 1
+    assert summary.encoded == EPISODE_LENGTHS[1] - 1
     assert same_bytes(summary.store, undisturbed)
 
 
