@@ -83,7 +83,6 @@ _NOT_FOR_VIDEOS = (
     "shard_index",
     "num_shards",
 )
-EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
 
 
 @dataclass(kw_only=True)
@@ -302,7 +301,7 @@ def _by_cluster(config: PrecomputeConfig) -> None:
         )
     from lerobot_lam_diffusion.precompute.cluster import submit
 
-    message = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
+    message = submit(config.cluster, extract_share, _flags_of_a_task(config, camera_key), output_dir)
     print(message or report(summary_of(output_dir), config))
 
 
@@ -329,11 +328,11 @@ def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any
     return flags
 
 
-def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> int:
-    """Extract the share of task `rank` of `tasks` on `cpus` cores, without merging; return the pair count."""
+def extract_share(flags: dict[str, Any], cpus: int, data: Any, rank: int, world_size: int) -> None:
+    """Extract the share of task `rank` of `world_size` on `cpus` cores, without merging."""
     config = draccus.decode(PrecomputeConfig, flags)
-    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
-    return _extract(config, process, merge=False, show_progress=False).encoded
+    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=world_size)
+    _extract(config, process, merge=False, show_progress=False)
 
 
 def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
