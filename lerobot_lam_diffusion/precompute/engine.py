@@ -9,7 +9,7 @@ Finished shards outlive any crash: the same command continues with what is missi
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
 from lerobot_lam_diffusion.precompute.merge import merge_shards
-from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
+from lerobot_lam_diffusion.precompute.pipeline import extract
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import (
     Plan,
@@ -54,28 +54,19 @@ class Summary:
 
     Attributes:
         store: The finished store; None while shards of other processes are missing.
-        frames, episodes: Numbers of frames and episodes that the store covers.
-        missing: Frames without a token, at episode starts.
-        code_usage: Perplexity of each slot's code usage (1: a single code, K: uniform); VQ only.
-        num_bytes: Size of the store on disk.
         encoded: Pairs that this process encoded; the rest existed already or are another process's.
         copied: Episodes whose tokens this process took from an older store.
         seconds: Duration of this run's extraction.
-        spent: Seconds by activity; "decode" and "resize" are summed over the worker threads.
+        waited: Seconds of them in which the LAM waited for frames.
         batch_size: Pairs per LAM batch; 0 if it encoded none.
         shards_finished, shards_total: Shards finished by all processes and runs so far, and all shards.
     """
 
     store: TokenStore | None
-    frames: int = 0
-    episodes: int = 0
-    missing: int = 0
-    code_usage: list[float] = field(default_factory=list)
-    num_bytes: int = 0
     encoded: int = 0
     copied: int = 0
     seconds: float = 0.0
-    spent: Mapping[str, float] = field(default_factory=dict)
+    waited: float = 0.0
     batch_size: int = 0
     shards_finished: int = 0
     shards_total: int = 0
@@ -161,9 +152,9 @@ def precompute_tokens(
         cut_into_shards([int(stop[episode] - start[episode]) for episode in sorted(episodes)], shard_frames),
     )
     if process.agreed(lambda: (output_dir / PROVENANCE_FILE).is_file()):
-        return _summary(_same_store(output_dir, plan))
+        return Summary(_same_store(output_dir, plan))
     known = KnownEpisodes(extend, provenance)
-    clock, encoded, copied, store, finished, total = Clock(), 0, {}, None, 0, 0
+    encoded, waited, copied, store, finished, total = 0, 0.0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
         plan = shards.plan
@@ -191,7 +182,7 @@ def precompute_tokens(
                     collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
-                encoded = extract(
+                encoded, waited = extract(
                     readable,
                     plan,
                     lambda: EpisodeFrames(dataset, camera_key, video_backend),
@@ -202,34 +193,27 @@ def precompute_tokens(
                     num_workers=workers,
                     num_encoders=process.cores if lam.device.type == "cpu" and workers else 0,
                     skip_unreadable=skip_unreadable,
-                    clock=clock,
                     advance=bar.update,
                 )
         finished, total = shards.progress()
         if merge and finished == total:
-            with clock("merge"):
-                store = merge_shards(shards, output_dir)
+            store = merge_shards(shards, output_dir)
         if merge and store is None and (output_dir / PROVENANCE_FILE).is_file():
             store = _same_store(output_dir, plan)  # another launch of the same work was faster
     except (FileNotFoundError, FileExistsError, ShardError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
         store = _same_store(output_dir, plan)
-    return _summary(
+    return Summary(
         store,
         encoded=encoded,
         copied=len(copied),
         seconds=time.perf_counter() - started,
-        spent=dict(clock.seconds),
+        waited=waited,
         batch_size=(batch_size or 0) if encoded else 0,
         shards_finished=finished,
         shards_total=total,
     )
-
-
-def summary_of(output_dir: Path) -> Summary:
-    """Of a finished store."""
-    return _summary(TokenStore.open(output_dir))
 
 
 def resume_hint(output_dir: Path) -> str | None:
@@ -271,17 +255,3 @@ def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
     remove_whole(unfinished_folder(output_dir))
     remove_partial(unfinished_folder(output_dir))
     return store
-
-
-def _summary(store: TokenStore | None, **run: Any) -> Summary:
-    if store is None:
-        return Summary(None, **run)
-    return Summary(
-        store=store,
-        frames=len(store.values),
-        episodes=len(store.covered_episodes),
-        missing=len(store.values) - store.num_tokens,
-        code_usage=store.code_perplexity(),
-        num_bytes=sum(file.stat().st_size for file in store.path.iterdir()),
-        **run,
-    )

@@ -49,7 +49,7 @@ from lerobot_lam_diffusion.lam import (
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.dataset import check_kind
 from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
-from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint, summary_of
+from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
@@ -302,7 +302,7 @@ def _by_cluster(config: PrecomputeConfig) -> None:
     from lerobot_lam_diffusion.precompute.cluster import submit
 
     message = submit(config.cluster, extract_share, _flags_of_a_task(config, camera_key), output_dir)
-    print(message or report(summary_of(output_dir), config))
+    print(message or report(Summary(TokenStore.open(output_dir)), config))
 
 
 def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
@@ -416,21 +416,21 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
             "makes the rest."
         )
     assert store.provenance is not None
-    usage = ", ".join(f"{perplexity:.1f}" for perplexity in summary.code_usage)
+    usage = ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity())
     of = store.provenance.lam.num_codes
     lines = [
-        f"frames    {summary.frames:,} in {counted(summary.episodes, 'episode')}",
+        f"frames    {len(store.values):,} in {counted(len(store.covered_episodes), 'episode')}",
         *(
             [f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}"]
             if summary.copied
             else []
         ),
-        f"missing   {counted(summary.missing, 'token')}: no pair ends in the first "
+        f"missing   {counted(len(store.values) - store.num_tokens, 'token')}: no pair ends in the first "
         f"{counted(store.frame_stride, 'frame')} of an episode",
         f"tokens    {store.kind}, {store.token_dim} values a frame, camera {store.provenance.camera_key}",
         *([f"codebook  perplexity {usage} of {of} codes a slot"] if usage else []),
         *(_times(summary) if config.cluster.engine is None else []),
-        f"size      {summary.num_bytes:,} bytes",
+        f"size      {sum(file.stat().st_size for file in store.path.iterdir()):,} bytes",
         f"store     {store.path.resolve()}",
     ]
     if 0 < summary.shards_total < config.num_shards:
@@ -450,10 +450,9 @@ def _times(summary: Summary) -> list[str]:
     if not summary.encoded:
         return ["time      0 s: all of it was there already; nothing was extracted"]
     rate = summary.encoded / summary.seconds
-    waited = summary.spent.get("wait", 0.0) / summary.seconds
     return [
         f"time      {summary.seconds:.1f} s, {rate:.0f} pairs/s in batches of {summary.batch_size}; "
-        f"{waited:.0%} of it waiting for frames"
+        f"{summary.waited / summary.seconds:.0%} of it waiting for frames"
     ]
 
 

@@ -165,27 +165,10 @@ def test_a_codebook_of_more_than_256_rows(tmp_path_factory, frames, extract):
 
 
 @pytest.mark.parametrize("stride", STRIDES)
-@pytest.mark.parametrize("use_vq_tokens", [True, False])
-def test_summary_tells_what_was_made(extract, use_vq_tokens, stride):
-    summary = extract(frame_stride=stride, use_vq_tokens=use_vq_tokens)
-    store = summary.store
-    assert (summary.frames, summary.episodes) == (60, 5)
-    assert summary.missing == sum(min(stride, length) for length in EPISODE_LENGTHS)
-    assert summary.missing == int((~everything(store).any(1)).sum())
-    assert summary.num_bytes == sum(path.stat().st_size for path in store.path.iterdir())
-    assert summary.seconds > 0
-    assert len(summary.code_usage) == (2 if use_vq_tokens else 0)
-    for slot, perplexity in enumerate(summary.code_usage):
-        codes = store.values[:, slot].long()[store.frames_with_tokens()]
-        share = torch.bincount(codes).double() / max(len(codes), 1)
-        assert perplexity == pytest.approx(float(torch.exp(-torch.xlogy(share, share).sum())))
-        assert (perplexity > 3) == (stride < 100)
-
-
-def test_summary_of_some_episodes(dataset, extract):
-    subset = LeRobotDataset(dataset.repo_id, root=dataset.root, episodes=[4, 1], video_backend="pyav")
-    summary = extract(of=subset, frame_stride=2)
-    assert (summary.frames, summary.episodes, summary.missing) == (9 + 12, 2, 4)
+def test_summary_tells_what_was_made(extract, stride):
+    summary = extract(frame_stride=stride)
+    assert summary.encoded == summary.store.num_tokens == int(everything(summary.store).any(1).sum())
+    assert 0 <= summary.waited <= summary.seconds
 
 
 def test_provenance_records_the_stride_in_seconds_and_the_arithmetic(extract, lam_folder):
@@ -240,7 +223,7 @@ def test_a_failure_while_writing_leaves_no_store(extract, tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["store.shards"]
     monkeypatch.undo()
     summary = extract()
-    assert (summary.frames, summary.encoded) == (60, 0)
+    assert (len(summary.store.values), summary.encoded) == (60, 0)
 
 
 def test_an_existing_output_is_refused_before_any_work(extract, lam, tmp_path):
@@ -294,7 +277,7 @@ def test_a_finished_store_is_not_made_again(extract, lam, tmp_path):
         raise AssertionError("work was begun")
 
     again = extract(Wrapped(lam, not_called))
-    assert (again.encoded, again.frames, again.store.path) == (0, 60, first.store.path)
+    assert (again.encoded, again.store.path) == (0, first.store.path)
     assert os.listdir(tmp_path) == ["store"]
 
 
