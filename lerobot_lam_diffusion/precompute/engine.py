@@ -23,7 +23,7 @@ from lerobot_lam_diffusion.precompute.dataset import (
     episode_bounds,
 )
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
-from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
+from lerobot_lam_diffusion.precompute.extend import known_episodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
 from lerobot_lam_diffusion.precompute.merge import merge_shards
 from lerobot_lam_diffusion.precompute.pipeline import extract
@@ -153,7 +153,7 @@ def precompute_tokens(
     )
     if process.agreed(lambda: (output_dir / PROVENANCE_FILE).is_file()):
         return Summary(_same_store(output_dir, plan))
-    known = KnownEpisodes(extend, provenance)
+    known = known_episodes(extend, plan)
     encoded, waited, copied, store, finished, total = 0, 0.0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
@@ -163,7 +163,7 @@ def precompute_tokens(
         if mine:
             positions = [position for shard in mine for position in range(*plan.shards[shard])]
             readable = [position for position in positions if plan.episodes[position] not in unreadable]
-            copied = known.values(readable, plan)
+            copied = {position: known[position] for position in readable if position in known}
             if copied:
                 logger.info("%d of %d episodes are copied from older stores.", len(copied), len(positions))
             readable = [position for position in readable if position not in copied]

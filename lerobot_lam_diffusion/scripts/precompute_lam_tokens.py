@@ -48,11 +48,15 @@ from lerobot_lam_diffusion.lam import (
 )
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.dataset import check_kind
-from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
+from lerobot_lam_diffusion.precompute.demonstrations import (
+    PAIRS_AT_A_TIME,
+    VIDEO_CAMERA,
+    precompute_videos,
+    videos_in,
+)
 from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
-from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.scripts.command_line import (
     DatasetSource,
     LamFlags,
