@@ -72,7 +72,6 @@ def die_at_write(kill_at: int, cache: Path, root: Path, lam_folder: Path, told: 
 
 def hold(cache: Path, holding, let_go) -> None:
     """A process that builds until it is told to stop."""
-    entry = entry_in(cache)
-    with entry._locked(wait=True), entry._named_as_builder():
+    with entry_in(cache)._locked(wait=True):
         holding.set()
         let_go.wait(60)
