@@ -1,7 +1,6 @@
 """A policy that is built with `auto` in a process of its own; by a fork server, as `interrupted.py`."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,12 +19,6 @@ from tests.conftest import TOP
 from tests.precompute.interrupted import on_writes
 
 NAME = "top-vq-stride1-0123456789abcdef"
-
-
-def server() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def entry_in(cache: Path) -> CacheEntry:

@@ -12,14 +12,14 @@ from lerobot_lam_diffusion.precompute.cache import CacheEntry, cache_name, cache
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 from tests.conftest import TOP
-from tests.precompute import building
+from tests.precompute import building, interrupted
 
 PAIRS = 55
 
 
 @pytest.fixture(scope="module")
 def server():
-    return building.server()
+    return interrupted.server()
 
 
 @pytest.fixture

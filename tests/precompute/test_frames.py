@@ -162,7 +162,6 @@ DEPTH = "observation.images.depth"
 def test_camera_is_the_one_that_is_named_or_the_only_one():
     assert choose_camera(meta(), WRIST) == WRIST
     assert choose_camera(meta([TOP]), None) == TOP
-    assert choose_camera(meta([TOP], [DEPTH]), None) == TOP
 
 
 REFUSED = {
@@ -172,7 +171,6 @@ REFUSED = {
         "--camera_key=observation.images.side is unknown",
     ),
     "several": (meta(), None, "--camera_key is unset"),
-    "depth": (meta(depth=[DEPTH]), DEPTH, f"--camera_key={DEPTH} is a depth camera"),
 }
 
 
