@@ -268,6 +268,16 @@ def without_locks(monkeypatch) -> None:
 
 
 @pytest.fixture
+def without_links(monkeypatch) -> None:
+    """A file cannot have a second name, as on exFAT."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.fixture
 def without_folder_sync(monkeypatch) -> None:
     """`fsync` of a folder is refused, as by CIFS."""
     fsync = os.fsync

@@ -161,9 +161,9 @@ def _build(
             )
     except DecodeError as error:
         raise ExtractionError(
-            f"the store of --policy.lam_tokens_path=auto cannot be built: {error.what}. Repair the file; or "
-            "make a store with lerobot-lam-precompute, which has flags for such episodes (--on_error=skip, "
-            "--tolerance_s), and name it instead of auto"
+            f"the store of --policy.lam_tokens_path=auto cannot be built: {error}; or make a store with "
+            "lerobot-lam-precompute, which has flags for such episodes (--on_error=skip, --tolerance_s), and "
+            "name it instead of auto"
         ) from error
     except BaseException:
         hint = resume_hint(folder)

@@ -2,8 +2,7 @@
 
     stores/<name>/             a finished store
     stores/<name>.shards/      its extraction, running or interrupted
-    stores/.locks/<name>.*     lock: held while the store is built, opened or removed; builder: who builds;
-                               used: its modification time is when the store was last opened
+    stores/.locks/<name>.lock  held while the store is built, opened or removed
 
 Experiments share a store because its name follows from its content. A process that needs a store being built
 elsewhere waits on its lock. The kernel releases the lock of a process that dies, and the next one continues
@@ -17,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 LOCKS = ".locks"
 NAME_FORMAT = 2  # to be raised where the same identity would stand for other tokens
-QUIET_SECONDS = 2.0  # opening a store holds its lock no longer
-REMIND_SECONDS = 300.0
 
 
 def cache_name(provenance: Provenance) -> str:
@@ -120,24 +116,23 @@ class CacheEntry:
                     "to a folder of yours, or make a store with lerobot-lam-precompute and pass its path"
                 ) from error
             if not self.is_finished:
-                with self._named_as_builder():
-                    build(self.folder)
+                build(self.folder)
             store = self._opened(dataset_meta)
-            with contextlib.suppress(OSError):  # a full disk is no reason not to train
-                self._mark("used").touch()
+            with contextlib.suppress(OSError):  # of another user: no reason not to train
+                os.utime(self.folder)  # its files keep their times, which tell that they were checked
             return store
 
-    def builder(self) -> str | None:
-        """Which process is building, opening or removing the store now, human-readable; None: none."""
-        if not self._mark("lock").exists():
-            return None
+    def is_held(self) -> bool:
+        """Whether another process is building, opening or removing the store now."""
+        if not self._lock_file.exists():
+            return False
         try:
             with self._locked(wait=False):
-                return None
+                return False
         except Timeout:
-            return self._holder()
+            return True
         except OSError:  # not ours to lock
-            return self._holder() if self._mark("builder").exists() else None
+            return False
 
     def provenance(self) -> Provenance:
         """What the tokens are, or will be.
@@ -159,8 +154,7 @@ class CacheEntry:
 
     def last_used(self) -> float:
         """When the store was last opened, or its extraction last made progress; seconds since the epoch."""
-        unfinished = unfinished_folder(self.folder)
-        places = (self._mark("used"), self.folder / PROVENANCE_FILE, unfinished, self.folder)
+        places = (self.folder, self.folder / PROVENANCE_FILE, unfinished_folder(self.folder))
         times = []
         for place in places:
             with contextlib.suppress(OSError):
@@ -195,8 +189,6 @@ class CacheEntry:
                 remove_whole(self.folder)
                 remove_partial(self.folder)
                 shutil.rmtree(unfinished_folder(self.folder), ignore_errors=True)
-                for mark in ("builder", "used"):
-                    self._mark(mark).unlink(missing_ok=True)
                 return freed  # the lock's file stays: others may wait on that very file
         except Timeout:
             return None
@@ -219,45 +211,26 @@ class CacheEntry:
             Timeout: without `wait`, another process holds it.
             OSError: its file cannot be made or opened.
         """
-        path = self._mark("lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock, patience = FileLock(path, fallback_to_soft=False), QUIET_SECONDS if wait else 0.0
-        while not lock.is_locked:
+        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock_file, fallback_to_soft=False)
+        try:
             try:
-                lock.acquire(timeout=patience, poll_interval=0.2)
+                lock.acquire(timeout=0)
             except Timeout:
                 if not wait:
                     raise
-                logger.info("Waiting for %s to finish the token store %s.", self._holder(), self.folder)
-                patience = REMIND_SECONDS
-            except (OSError, NotImplementedError) as error:
-                if not isinstance(error, NotImplementedError) and error.errno not in NOT_SUPPORTED:
-                    raise
-                if wait:
-                    logger.warning("%s cannot be locked (%s); continuing without a lock.", self.cache, error)
-                elif self._mark("builder").exists():
-                    raise Timeout(str(path)) from error
-                break
+                logger.info("Waiting for another process to finish the token store %s.", self.folder)
+                lock.acquire(poll_interval=0.2)
+        except (OSError, NotImplementedError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno not in NOT_SUPPORTED:
+                raise
+            if wait:
+                logger.warning("%s cannot be locked (%s); continuing without a lock.", self.cache, error)
         try:
             yield
         finally:
             lock.release()
 
-    @contextlib.contextmanager
-    def _named_as_builder(self) -> Iterator[None]:
-        mark, since = self._mark("builder"), time.strftime("%Y-%m-%d %H:%M:%S")
-        mark.write_text(
-            f"process {os.getpid()} on {os.uname().nodename} (building since {since})", encoding="utf-8"
-        )
-        try:
-            yield
-        finally:
-            mark.unlink(missing_ok=True)
-
-    def _holder(self) -> str:
-        with contextlib.suppress(OSError, ValueError):
-            return self._mark("builder").read_text(encoding="utf-8") or "another process"
-        return "another process"
-
-    def _mark(self, what: str) -> Path:
-        return self.cache / LOCKS / f"{self.name}.{what}"
+    @property
+    def _lock_file(self) -> Path:
+        return self.cache / LOCKS / f"{self.name}.lock"

@@ -4,21 +4,21 @@
     OUTPUT_DIR.shards/          finished shards, on a file system that all nodes see          (shards)
 
 Task `rank` of `tasks` makes the same shards as a job-array task with `--shard_index` and `--num_shards`.
-The shards record what is finished; datatrove's records only avoid starting tasks with nothing left to do.
+The shards record what is finished: tasks that are run again make only what is missing.
 """
 
 import logging
 import os
-import pkgutil
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-from datatrove.executor.base import PipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 
 from lerobot_lam_diffusion.precompute.cluster_config import (
     DEFAULT_CPUS,
@@ -27,53 +27,19 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
 )
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import usable_cores
-from lerobot_lam_diffusion.precompute.shards import PLAN_FILE, ShardError, ShardFolder, share_of
-from lerobot_lam_diffusion.tokens.layout import unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 
 logger = logging.getLogger(__name__)
 
 
-class ExtractShards(PipelineStep):
-    """One task: its share of the plan's shards, by frames, largest first.
-
-    Args:
-        extract: Name of the function that does it, `module:function`. It takes `flags`, the task's rank, the
-            number of tasks and `cpus`, opens dataset and LAM itself, and returns how many pairs it encoded.
-        flags: Names, paths and numbers: all that is pickled.
-        cpus: Cores of a task.
-    """
-
-    type = "LAM tokens"
-    name = "extract shards"
-
-    def __init__(self, extract: str, flags: dict[str, Any], cpus: int) -> None:
-        super().__init__()
-        self.extract, self.flags, self.cpus = extract, flags, cpus
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        with self.track_time("task"):
-            pairs = pkgutil.resolve_name(self.extract)(self.flags, rank, world_size, self.cpus)
-        self.stat_update("pairs", value=pairs, unit="task")
+type Extract = Callable[[dict[str, Any], int, Any, int, int], None]
+"""Makes the shards of one task; opens dataset and LAM itself. Takes the flags (names, paths and numbers), the
+task's cores, and what datatrove passes to a step: data, rank and number of tasks."""
 
 
-class MergeStore(PipelineStep):
-    """The store of shards that are all finished; needs neither dataset nor LAM."""
-
-    type = "LAM tokens"
-    name = "merge store"
-
-    def __init__(self, output_dir: str) -> None:
-        super().__init__()
-        self.output_dir = output_dir
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        with self.track_time("store"):
-            try:
-                merge_unfinished(Path(self.output_dir))
-            except ShardError:
-                _discard_damaged(unfinished_folder(Path(self.output_dir)))
-                raise
+def merge_task(output_dir: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+    """Make the store of shards that are all finished; needs neither dataset nor LAM."""
+    merge_unfinished(Path(output_dir))
 
 
 class _Slurm(SlurmPipelineExecutor):
@@ -81,11 +47,12 @@ class _Slurm(SlurmPipelineExecutor):
         """Do nothing: datatrove would submit a separate job, with the tasks' GPU, to add up a few numbers."""
 
 
-def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_dir: Path) -> str | None:
-    """Run the tasks, or have SLURM run them, and then the merge; finished ones are not run again.
+def submit(cluster: ClusterConfig, extract: Extract, flags: dict[str, Any], output_dir: Path) -> str | None:
+    """Run the tasks, or have SLURM run them, and then the merge; finished shards are not made again.
 
     Args:
-        extract, flags: See `ExtractShards`; paths are absolute.
+        extract: A function that tasks can import.
+        flags: What it is given; paths are absolute.
         output_dir: Folder of the future store, absolute.
 
     Returns:
@@ -98,17 +65,16 @@ def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_d
     logs = (cluster.logs or output_dir.with_name(f"{output_dir.name}.logs")).expanduser().absolute()
     if cluster.dry_run:
         return _described(cluster, extract, flags, output_dir, logs)
+    for name in ("extract", "merge"):  # what is finished the shards decide, not datatrove's records
+        shutil.rmtree(logs / name / "completions", ignore_errors=True)
     extraction = _executor(cluster, extract, flags, logs)
-    _forget_unfinished(extraction, output_dir)
     if isinstance(extraction, SlurmPipelineExecutor):
         merge = _merge_job(cluster, output_dir, logs, extraction)
-        _forget(merge, [0])
         merge.run()
-        job = "no job: all of them are finished" if extraction.job_id == -1 else f"job {extraction.job_id}"
         return (
-            f"Extraction: {job}; merge: job {merge.job_id}, which begins once all tasks have ended well.\n"
-            f"Logs: {logs}. A failed task, or a merge that was cancelled for it: run the same command again "
-            "when no job of this extraction is left in squeue"
+            f"Extraction: job {extraction.job_id}; merge: job {merge.job_id}, which begins once all tasks "
+            f"have ended well.\nLogs: {logs}. A failed task, or a merge that was cancelled for it: run the "
+            "same command again when no job of this extraction is left in squeue"
         )
     extraction.run()
     failed = extraction.get_incomplete_ranks(skip_completed=True)
@@ -118,21 +84,21 @@ def submit(cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_d
             f"{len(failed)} of {cluster.tasks} tasks failed, see {named} in {logs / 'extract' / 'logs'}; "
             "finished shards are safe, run the same command again to go on"
         )
-    MergeStore(str(output_dir)).run()
+    merge_task(str(output_dir))
     return None
 
 
 def _executor(
-    cluster: ClusterConfig, extract: str, flags: dict[str, Any], logs: Path
+    cluster: ClusterConfig, extract: Extract, flags: dict[str, Any], logs: Path
 ) -> LocalPipelineExecutor | RayPipelineExecutor | SlurmPipelineExecutor:
     tasks, workers = cluster.tasks or 1, cluster.workers or -1
     folder = str(logs / "extract")
     if cluster.engine == "local":
         at_a_time = min(tasks, cluster.workers or tasks)
-        step = ExtractShards(extract, flags, max(1, usable_cores() // at_a_time))
+        step = partial(extract, flags, max(1, usable_cores() // at_a_time))
         return LocalPipelineExecutor([step], tasks=tasks, workers=at_a_time, logging_dir=folder)
     resources = _resources(cluster, flags)
-    step = ExtractShards(extract, flags, resources["cpus_per_task"])
+    step = partial(extract, flags, resources["cpus_per_task"])
     if cluster.engine == "ray":
         _refuse_what_no_node_has(resources)
         return RayPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=folder, **resources)
@@ -153,7 +119,7 @@ def _merge_job(
     options = _slurm_options(cluster)
     options["sbatch_args"] = {**options["sbatch_args"], "kill-on-invalid-dep": "yes"}
     return _Slurm(
-        [MergeStore(str(output_dir))],
+        [partial(merge_task, str(output_dir))],
         tasks=1,
         job_name="lam-merge",
         logging_dir=str(logs / "merge"),
@@ -217,36 +183,8 @@ def _slurm_options(cluster: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def _forget_unfinished(extraction: PipelineExecutor, output_dir: Path) -> None:
-    """Drop datatrove's record of each task that lacks shards: they were removed or assigned differently."""
-    folder = unfinished_folder(output_dir)
-    present: set[int] = set()
-    sizes: list[int] = []
-    if (folder / PLAN_FILE).is_file():
-        shards = ShardFolder.open(folder)
-        present, sizes = set(shards.present()), shards.plan.shard_sizes
-    tasks = extraction.world_size
-    shares = [set(share_of(sizes, range(len(sizes)), rank, tasks)) for rank in range(tasks)]
-    _forget(extraction, [rank for rank, share in enumerate(shares) if not sizes or share - present])
-
-
-def _forget(executor: PipelineExecutor, ranks: list[int]) -> None:
-    for rank in ranks:
-        if executor.logging_dir.isfile(f"completions/{rank:05d}"):
-            executor.logging_dir.rm(f"completions/{rank:05d}")
-
-
-def _discard_damaged(folder: Path) -> None:
-    """Discard shards whose bytes were altered, so that the tasks that made them are run again."""
-    try:
-        shards = ShardFolder.open(folder)
-    except ExtractionError:
-        return
-    shards.discard_damaged(shards.present())
-
-
 def _described(
-    cluster: ClusterConfig, extract: str, flags: dict[str, Any], output_dir: Path, logs: Path
+    cluster: ClusterConfig, extract: Extract, flags: dict[str, Any], output_dir: Path, logs: Path
 ) -> str:
     """What would be submitted: for SLURM its scripts, else tasks and resources; leaves nothing behind."""
     if cluster.engine != "slurm":

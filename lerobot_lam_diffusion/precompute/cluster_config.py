@@ -23,7 +23,7 @@ class ClusterConfig:
 
     Args:
         engine: slurm, ray or local (processes of this machine). This process extracts if left out.
-        tasks: Tasks that share the shards, by their frames.
+        tasks: Tasks that share the shards.
         workers: Tasks that run at a time; all if left out.
         logs: The engine's records, on a file system that all nodes see. OUTPUT_DIR.logs if left out.
         dry_run: Print what would be submitted, and submit nothing.
@@ -61,11 +61,6 @@ class ClusterConfig:
         given = [each.name for each in fields(self) if getattr(self, each.name) not in (None, False, {})]
         if self.engine is None:
             return [f"--cluster.{name} needs --cluster.engine ({', '.join(ENGINES)})" for name in given]
-        if self.engine == "jobs":
-            return [
-                "--cluster.engine=jobs: tasks on Hugging Face Jobs share no file system with this machine, "
-                "and datatrove 0.10 cannot mount one; see docs/PRECOMPUTE_AT_SCALE.md for a way round it"
-            ]
         if self.engine not in FLAGS:
             return [f"--cluster.engine={self.engine} must be one of {', '.join(ENGINES)}"]
         problems = []
@@ -88,10 +83,11 @@ class ClusterConfig:
                 f"--cluster.gpus_per_task={self.gpus_per_task} must be 0 or 1: a task is one process on one "
                 "GPU, more GPUs are more --cluster.tasks"
             )
-        elif self.gpus_per_task == 1 and device == "cpu":
-            problems.append("--cluster.gpus_per_task=1 would idle with --device=cpu; leave out one of them")
-        elif self.gpus_per_task == 0 and device == "cuda":
-            problems.append("--device=cuda needs --cluster.gpus_per_task=1; leave out one of them")
+        elif (self.gpus_per_task, device) in ((1, "cpu"), (0, "cuda")):
+            problems.append(
+                f"--cluster.gpus_per_task={self.gpus_per_task} contradicts --device={device}; leave out one "
+                "of them"
+            )
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){1,2}", self.time):
             problems.append(
                 f"--cluster.time={self.time} must be hours, as 04:00:00 or 1-12:00:00 (in YAML in quotes, "

@@ -9,7 +9,7 @@ Finished shards outlive any crash: the same command continues with what is missi
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from lerobot_lam_diffusion.precompute.dataset import (
     episode_bounds,
 )
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
-from lerobot_lam_diffusion.precompute.extend import KnownEpisodes
+from lerobot_lam_diffusion.precompute.extend import known_episodes
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
 from lerobot_lam_diffusion.precompute.merge import merge_shards
-from lerobot_lam_diffusion.precompute.pipeline import Clock, extract
+from lerobot_lam_diffusion.precompute.pipeline import extract
 from lerobot_lam_diffusion.precompute.processes import Process
 from lerobot_lam_diffusion.precompute.shards import (
     Plan,
@@ -35,13 +35,12 @@ from lerobot_lam_diffusion.precompute.shards import (
     ShardFolder,
     SkippedEpisode,
     cut_into_shards,
-    different_episodes,
-    share_of,
+    refuse_another,
 )
-from lerobot_lam_diffusion.tokens.episode_hashes import differing_episodes, episode_hashes
+from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import ExtractionError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.errors import UserError
 from lerobot_lam_diffusion.utils.files import refuse_existing, remove_partial, remove_whole
 
 logger = logging.getLogger(__name__)
@@ -55,28 +54,19 @@ class Summary:
 
     Attributes:
         store: The finished store; None while shards of other processes are missing.
-        frames, episodes: Numbers of frames and episodes that the store covers.
-        missing: Frames without a token, at episode starts.
-        code_usage: Perplexity of each slot's code usage (1: a single code, K: uniform); VQ only.
-        num_bytes: Size of the store on disk.
         encoded: Pairs that this process encoded; the rest existed already or are another process's.
         copied: Episodes whose tokens this process took from an older store.
         seconds: Duration of this run's extraction.
-        spent: Seconds by activity; "decode" and "resize" are summed over the worker threads.
+        waited: Seconds of them in which the LAM waited for frames.
         batch_size: Pairs per LAM batch; 0 if it encoded none.
         shards_finished, shards_total: Shards finished by all processes and runs so far, and all shards.
     """
 
     store: TokenStore | None
-    frames: int = 0
-    episodes: int = 0
-    missing: int = 0
-    code_usage: list[float] = field(default_factory=list)
-    num_bytes: int = 0
     encoded: int = 0
     copied: int = 0
     seconds: float = 0.0
-    spent: Mapping[str, float] = field(default_factory=dict)
+    waited: float = 0.0
     batch_size: int = 0
     shards_finished: int = 0
     shards_total: int = 0
@@ -162,19 +152,18 @@ def precompute_tokens(
         cut_into_shards([int(stop[episode] - start[episode]) for episode in sorted(episodes)], shard_frames),
     )
     if process.agreed(lambda: (output_dir / PROVENANCE_FILE).is_file()):
-        return _summary(_same_store(output_dir, plan))
-    known = KnownEpisodes(extend, provenance)
-    clock, encoded, copied, store, finished, total = Clock(), 0, {}, None, 0, 0
+        return Summary(_same_store(output_dir, plan))
+    known = known_episodes(extend, plan)
+    encoded, waited, copied, store, finished, total = 0, 0.0, {}, None, 0, 0
     try:
         shards, present = process.agreed(lambda: _begin(plan, output_dir))
-        if present is None:
-            raise FileExistsError(output_dir)
         plan = shards.plan
-        mine = _shards_to_make(shards, present, process)
+        ours = range(len(plan.shards))[process.shard_index :: process.num_shards]
+        mine = sorted(set(ours) - set(present))[process.rank :: process.world_size]
         if mine:
             positions = [position for shard in mine for position in range(*plan.shards[shard])]
             readable = [position for position in positions if plan.episodes[position] not in unreadable]
-            copied = known.values(readable, plan)
+            copied = {position: known[position] for position in readable if position in known}
             if copied:
                 logger.info("%d of %d episodes are copied from older stores.", len(copied), len(positions))
             readable = [position for position in readable if position not in copied]
@@ -193,7 +182,7 @@ def precompute_tokens(
                     collector.skip(SkippedEpisode(position, 0, unreadable[plan.episodes[position]]))
             hidden = not (show_progress and process.is_first)
             with tqdm(total=num_frames, unit="frame", desc="LAM tokens", disable=hidden) as bar:
-                encoded = extract(
+                encoded, waited = extract(
                     readable,
                     plan,
                     lambda: EpisodeFrames(dataset, camera_key, video_backend),
@@ -204,42 +193,27 @@ def precompute_tokens(
                     num_workers=workers,
                     num_encoders=process.cores if lam.device.type == "cpu" and workers else 0,
                     skip_unreadable=skip_unreadable,
-                    clock=clock,
                     advance=bar.update,
                 )
         finished, total = shards.progress()
         if merge and finished == total:
-            with clock("merge"):
-                try:
-                    store = merge_shards(shards, output_dir)
-                except ShardError as error:
-                    ours = share_of(plan.shard_sizes, range(total), process.shard_index, process.num_shards)
-                    is_merged = (output_dir / PROVENANCE_FILE).is_file()
-                    if set(ours) - set(shards.present()) and not is_merged:
-                        raise  # no other launch makes it again
-                    logger.warning("%s", error)
-            finished, _ = shards.progress() if store is None else (total, total)
+            store = merge_shards(shards, output_dir)
         if merge and store is None and (output_dir / PROVENANCE_FILE).is_file():
             store = _same_store(output_dir, plan)  # another launch of the same work was faster
-    except (FileNotFoundError, FileExistsError):
+    except (FileNotFoundError, FileExistsError, ShardError):
         if not (output_dir / PROVENANCE_FILE).is_file():
             raise
         store = _same_store(output_dir, plan)
-    return _summary(
+    return Summary(
         store,
         encoded=encoded,
         copied=len(copied),
         seconds=time.perf_counter() - started,
-        spent=dict(clock.seconds),
+        waited=waited,
         batch_size=(batch_size or 0) if encoded else 0,
         shards_finished=finished,
         shards_total=total,
     )
-
-
-def summary_of(output_dir: Path) -> Summary:
-    """Of a finished store."""
-    return _summary(TokenStore.open(output_dir))
 
 
 def resume_hint(output_dir: Path) -> str | None:
@@ -252,16 +226,11 @@ def resume_hint(output_dir: Path) -> str | None:
     return f"{finished} of {total} shards are safe in {folder}; run the same command again to go on"
 
 
-def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]:
-    """Agree on the plan, and list the finished shards (None: another launch has since finished the store).
-
-    No shard is read, since other processes are waiting.
-    """
+def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int]]:
+    """Agree on the plan, and list the finished shards."""
     if not (output_dir / PROVENANCE_FILE).is_file():
         refuse_existing(output_dir)
     shards = ShardFolder.begin(unfinished_folder(output_dir), plan)
-    if (output_dir / PROVENANCE_FILE).is_file():
-        return shards, None
     present = shards.present()
     if present:
         total = len(shards.plan.shards)
@@ -269,53 +238,20 @@ def _begin(plan: Plan, output_dir: Path) -> tuple[ShardFolder, list[int] | None]
     return shards, present
 
 
-def _shards_to_make(shards: ShardFolder, present: list[int], process: Process) -> list[int]:
-    """This process's part of the missing shards, and of those that are there but damaged."""
-    sizes = shards.plan.shard_sizes
-    ours = share_of(sizes, range(len(sizes)), process.shard_index, process.num_shards)
-    missing = share_of(sizes, sorted(set(ours) - set(present)), process.rank, process.world_size)
-    to_check = share_of(sizes, sorted(set(ours) & set(present)), process.rank, process.world_size)
-    return sorted([*missing, *shards.discard_damaged(to_check)])
-
-
 def _same_store(output_dir: Path, plan: Plan) -> TokenStore:
     """The finished store, if it is what this plan would make."""
     store = TokenStore.open(output_dir)
     assert store.provenance is not None
-    problems = store.provenance.differences(plan.provenance)
-    problems += different_episodes([*store.covered_episodes, *store.skipped], plan.episodes)
-    changed = [] if problems else differing_episodes(plan.episode_hash, store.episode_hash)
-    if changed:
-        problems.append(
-            f"the frames of {len(changed)} episodes have changed since, the first is {changed[0]}"
-        )
-    raise_problems(
+    refuse_another(
         f"{output_dir} holds a finished token store of other inputs; choose another --output_dir or remove "
         "it first",
-        problems,
-        ExtractionError,
+        store.provenance,
+        [*store.covered_episodes, *store.skipped],
+        store.episode_hash,
+        plan,
     )
-    if store.skipped and not store.num_tokens:
-        raise ExtractionError(
-            f"{output_dir} holds no tokens, every episode was skipped; repair the dataset's files, remove "
-            f"{output_dir} and extract again"
-        )
     logger.info("%s is finished already; nothing was extracted.", output_dir)
     # A run may have died before it tidied up, or while it did.
     remove_whole(unfinished_folder(output_dir))
     remove_partial(unfinished_folder(output_dir))
     return store
-
-
-def _summary(store: TokenStore | None, **run: Any) -> Summary:
-    if store is None:
-        return Summary(None, **run)
-    return Summary(
-        store=store,
-        frames=len(store.values),
-        episodes=len(store.covered_episodes),
-        missing=len(store.values) - store.num_tokens,
-        code_usage=store.code_perplexity(),
-        num_bytes=sum(file.stat().st_size for file in store.path.iterdir()),
-        **run,
-    )

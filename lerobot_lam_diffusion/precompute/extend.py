@@ -1,6 +1,6 @@
 """Extend: reuse an older store's tokens for the provably unchanged episodes of a grown dataset."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,35 +11,28 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
 
 
-class KnownEpisodes:
-    """Tokens of episodes by the hash of their frames.
+def known_episodes(stores: Sequence[TokenStore], plan: Plan) -> dict[int, Tensor]:
+    """Map the position in the plan of each episode whose tokens are known to the stored values of its frames.
 
     Args:
         stores: Stores of other versions of the dataset.
-        provenance: Provenance of the store to be made.
 
     Raises:
         ExtractionError: a store's tokens were made in another way, or it has no hashes of its frames.
     """
-
-    def __init__(self, stores: Sequence[TokenStore], provenance: Provenance) -> None:
-        self._places: dict[bytes, tuple[TokenStore, int]] = {}
-        for store in stores:
-            _refuse_unlike(store, provenance)
-            known = are_known(store.episode_hash) & (store.episode_row >= 0)
-            for episode in known.nonzero().flatten().tolist():
-                self._places[_key(store.episode_hash, episode)] = (store, episode)
-
-    def values(self, positions: Iterable[int], plan: Plan) -> dict[int, Tensor]:
-        """Map each of the plan's `positions` whose tokens are known to the stored values of its frames."""
-        found = {}
-        for position in positions if self._places else ():
-            place = self._places.get(_key(plan.episode_hash, plan.episodes[position]))
-            if place is not None:
-                store, episode = place
-                first = int(store.episode_row[episode])
-                found[position] = store.values[first : first + plan.lengths[position]]
-        return found
+    places: dict[bytes, tuple[TokenStore, int]] = {}
+    for store in stores:
+        _refuse_unlike(store, plan.provenance)
+        known = are_known(store.episode_hash) & (store.episode_row >= 0)
+        for episode in known.nonzero().flatten().tolist():
+            places[_key(store.episode_hash, episode)] = (store, int(store.episode_row[episode]))
+    values = {}
+    for position, episode in enumerate(plan.episodes if places else ()):
+        place = places.get(_key(plan.episode_hash, episode))
+        if place is not None:
+            store, first = place
+            values[position] = store.values[first : first + plan.lengths[position]]
+    return values
 
 
 def _key(hashes: Tensor, episode: int) -> bytes:

@@ -31,40 +31,7 @@ CHUNK_BYTES = 32 << 20
 
 
 class DecodeError(UserError):
-    """Frames that cannot be read.
-
-    Attributes:
-        what: Which frames, of which file, and why.
-        remedy: What to do; commands add what their flags can do about it.
-    """
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(f"{what}. {remedy}")
-        self.what = what
-        self.remedy = remedy
-
-    def __reduce__(self) -> tuple:  # else it cannot leave a process that a pool started
-        return (type(self), (self.what, self.remedy))
-
-
-def decode_error(dataset: Any, frames: str, camera_key: str, episode: int, error: Exception) -> DecodeError:
-    """What a decoder's error means to a user.
-
-    Args:
-        frames: `frame 3`, `frames 0 to 63`.
-        camera_key: Whose frames they are.
-        error: Decoders raise almost anything on damaged files.
-    """
-    path = file_of(dataset, camera_key, episode)
-    reason = why_absent(path)
-    cause = f"it {reason}" if reason else first_line(error)
-    remedy = "Fetch or repair the file"
-    if isinstance(error, FrameTimestampError):
-        remedy += f", or allow for more by --tolerance_s (now {dataset.tolerance_s:g} s)"
-    return DecodeError(
-        f"{frames} of episode {episode} of dataset {dataset.repo_id!r} cannot be read from {path} ({cause})",
-        remedy,
-    )
+    """Frames that cannot be read. Its message ends with a remedy, to which a command may add its flags."""
 
 
 def file_of(dataset: Any, camera_key: str, episode: int) -> Path:
@@ -191,8 +158,16 @@ class EpisodeFrames:
         return range(first_row, first_row + end - first)
 
     def _error(self, episode: int, start: int, stop: int, error: Exception) -> DecodeError:
-        frames = f"frames {start} to {stop - 1}"
-        return decode_error(self._dataset, frames, self._camera_key, episode, error)
+        path = file_of(self._dataset, self._camera_key, episode)
+        reason = why_absent(path)
+        cause = f"it {reason}" if reason else first_line(error)
+        remedy = "Fetch or repair the file"
+        if isinstance(error, FrameTimestampError):
+            remedy += f", or allow for more by --tolerance_s (now {self._dataset.tolerance_s:g} s)"
+        return DecodeError(
+            f"frames {start} to {stop - 1} of episode {episode} of dataset {self._dataset.repo_id!r} cannot "
+            f"be read from {path} ({cause}). {remedy}"
+        )
 
     def _timestamps(self, episode: int, rows: range) -> list[float]:
         # As `DatasetReader._query_videos` shifts them: a float32 column plus the episode's offset in its

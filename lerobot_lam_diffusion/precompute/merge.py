@@ -9,12 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lerobot_lam_diffusion.precompute.shards import (
-    ShardError,
-    ShardFolder,
-    different_episodes,
-    nothing_readable,
-)
+from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder, nothing_readable
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
@@ -35,12 +30,12 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         output_dir: Where the store will stand.
 
     Returns:
-        The store; None: another process is merging.
+        The store; None: another process is merging, or has merged.
 
     Raises:
         ExtractionError: every token was skipped; the shards are removed, so that the same command extracts
             them once the files are repaired.
-        ShardError: a shard was damaged, and is unfinished now; extract again.
+        ShardError: shards were damaged, and are unfinished now; extract again.
         OSError: the disk is full or not writable.
     """
     lock = FileLock(shards.path / LOCK_FILE, fallback_to_soft=False)
@@ -52,28 +47,14 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         logger.warning("%s cannot be locked (%s); merging without a lock.", shards.path, error)
     try:
         if (output_dir / PROVENANCE_FILE).is_file():
-            store = TokenStore.open(output_dir)
-            _refuse_another(store, shards)
-        else:
-            if lock.is_locked:
-                remove_partial(output_dir)
-            store = _write(shards, output_dir)
+            return None
+        if lock.is_locked:
+            remove_partial(output_dir)
+        store = _write(shards, output_dir)
         remove_whole(shards.path)
         return store
     finally:
         lock.release()
-
-
-def _refuse_another(store: TokenStore, shards: ShardFolder) -> None:
-    """Shards are removed only where their own store is there."""
-    assert store.provenance is not None
-    problems = store.provenance.differences(shards.plan.provenance)
-    problems += different_episodes([*store.covered_episodes, *store.skipped], shards.plan.episodes)
-    raise_problems(
-        f"{store.path} is not the store of the extraction in {shards.path}: remove one of the two",
-        problems,
-        ExtractionError,
-    )
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:
@@ -97,23 +78,29 @@ def merge_unfinished(output_dir: Path) -> TokenStore:
             f"{folder} has {finished} of {total} shards; run the extraction's command again to make the rest"
         )
     store = merge_shards(shards, output_dir)
-    if store is None:
+    if store is not None:
+        return store
+    if not (output_dir / PROVENANCE_FILE).is_file():
         raise ExtractionError(f"another process is merging {folder}; wait for it")
-    return store
+    return TokenStore.open(output_dir)
 
 
 def _write(shards: ShardFolder, output_dir: Path) -> TokenStore:
     plan = shards.plan
     skipped: dict[int, str] = {}
+    damaged = []
     for shard in range(len(plan.shards)):
         try:
             skipped |= shards.read(shard)[1]
         except ShardError as error:
             shards.discard(shard)
-            raise ShardError(
-                f"{error}. Run the extraction's command again, of a job array the task that made this shard "
-                "or one without --shard_index: it is made anew"
-            ) from error
+            damaged.append(str(error))
+    raise_problems(
+        f"{shards.path} had damaged shards, which are discarded",
+        damaged,
+        ShardError,
+        "Run the extraction again, of a job array all tasks: it makes them anew",
+    )
     covered = torch.zeros(len(plan.episode_from), dtype=torch.bool)
     covered[plan.episodes] = True
     covered[list(skipped)] = False

@@ -1,10 +1,9 @@
 """Decode, move and encode at the same time: threads decode ahead, threads run batches through the LAM."""
 
-import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,34 +18,6 @@ from lerobot_lam_diffusion.precompute.shards import Plan, ShardCollector, Skippe
 
 CHUNKS_AHEAD = 2
 """Decoded chunks that may wait for the LAM, per worker."""
-
-
-class Clock:
-    """Seconds by activity, summed over threads."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.seconds[name] += time.perf_counter() - started
-
-    def timed[T](self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield the same items; the time spent waiting for each one counts as `name`."""
-        iterator = iter(items)
-        while True:
-            with self(name):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
 
 
 class ResizeOnDevice:
@@ -79,9 +50,8 @@ def extract(
     num_workers: int,
     num_encoders: int,
     skip_unreadable: bool,
-    clock: Clock,
     advance: Callable[[int], object],
-) -> int:
+) -> tuple[int, float]:
     """Encode all pairs of some episodes and hand their values to `collector`.
 
     Args:
@@ -94,7 +64,7 @@ def extract(
         advance: Called with the number of frames that were decoded.
 
     Returns:
-        Pairs encoded.
+        How many pairs were encoded, and for how many seconds the LAM waited for them.
 
     Raises:
         DecodeError: an episode cannot be read.
@@ -105,9 +75,8 @@ def extract(
         frames, resize = make_frames(), ResizeOnDevice(lam)
 
         def small_chunks(position: int) -> Iterator[Tensor]:
-            for chunk in clock.timed("decode", frames.chunks(plan.episodes[position])):
-                with clock("resize"):
-                    small = resize(chunk)
+            for chunk in frames.chunks(plan.episodes[position]):
+                small = resize(chunk)
                 advance(len(small))
                 yield small
 
@@ -128,30 +97,35 @@ def extract(
 
     skipped: deque[SkippedEpisode] = deque()
 
-    def readable(results: Iterable[PairBatch | SkippedEpisode]) -> Iterator[PairBatch]:
-        for result in results:
+    waited = 0.0
+
+    def readable() -> Iterator[PairBatch]:
+        nonlocal waited
+        while True:
+            started = time.perf_counter()
+            result = next(ahead, None)
+            waited += time.perf_counter() - started
+            if result is None:
+                return
             if isinstance(result, SkippedEpisode):
                 skipped.append(result)  # the collector is the main thread's
             else:
                 yield result
 
     def encode(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        with clock("encode"):
-            values = encoder(batch)
-        yield batch.rows, values
+        yield batch.rows, encoder(batch)
 
     ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
-    batches = rebatch(readable(clock.timed("wait", ahead)), batch_size)
+    batches = rebatch(readable(), batch_size)
     encoded = 0
     results = work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders))
     # Set the precision once for all threads; on exit, the encoders stop before their inputs.
     with full_precision(lam.device), closing(ahead), closing(batches), closing(results):
         for rows, values in results:
-            with clock("write"):
-                collector.add(rows, values)
-                while skipped:
-                    collector.skip(skipped.popleft())
+            collector.add(rows, values)
+            while skipped:
+                collector.skip(skipped.popleft())
             encoded += len(rows)
     for episode in skipped:
         collector.skip(episode)
-    return encoded
+    return encoded, waited

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lerobot.datasets.video_utils import decode_video_frames
 from torch import Tensor
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.precompute.frames import backend_of, decode_error, file_of
+from lerobot_lam_diffusion.precompute.frames import DecodeError
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
+from lerobot_lam_diffusion.utils.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,10 @@ def _item(dataset: Any, camera: str, index: int) -> dict[str, Any]:
     try:
         return dataset[index if relative is None else relative[index]]
     except Exception as error:  # decoders raise almost anything on damaged files
-        starts = torch.tensor(list(dataset.meta.episodes["dataset_from_index"]))
-        episode = int(torch.searchsorted(starts, index, right=True)) - 1
-        frame = index - int(starts[episode])
-        key = _undecodable(dataset, episode, frame) or camera
-        raise decode_error(dataset, f"frame {frame}", key, episode, error) from error
-
-
-def _undecodable(dataset: Any, episode: int, frame: int) -> str | None:
-    """The video camera that cannot be decoded: LeRobot decodes all of them for an item."""
-    for key in dataset.meta.video_keys:
-        seconds = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"] + frame / dataset.fps
-        path, backend = file_of(dataset, key, episode), backend_of(dataset)
-        try:
-            decode_video_frames(path, [seconds], dataset.tolerance_s, backend, return_uint8=True)
-        except Exception:
-            return key
-    return None
+        raise DecodeError(
+            f"frame {index} of dataset {dataset.repo_id!r} at {dataset.root} cannot be read "
+            f"({first_line(error)}); fetch or repair the file"
+        ) from error
 
 
 def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0) -> Agreement:

@@ -107,35 +107,30 @@ def cut_into_shards(lengths: Sequence[int], shard_frames: int | None = None) -> 
     return list(pairwise(ends))
 
 
-def share_of(sizes: Sequence[int], which: Sequence[int], index: int, count: int) -> list[int]:
-    """Shards of process `index` of `count`: largest first, each to the process with the fewest frames so far.
+def refuse_another(
+    what: str, provenance: Provenance, episodes: Sequence[int], hashes: Tensor, plan: Plan
+) -> None:
+    """Refuse what lies where tokens are to be extracted, unless it is of the same extraction.
 
     Args:
-        sizes: Frames of every shard.
-        which: Shards to hand out.
+        what: What lies there, and what to do about it; begins the message.
+        provenance, episodes, hashes: Its own, as `Plan` has them.
+        plan: What is to be extracted.
 
-    Returns:
-        This process's, ascending.
+    Raises:
+        ExtractionError: lists every difference.
     """
-    loads = [0] * count
-    mine = []
-    for shard in sorted(which, key=lambda shard: (-sizes[shard], shard)):
-        process = loads.index(min(loads))
-        loads[process] += sizes[shard]
-        if process == index:
-            mine.append(shard)
-    return sorted(mine)
-
-
-def different_episodes(found: Sequence[int], expected: Sequence[int]) -> list[str]:
-    """How the episodes of an extraction differ from the expected ones: one sentence, or none."""
-    differing = sorted(set(found) ^ set(expected))
-    if not differing:
-        return []
-    return [
-        f"it has {len(found)} episodes, expected {len(expected)} (--dataset.episodes differs in "
-        f"{_some(differing)})"
-    ]
+    problems = provenance.differences(plan.provenance)
+    differing = sorted(set(episodes) ^ set(plan.episodes))
+    if differing:
+        problems.append(
+            f"it has {len(episodes)} episodes, expected {len(plan.episodes)} (--dataset.episodes differs in "
+            f"{_some(differing)})"
+        )
+    changed = [] if problems else differing_episodes(plan.episode_hash, hashes)
+    if changed:
+        problems.append(f"the frames of the episodes {_some(changed)} have changed since")
+    raise_problems(what, problems, ExtractionError)
 
 
 @dataclass(frozen=True)
@@ -168,16 +163,13 @@ class ShardFolder:
                 _write_plan(path / PLAN_FILE, plan)
         folder = cls.open(path)
         there = folder.plan
-        problems = there.provenance.differences(plan.provenance)
-        problems += different_episodes(there.episodes, plan.episodes)
-        changed = [] if problems else differing_episodes(plan.episode_hash, there.episode_hash)
-        if changed:
-            problems = [f"the frames of the episodes {_some(changed)} have changed since"]
-        raise_problems(
+        refuse_another(
             f"{path} holds the unfinished work of another extraction; finish that one, choose another "
             "--output_dir, or remove the folder",
-            problems,
-            ExtractionError,
+            there.provenance,
+            there.episodes,
+            there.episode_hash,
+            plan,
         )
         # Files that were missing or damaged when the work began may be whole now.
         dataset = replace(there.provenance.dataset, frames=plan.provenance.dataset.frames)
@@ -248,24 +240,6 @@ class ShardFolder:
     def progress(self) -> tuple[int, int]:
         """How many shards are finished, and how many there are."""
         return len(self.present()), len(self.plan.shards)
-
-    def damaged(self, shards: Sequence[int]) -> list[int]:
-        """Which of these finished shards are damaged; every byte of them is read."""
-        found = []
-        for shard in shards:
-            try:
-                self.read(shard)
-            except ShardError as error:
-                logger.warning("%s; it is extracted again.", error)
-                found.append(shard)
-        return found
-
-    def discard_damaged(self, shards: Sequence[int]) -> list[int]:
-        """Make the damaged ones of these finished shards unfinished; which they were."""
-        found = self.damaged(shards)
-        for shard in found:
-            self.discard(shard)
-        return found
 
     def discard(self, shard: int) -> None:
         """Delete a finished shard, so that it counts as unfinished."""

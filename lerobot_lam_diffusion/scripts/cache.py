@@ -88,8 +88,8 @@ def prune_cache(config: CachePruneConfig) -> None:
         if num_bytes is not None:
             removed, freed = removed + 1, freed + num_bytes
             print(f"removed {entry.name} ({dataset}), {num_bytes:,} bytes")
-        elif builder := entry.builder():
-            print(f"kept    {entry.name} ({dataset}): {builder} is building it")
+        elif entry.is_held():
+            print(f"kept    {entry.name} ({dataset}): another process is building or opening it")
     print(f"{counted(removed, 'token store')} removed, {freed:,} bytes")
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
     if pruned or not removed:
@@ -98,13 +98,13 @@ def prune_cache(config: CachePruneConfig) -> None:
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:
-    builder = entry.builder()
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used()))
     rows = {"size": f"{entry.num_bytes():,} bytes", "last used": used}
     try:
         if not entry.is_finished:
             finished, total = entry.shards()
-            state = f"{builder} is building it" if builder else "interrupted; training with auto resumes it"
+            held = entry.is_held()
+            state = "another process is building it" if held else "interrupted; training with auto resumes it"
             rows = {"state": f"{finished} of {total} shards: {state}", **rows}
         provenance = entry.provenance()
     except UserError as error:

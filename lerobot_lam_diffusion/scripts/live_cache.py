@@ -58,38 +58,31 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
 def _use_next(cache: PairCache, known: int, dataset: DatasetSource) -> str:
     merge = ["lerobot-lam-tokens", "merge", str(cache.path), *dataset_flags(dataset.repo_id, dataset.root)]
     lacks = cache.num_pairs - known
-    lam = [f"--lam.path={cache.provenance.lam.path}"] if lacks else []
     why = f", for which the LAM encodes {counted(lacks, 'pair')} more" if lacks else ""
     beside = "data/live_tokens" if cache.path.parent == live_cache_folder() else f"{cache.path.parent}_tokens"
-    return next_step([*merge, *lam, f"--output_dir={beside}"], f"Next, make a store of it{why}")
+    flags = [f"--lam.path={cache.provenance.lam.path}", f"--output_dir={beside}"]
+    return next_step([*merge, *flags], f"Next, make a store of it{why}")
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
-    """Write its complete episodes as a token store, using only tokens made from the dataset's own pixels."""
+    """Write a token store that holds those tokens which were made from the dataset's own pixels."""
     if config.dataset is None:
         raise TokenStoreError(
             "--dataset.repo_id is missing: the dataset whose pixels merge compares with the cache's"
         )
+    if config.lam is None:
+        raise TokenStoreError("--lam.path is missing: merge encodes what training did not visit")
     if config.output_dir is None:
         raise TokenStoreError(
             "--output_dir is missing: the folder where the store of the cache's tokens will stand"
         )
     refuse_existing(config.output_dir)
     cache, dataset = PairCache.open(folder), open_dataset(config.dataset, config.tolerance_s)
-    lam = None if config.lam is None else config.lam.load(_device_of(cache), cache.provenance.dtype)
-    made = store_of_live_cache(cache, dataset, config.output_dir, lam)
-    if made.encoded:
-        print(f"{counted(made.encoded, 'pair')} {'was' if made.encoded == 1 else 'were'} encoded now")
-    for count, why in (
-        (made.incomplete, "lack pairs; --lam.path has them encoded"),
-        (
-            made.other_pixels,
-            "have tokens of other pixels (augmentation, another decoder); --lam.path has those encoded",
-        ),
-    ):
-        if count:
-            print(f"left out: {count} episodes, which {why}")
-    return made.store
+    lam = config.lam.load(_device_of(cache), cache.provenance.dtype)
+    store, encoded = store_of_live_cache(cache, dataset, config.output_dir, lam)
+    if encoded:
+        print(f"{counted(encoded, 'pair')} {'was' if encoded == 1 else 'were'} encoded now")
+    return store
 
 
 def _device_of(cache: PairCache) -> str:
@@ -99,5 +92,5 @@ def _device_of(cache: PairCache) -> str:
     except UserError as error:
         raise TokenStoreError(
             f"{cache.path} was filled on {cache.provenance.device}, which is not available here: merge it on "
-            "such a machine, or without --lam.path, which leaves out incomplete episodes"
+            "such a machine"
         ) from error

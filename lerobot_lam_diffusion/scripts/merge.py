@@ -21,8 +21,7 @@ class MergeConfig:
             cache, alone.
         output_dir: Where the new store will stand; not for an extraction.
         dataset: With a live cache: the dataset that it was filled from, whose pixels are compared.
-        lam: With a live cache: the LAM that filled it encodes what is missing; if left out, the store has the
-            complete episodes only.
+        lam: With a live cache: the LAM that filled it, which encodes what training did not visit.
         tolerance_s: With a live cache, as in lerobot-train: how far a frame may lie from its timestamp, in
             seconds.
     """

@@ -48,11 +48,15 @@ from lerobot_lam_diffusion.lam import (
 )
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.dataset import check_kind
-from lerobot_lam_diffusion.precompute.demonstrations import PAIRS_AT_A_TIME, videos_in
-from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint, summary_of
+from lerobot_lam_diffusion.precompute.demonstrations import (
+    PAIRS_AT_A_TIME,
+    VIDEO_CAMERA,
+    precompute_videos,
+    videos_in,
+)
+from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, resume_hint
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
-from lerobot_lam_diffusion.precompute.video_store import VIDEO_CAMERA, precompute_videos
 from lerobot_lam_diffusion.scripts.command_line import (
     DatasetSource,
     LamFlags,
@@ -83,7 +87,6 @@ _NOT_FOR_VIDEOS = (
     "shard_index",
     "num_shards",
 )
-EXTRACT_SHARE = "lerobot_lam_diffusion.scripts.precompute_lam_tokens:extract_share"
 
 
 @dataclass(kw_only=True)
@@ -265,8 +268,7 @@ def _extract(
             print(f"Stopped. {hint}.", file=sys.stderr)
         if isinstance(error, DecodeError):
             raise DecodeError(
-                error.what,
-                f"{error.remedy}, or pass --on_error=skip to record such episodes as missing",
+                f"{error}, or pass --on_error=skip to record such episodes as missing"
             ) from error
         raise
 
@@ -303,8 +305,8 @@ def _by_cluster(config: PrecomputeConfig) -> None:
         )
     from lerobot_lam_diffusion.precompute.cluster import submit
 
-    message = submit(config.cluster, EXTRACT_SHARE, _flags_of_a_task(config, camera_key), output_dir)
-    print(message or report(summary_of(output_dir), config))
+    message = submit(config.cluster, extract_share, _flags_of_a_task(config, camera_key), output_dir)
+    print(message or report(Summary(TokenStore.open(output_dir)), config))
 
 
 def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
@@ -330,11 +332,11 @@ def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any
     return flags
 
 
-def extract_share(flags: dict[str, Any], rank: int, tasks: int, cpus: int) -> int:
-    """Extract the share of task `rank` of `tasks` on `cpus` cores, without merging; return the pair count."""
+def extract_share(flags: dict[str, Any], cpus: int, data: Any, rank: int, world_size: int) -> None:
+    """Extract the share of task `rank` of `world_size` on `cpus` cores, without merging."""
     config = draccus.decode(PrecomputeConfig, flags)
-    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=tasks)
-    return _extract(config, process, merge=False, show_progress=False).encoded
+    process = Process(local_size=max(1, usable_cores() // cpus), shard_index=rank, num_shards=world_size)
+    _extract(config, process, merge=False, show_progress=False)
 
 
 def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
@@ -418,21 +420,21 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
             "makes the rest."
         )
     assert store.provenance is not None
-    usage = ", ".join(f"{perplexity:.1f}" for perplexity in summary.code_usage)
+    usage = ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity())
     of = store.provenance.lam.num_codes
     lines = [
-        f"frames    {summary.frames:,} in {counted(summary.episodes, 'episode')}",
+        f"frames    {len(store.values):,} in {counted(len(store.covered_episodes), 'episode')}",
         *(
             [f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}"]
             if summary.copied
             else []
         ),
-        f"missing   {counted(summary.missing, 'token')}: no pair ends in the first "
+        f"missing   {counted(len(store.values) - store.num_tokens, 'token')}: no pair ends in the first "
         f"{counted(store.frame_stride, 'frame')} of an episode",
         f"tokens    {store.kind}, {store.token_dim} values a frame, camera {store.provenance.camera_key}",
         *([f"codebook  perplexity {usage} of {of} codes a slot"] if usage else []),
         *(_times(summary) if config.cluster.engine is None else []),
-        f"size      {summary.num_bytes:,} bytes",
+        f"size      {sum(file.stat().st_size for file in store.path.iterdir()):,} bytes",
         f"store     {store.path.resolve()}",
     ]
     if 0 < summary.shards_total < config.num_shards:
@@ -452,10 +454,9 @@ def _times(summary: Summary) -> list[str]:
     if not summary.encoded:
         return ["time      0 s: all of it was there already; nothing was extracted"]
     rate = summary.encoded / summary.seconds
-    waited = summary.spent.get("wait", 0.0) / summary.seconds
     return [
         f"time      {summary.seconds:.1f} s, {rate:.0f} pairs/s in batches of {summary.batch_size}; "
-        f"{waited:.0%} of it waiting for frames"
+        f"{summary.waited / summary.seconds:.0%} of it waiting for frames"
     ]
 
 

@@ -11,13 +11,14 @@ import time
 
 import pytest
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
-from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
+from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
 from lerobot_lam_diffusion.tokens.pairs import PAIRS_FILE, PairCache
@@ -202,15 +203,20 @@ def test_verify_refuses_other_tokens_and_tells_half_records(
     assert "1 pair was encoded now" in told
 
 
-def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, data, tmp_path, capsys):
-    tokens_command(["merge", str(filled), *data, f"--output_dir={tmp_path / 'store'}"])
-    assert "it covers all 5 episodes" in capsys.readouterr().out
+def test_a_filled_cache_becomes_the_store_of_an_extraction(filled, store, data, lam_folder, tmp_path, capsys):
+    lam = f"--lam.path={lam_folder}"
+    tokens_command(["merge", str(filled), *data, lam, f"--output_dir={tmp_path / 'store'}"])
+    told = capsys.readouterr().out
+    assert "it covers all 5 episodes" in told
+    assert "encoded now" not in told
     for name in (TENSORS_FILE, PROVENANCE_FILE):
         assert (tmp_path / "store" / name).read_bytes() == (store.path / name).read_bytes()
     with pytest.raises(SystemExit, match=r"for the merging of one live cache, and .*store is none"):
         tokens_command(["merge", str(tmp_path / "store"), *data, f"--output_dir={tmp_path / 'another'}"])
     with pytest.raises(SystemExit, match=r"--dataset.repo_id is missing: the dataset whose pixels"):
-        tokens_command(["merge", str(filled), f"--output_dir={tmp_path / 'another'}"])
+        tokens_command(["merge", str(filled), lam, f"--output_dir={tmp_path / 'another'}"])
+    with pytest.raises(SystemExit, match=r"--lam.path is missing: merge encodes what training did not"):
+        tokens_command(["merge", str(filled), *data, f"--output_dir={tmp_path / 'another'}"])
 
 
 @pytest.mark.slow
@@ -220,26 +226,17 @@ def test_tokens_of_other_pixels_do_not_become_a_store(live, dataset, store, lam,
     one = batch([30])  # in episode 2
     policy.forward({**one, OBS_LAM_IMAGES: {TOP: 1 - one[OBS_LAM_IMAGES][TOP]}})
     (folder,) = (tmp_path / "kept").iterdir()
-    made = store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "store", show_progress=False)
-    assert (made.incomplete, made.other_pixels) == (2, 1)
-    assert made.store.missing_episodes == [2, 3, 4]
-    index = torch.arange(23)
-    assert torch.equal(made.store.window(index, [-1, 0]), store.window(index, [-1, 0]))
+    cache = PairCache.open(folder)
+    made, encoded = store_of_live_cache(cache, dataset, tmp_path / "store", lam, show_progress=False)
+    assert encoded == 1 + (8 - 1) + (12 - 1)  # frame 30 and two episodes
+    for name in (TENSORS_FILE, PROVENANCE_FILE):
+        assert (made.path / name).read_bytes() == (store.path / name).read_bytes()
 
-    whole = store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "whole", lam, show_progress=False)
-    assert (whole.incomplete, whole.other_pixels) == (0, 0)
-    assert whole.encoded == 1 + (8 - 1) + (12 - 1)  # frame 30 and two episodes
-    index = torch.arange(60)
-    assert torch.equal(whole.store.window(index, [-1, 0]), store.window(index, [-1, 0]))
-
-    policy, batch, _ = live(lam_frame_stride=2)
-    one = batch(ALL)
-    policy.forward({**one, OBS_LAM_IMAGES: {TOP: 1 - one[OBS_LAM_IMAGES][TOP]}})
-    (folder,) = (path for path in (tmp_path / "kept").iterdir() if "stride2" in path.name)
-    with pytest.raises(
-        TokenStoreError, match=r"50 of 50 pairs are kept, 5 episodes have tokens of other pixels"
-    ):
-        store_of_live_cache(PairCache.open(folder), dataset, tmp_path / "none", show_progress=False)
+    some = LeRobotDataset(dataset.repo_id, root=dataset.root, episodes=[3, 1], video_backend="pyav")
+    made, encoded = store_of_live_cache(cache, some, tmp_path / "some", lam, show_progress=False)
+    assert (made.covered_episodes, encoded) == ([1, 3], 8 - 1)
+    index = torch.cat([torch.arange(made.episode_from[e], made.episode_to[e]) for e in (1, 3)])
+    assert torch.equal(made.window(index, [-1, 0]), store.window(index, [-1, 0]))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A policy that is built with `auto` in a process of its own; by a fork server, as `interrupted.py`."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,12 +19,6 @@ from tests.conftest import TOP
 from tests.precompute.interrupted import on_writes
 
 NAME = "top-vq-stride1-0123456789abcdef"
-
-
-def server() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def entry_in(cache: Path) -> CacheEntry:
@@ -72,7 +65,6 @@ def die_at_write(kill_at: int, cache: Path, root: Path, lam_folder: Path, told: 
 
 def hold(cache: Path, holding, let_go) -> None:
     """A process that builds until it is told to stop."""
-    entry = entry_in(cache)
-    with entry._locked(wait=True), entry._named_as_builder():
+    with entry_in(cache)._locked(wait=True):
         holding.set()
         let_go.wait(60)

@@ -12,14 +12,14 @@ from lerobot_lam_diffusion.precompute.cache import CacheEntry, cache_name, cache
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import ExtractionError
 from tests.conftest import TOP
-from tests.precompute import building
+from tests.precompute import building, interrupted
 
 PAIRS = 55
 
 
 @pytest.fixture(scope="module")
 def server():
-    return building.server()
+    return interrupted.server()
 
 
 @pytest.fixture
@@ -35,9 +35,8 @@ def put(cache, store, name=building.NAME):
 
 def unused(entry, days):
     then = time.time() - days * 86400
-    for place in (entry._mark("used"), entry.folder / PROVENANCE_FILE, entry.folder):
-        if place.exists():
-            os.utime(place, (then, then))
+    for place in (entry.folder / PROVENANCE_FILE, entry.folder):
+        os.utime(place, (then, then))
 
 
 def test_whatever_decides_the_tokens_names_another_store(store):
@@ -89,10 +88,10 @@ def test_it_is_built_once_and_opened_often(cache, dataset, lam_folder, store, tm
 
 def test_a_cache_that_cannot_be_locked_is_read(cache, dataset, store):
     entry = put(cache, store)
-    entry._mark("lock").mkdir(parents=True)  # as a folder that may only be read, also for root
+    entry._lock_file.mkdir(parents=True)  # as a folder that may only be read, also for root
     assert len(entry.open(dataset.meta, pytest.fail).values) == 60
     other = CacheEntry(cache, "other")
-    other._mark("lock").mkdir()
+    other._lock_file.mkdir()
     with pytest.raises(ExtractionError, match=r"is not writable .*HF_LEROBOT_HOME.*lerobot-lam-precompute"):
         other.open(dataset.meta, pytest.fail)
 
@@ -111,7 +110,7 @@ def test_a_build_that_fails_frees_the_lock(cache, dataset, lam_folder):
 
     with pytest.raises(KeyboardInterrupt):
         building.entry_in(cache).open(dataset.meta, fail)
-    assert building.entry_in(cache).builder() is None
+    assert not building.entry_in(cache).is_held()
     assert len(building.open_cached(cache, dataset.root, lam_folder).values) == 60
 
 
@@ -144,28 +143,22 @@ def test_of_several_processes_one_builds(server, cache, dataset, lam_folder, sto
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
     lines = told.read_text().splitlines()
-    builder = [line.split()[0] for line in lines if line.endswith(" builds")]
-    assert len(builder) == 1
+    assert sum(line.endswith(" builds") for line in lines) == 1
     assert sum("opened 60" in line for line in lines) == 4
-    waiting = [line for line in lines if "Waiting for" in line]
-    assert len(waiting) == 3
-    assert all(
-        f"Waiting for process {builder[0]} on {os.uname().nodename} (building since" in line
-        for line in waiting
-    )
+    assert sum("Waiting for another process" in line for line in lines) == 3
     assert (cache / building.NAME / TENSORS_FILE).read_bytes() == (store.path / TENSORS_FILE).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_builder_that_is_killed_leaves_its_work_to_the_next(server, cache, dataset, lam_folder, tmp_path):
     entry, safe = building.entry_in(cache), 0
-    for kill_at in (4, 24, 12):
+    for kill_at in (4, 23, 11):
         args = (kill_at, cache, dataset.root, lam_folder, tmp_path / "killed")
         process = server.Process(target=building.die_at_write, args=args)
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        assert entry.builder() is None
+        assert not entry.is_held()
         if unfinished_folder(entry.folder).exists():
             assert entry.shards()[0] >= safe
             safe = entry.shards()[0]
@@ -187,13 +180,13 @@ def test_what_is_being_built_is_not_removed(server, cache, store):
     process.start()
     try:
         assert holding.wait(60)
-        assert entry.builder().startswith(f"process {process.pid} on ")
+        assert entry.is_held()
         assert [entry.remove() for entry in cached_entries(cache)] == [0, None]
         assert [entry.name for entry in cached_entries(cache)] == [building.NAME]
     finally:
         let_go.set()
         process.join(60)
-    assert entry.builder() is None
+    assert not entry.is_held()
     assert entry.remove() > 0
 
 
@@ -202,6 +195,6 @@ def test_a_cache_without_locks_is_used_all_the_same(cache, store, dataset, witho
     opened = entry.open(dataset.meta, lambda folder: shutil.copytree(store.path, folder))
     assert opened.num_tokens == PAIRS
     assert "cannot be locked" in caplog.text
-    assert entry.builder() is None
+    assert not entry.is_held()
     assert entry.remove()
     assert not entry.folder.exists()

@@ -13,10 +13,10 @@ import dill
 import pytest
 
 from lerobot_lam_diffusion.precompute import cluster as engines
-from lerobot_lam_diffusion.precompute.cluster import ExtractShards, MergeStore, submit
+from lerobot_lam_diffusion.precompute.cluster import merge_task, submit
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.shards import ShardError
-from lerobot_lam_diffusion.scripts.precompute_lam_tokens import EXTRACT_SHARE, main
+from lerobot_lam_diffusion.scripts.precompute_lam_tokens import extract_share, main
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError
 from tests.conftest import EPISODE_LENGTHS, TOP
@@ -72,7 +72,7 @@ def same_values(a: Path, b: Path) -> bool:
 
 def run_tasks(flags, ranks, tasks) -> None:
     for rank in ranks:
-        ExtractShards(EXTRACT_SHARE, flags, cpus=1).run(rank=rank, world_size=tasks)
+        extract_share(flags, 1, None, rank, tasks)
 
 
 # --- flags
@@ -84,7 +84,7 @@ def run_tasks(flags, ranks, tasks) -> None:
         (ClusterConfig(tasks=4), "--cluster.tasks needs --cluster.engine (slurm, ray, local)"),
         (ClusterConfig(dry_run=True), "--cluster.dry_run needs --cluster.engine"),
         (ClusterConfig(engine="sge"), "--cluster.engine=sge must be one of slurm, ray, local"),
-        (ClusterConfig(engine="jobs", tasks=2), "--cluster.engine=jobs: tasks on Hugging Face Jobs share no"),
+        (ClusterConfig(engine="jobs", tasks=2), "--cluster.engine=jobs must be one of slurm, ray, local"),
         (ClusterConfig(engine="local"), "--cluster.engine=local needs --cluster.tasks"),
         (replace(SLURM, time=None), "--cluster.engine=slurm needs --cluster.time"),
         (replace(SLURM, partition=None), "--cluster.engine=slurm needs --cluster.partition"),
@@ -109,7 +109,7 @@ def test_what_goes_together_is_accepted(cluster):
 def test_device_and_job_array_have_to_agree_with_the_engine():
     for gpus, device in ((1, "cpu"), (0, "cuda")):
         (problem,) = replace(SLURM, gpus_per_task=gpus).problems(device, False)
-        assert "leave out one of them" in problem
+        assert f"--cluster.gpus_per_task={gpus} contradicts --device={device}; leave out one" in problem
     (problem,) = SLURM.problems(None, True)
     assert problem.startswith("--shard_index and --num_shards are what --cluster.engine=slurm gives")
 
@@ -151,58 +151,38 @@ def test_any_number_of_tasks_in_any_order_make_the_store_of_one_process(flags, s
     ranks = random.Random(tasks).sample(range(tasks), tasks)
     run_tasks(flags, [*ranks, ranks[0]], tasks)  # one is sent again
     assert sorted(os.listdir(tmp_path)) == ["store.shards"]
-    MergeStore(flags["output_dir"]).run()
+    merge_task(flags["output_dir"])
     assert same_values(tmp_path / "store", single)
     assert (tmp_path / "store" / PROVENANCE_FILE).read_bytes() == (single / PROVENANCE_FILE).read_bytes()
-    MergeStore(flags["output_dir"]).run()  # merged already
+    merge_task(flags["output_dir"])  # merged already
     assert os.listdir(tmp_path) == ["store"]
 
 
-def test_what_is_pickled_are_names_paths_and_numbers(flags):
-    step = ExtractShards(EXTRACT_SHARE, flags, cpus=2)
-    assert json.loads(json.dumps([step.extract, step.flags, step.cpus])) == [EXTRACT_SHARE, flags, 2]
-    again = dill.loads(dill.dumps(step))
-    assert (again.extract, again.flags, again.cpus) == (EXTRACT_SHARE, flags, 2)
-    assert len(dill.dumps(step)) < 4096
+def test_what_is_pickled_are_names_paths_and_numbers(flags, tmp_path):
+    (step,) = engines._executor(LOCAL, extract_share, flags, tmp_path / "logs").pipeline
+    pickled = dill.dumps(step)
+    again = dill.loads(pickled)
+    assert (again.func, again.args) == (extract_share, step.args)
+    assert json.loads(json.dumps(step.args)) == [flags, step.args[1]]
+    assert len(pickled) < 4096
 
 
 def test_a_merge_before_all_tasks_have_ended_is_refused(flags, tmp_path):
     run_tasks(flags, [0], 2)
     with pytest.raises(ExtractionError, match=r"has \d of 5 shards; run the extraction's command again"):
-        MergeStore(flags["output_dir"]).run()
+        merge_task(flags["output_dir"])
     assert not (tmp_path / "store").exists()
 
 
-def records(executor) -> list[int]:
-    return [rank for rank in range(executor.tasks) if executor.is_rank_completed(rank)]
-
-
-def test_records_that_the_shards_do_not_bear_out_are_forgotten(flags, single, tmp_path):
-    output_dir = tmp_path / "store"
-
-    def recorded(tasks: int) -> list[int]:
-        """Tasks that are spared of those that datatrove believes to be completed, which is all."""
-        executor = engines._executor(replace(LOCAL, tasks=tasks), EXTRACT_SHARE, flags, tmp_path / "logs")
-        for rank in range(tasks):
-            executor.mark_rank_as_completed(rank)
-        engines._forget_unfinished(executor, output_dir)
-        return records(executor)
-
-    assert recorded(2) == []  # of an earlier store that was removed
-    run_tasks(flags, [1], 2)
-    assert recorded(2) == [1]
-    assert 1 <= len(recorded(5)) < 5  # shared out otherwise
-    assert recorded(1) == []
-    run_tasks(flags, [0], 2)
-    assert recorded(2) == [0, 1]
-    tensors = unfinished_folder(output_dir) / "00001.safetensors"
+def test_damaged_shards_are_made_again_by_their_tasks(flags, single, tmp_path):
+    run_tasks(flags, range(2), 2)
+    tensors = unfinished_folder(tmp_path / "store") / "00001.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\0")
     with pytest.raises(ShardError, match=r"00001\.safetensors is damaged"):
-        MergeStore(str(output_dir)).run()
-    (again,) = set(range(5)) - set(recorded(5))
-    run_tasks(flags, [again], 5)
-    MergeStore(str(output_dir)).run()
-    assert same_values(output_dir, single)
+        merge_task(flags["output_dir"])
+    run_tasks(flags, range(2), 2)
+    merge_task(flags["output_dir"])
+    assert same_values(tmp_path / "store", single)
 
 
 # --- what would be submitted
@@ -267,7 +247,7 @@ def test_local_processes(argv, single, tmp_path, capsys, others_find_the_tests):
 def test_a_local_task_is_killed_and_the_command_run_again(flags, single, tmp_path, others_find_the_tests):
     """datatrove's pool waits for a killed task for ever: it is ended, as a user would."""
     server = interrupted.server()
-    process = server.Process(target=submit, args=(LOCAL, cluster_tasks.DIES, flags, tmp_path / "store"))
+    process = server.Process(target=submit, args=(LOCAL, cluster_tasks.dies_once, flags, tmp_path / "store"))
     process.start()
     done = tmp_path / "store.logs" / "extract" / "completions" / "00000"
     give_up = time.monotonic() + 400
@@ -278,7 +258,7 @@ def test_a_local_task_is_killed_and_the_command_run_again(flags, single, tmp_pat
     assert (tmp_path / "died").exists()
     left = set(unfinished_folder(tmp_path / "store").glob("0*.safetensors"))
     assert 0 < len(left) < len(EPISODE_LENGTHS)
-    assert submit(replace(LOCAL, workers=1), cluster_tasks.DIES, flags, tmp_path / "store") is None
+    assert submit(replace(LOCAL, workers=1), cluster_tasks.dies_once, flags, tmp_path / "store") is None
     assert same_values(tmp_path / "store", single)
 
 
@@ -286,13 +266,13 @@ def test_a_local_task_is_killed_and_the_command_run_again(flags, single, tmp_pat
 def test_a_task_that_fails_is_told_with_its_log(flags, tmp_path):
     flags["dataset"]["root"] = str(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="there is no folder"):
-        submit(replace(LOCAL, workers=1), EXTRACT_SHARE, flags, tmp_path / "store")
+        submit(replace(LOCAL, workers=1), extract_share, flags, tmp_path / "store")
     assert "there is no folder" in (tmp_path / "store.logs/extract/logs/task_00000.log").read_text()
 
 
 @pytest.mark.slow
 def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
-    """Tasks out of order, one killed; no merge. The same command again: that one is sent, and runs twice."""
+    """Tasks out of order, one killed; no merge. The same command again: all are sent, and one runs twice."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     folders = [
@@ -302,7 +282,7 @@ def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
     monkeypatch.setenv("PATH", ":".join([*map(str, folders), os.environ["PATH"]]))
     monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
     logs = tmp_path / "store.logs"
-    arguments = (cluster_tasks.DIES, flags, tmp_path / "store")
+    arguments = (cluster_tasks.dies_once, flags, tmp_path / "store")
     would_be = submit(replace(SLURM, dry_run=True), *arguments)
 
     monkeypatch.setenv("SLURM_ORDER", "2,0,1")
@@ -316,9 +296,9 @@ def test_slurm(flags, single, tmp_path, monkeypatch, others_find_the_tests):
     assert sorted(os.listdir(logs / "extract" / "completions")) == ["00000", "00002"]
     assert not (tmp_path / "store").exists()
 
-    monkeypatch.setenv("SLURM_ORDER", "0,0")
+    monkeypatch.setenv("SLURM_ORDER", "0,1,2,1")
     submit(SLURM, *arguments)
-    assert "#SBATCH --array=0-0\n" in (jobs / "job-3").read_text()
+    assert "#SBATCH --array=0-2\n" in (jobs / "job-3").read_text()
     assert len(list(jobs.glob("failed-*"))) == 2
     assert same_values(tmp_path / "store", single)
 
@@ -341,13 +321,13 @@ RAY = ClusterConfig(engine="ray", cpus_per_task=1, mem_per_cpu_gb=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [1, 5])
 def test_ray(ray_of_two_cores, flags, single, tmp_path, tasks):
-    assert submit(replace(RAY, tasks=tasks), EXTRACT_SHARE, flags, tmp_path / "store") is None
+    assert submit(replace(RAY, tasks=tasks), extract_share, flags, tmp_path / "store") is None
     assert same_values(tmp_path / "store", single)
 
 
 @pytest.mark.slow
 def test_ray_sends_a_task_again_whose_node_died(ray_of_two_cores, flags, single, tmp_path):
-    task = cluster_tasks.DIES_WITH_ITS_NODE
+    task = cluster_tasks.dies_once_with_its_node
     assert submit(replace(RAY, tasks=2), task, flags, tmp_path / "store") is None
     assert (tmp_path / "died").exists()
     assert same_values(tmp_path / "store", single)
@@ -357,7 +337,7 @@ def test_ray_sends_a_task_again_whose_node_died(ray_of_two_cores, flags, single,
 def test_failed_tasks_on_ray_are_named(ray_of_two_cores, flags, tmp_path):
     flags["dataset"]["root"] = str(tmp_path / "nowhere")
     with pytest.raises(ExtractionError, match=r"1 of 1 tasks failed, see task_00000\.log in"):
-        submit(replace(RAY, tasks=1), EXTRACT_SHARE, flags, tmp_path / "store")
+        submit(replace(RAY, tasks=1), extract_share, flags, tmp_path / "store")
 
 
 @pytest.mark.slow
@@ -367,5 +347,5 @@ def test_a_task_that_no_node_of_ray_can_run_is_refused(ray_of_two_cores, flags, 
         r"no node of this Ray cluster can run a task of 8 cores, 32 GB .*nodes: 2 cores.*cpus_per_task"
     )
     with pytest.raises(ExtractionError, match=too_large):
-        submit(ClusterConfig(engine="ray", tasks=2), EXTRACT_SHARE, flags, tmp_path / "store")
+        submit(ClusterConfig(engine="ray", tasks=2), extract_share, flags, tmp_path / "store")
     assert not (tmp_path / "store.shards").exists()

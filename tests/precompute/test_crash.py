@@ -1,11 +1,9 @@
 """Whatever stops an extraction, nothing finished is lost and nothing half-written is taken for finished."""
 
 import os
-import random
 import resource
 import signal
 import socket
-import subprocess
 
 import pytest
 import torch
@@ -73,7 +71,7 @@ def resumed_is_the_same(where, output_dir, undisturbed, names=(TENSORS_FILE, PRO
     summary = interrupted.extract(*where, output_dir)
     assert summary.encoded == PAIRS - pairs_of(safe)
     assert same_bytes(summary.store, undisturbed, names)
-    assert not unfinished_folder(output_dir).exists()
+    assert os.listdir(output_dir.parent) == ["store"]
     return len(safe)
 
 
@@ -89,20 +87,6 @@ def test_killed_at_every_write_a_run_goes_on_where_it_was(server, where, undistu
     # The later it died, the more was safe. Which shard comes first is up to the threads.
     assert safe == sorted(safe)
     assert len(set(safe)) == len(EPISODE_LENGTHS) + 1
-
-
-def test_killed_again_and_again_a_run_comes_to_its_end(server, where, undisturbed, tmp_path):
-    output_dir, dice = tmp_path / "store", random.Random(0)
-    for _ in range(30):
-        args = (dice.randint(7, 14), *where, output_dir, {})
-        process = server.Process(target=interrupted.die_at_write, args=args)
-        process.start()
-        process.join(60)
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert same_bytes(TokenStore.open(output_dir), undisturbed)
-    assert os.listdir(tmp_path) == ["store"]
 
 
 def test_continuous_tokens_survive_too(server, where, tmp_path):
@@ -138,24 +122,6 @@ def test_a_stopped_command_says_how_to_go_on(server, where, undisturbed, tmp_pat
     resumed_is_the_same(where, tmp_path / "out" / "store", undisturbed, [TENSORS_FILE])  # another lam.path
 
 
-def test_a_full_disk_loses_nothing(where, undisturbed, tmp_path):
-    place = tmp_path / "small"
-    place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", place], capture_output=True
-    ).returncode:
-        pytest.skip("a small file system can be mounted by root only")
-    try:
-        with pytest.raises(OSError, match="No space left on device") as error:
-            interrupted.extract(*where, place / "store")
-        assert str(place) in str(error.value)
-        assert 0 < len(finished_shards(place / "store")) < len(EPISODE_LENGTHS)
-        subprocess.run(["mount", "-o", "remount,size=10m", place], check=True)
-        resumed_is_the_same(where, place / "store", undisturbed)
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)  # the failed run's traceback maps a shard
-
-
 def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
     """As a quota does; continuous tokens, whose shards are 2 to 4 KB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -168,7 +134,7 @@ def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
     left = os.listdir(unfinished_folder(tmp_path / "store"))
     assert "00000.safetensors" not in left
     assert not [name for name in left if "partial" in name]
-    assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).frames == 60
+    assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).store.num_tokens == PAIRS
 
 
 def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_path):
@@ -176,13 +142,15 @@ def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_
     process = server.Process(target=interrupted.die_at_write, args=(30, *where, output_dir, {}))
     process.start()
     process.join(60)
-    safe = pairs_of(finished_shards(output_dir))
     tensors = unfinished_folder(output_dir) / "00001.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
+    with pytest.raises(ShardError, match=r"00001\.safetensors is damaged.*Run the extraction again"):
+        interrupted.extract(*where, output_dir)
+    assert sorted(finished_shards(output_dir)) == [0, 2, 3, 4]
     summary = interrupted.extract(*where, output_dir)
-    assert summary.encoded == PAIRS - safe + EPISODE_LENGTHS[1] - 1
+    assert summary.encoded == EPISODE_LENGTHS[1] - 1
     assert same_bytes(summary.store, undisturbed)
 
 

@@ -1,6 +1,5 @@
 """The frames that the LAM sees are those of LeRobot's random access, each once and in order."""
 
-import pickle
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -105,11 +104,6 @@ def images_in(root, change) -> LeRobotDataset:
     return LeRobotDataset(recorded.repo_id, root=root)
 
 
-def test_the_error_of_a_process_reaches_the_one_that_waits_for_it():
-    error = DecodeError("frame 3 cannot be read", "Repair the file")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("P", 1), ("I;16", 1)])
 @pytest.mark.parametrize("first", [0, 4])
 def test_images_that_are_not_rgb(tmp_path, mode, channels, first):
@@ -168,7 +162,6 @@ DEPTH = "observation.images.depth"
 def test_camera_is_the_one_that_is_named_or_the_only_one():
     assert choose_camera(meta(), WRIST) == WRIST
     assert choose_camera(meta([TOP]), None) == TOP
-    assert choose_camera(meta([TOP], [DEPTH]), None) == TOP
 
 
 REFUSED = {
@@ -178,7 +171,6 @@ REFUSED = {
         "--camera_key=observation.images.side is unknown",
     ),
     "several": (meta(), None, "--camera_key is unset"),
-    "depth": (meta(depth=[DEPTH]), DEPTH, f"--camera_key={DEPTH} is a depth camera"),
 }
 
 
