@@ -88,36 +88,19 @@ def run_demo(config: DemoConfig) -> None:
     require_simulator()
     go_offline()
     # Only now: these need the simulator.
-    from lerobot_lam_diffusion.demo.commands import precompute_command
-    from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
+    from lerobot_lam_diffusion.demo.story import precompute_command, record, recorded_text, tell_story
 
     if config.record_only:
         root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
-        summary = record(root, config.repo_id, config.num_episodes, config.near_goal, config.first_seed)
-        print(f"{recorded_text(summary)}: {summary.root}")
-        tokens = summary.root.with_name(f"{summary.root.name}_lam")
-        print(
-            next_step(precompute_command(config.repo_id, summary.root, "pusht-compact", None, tokens, "cpu"))
-        )
+        print(f"{recorded_text(record(config, root))}: {root}")
+        print(next_step(precompute_command(config, root, root.with_name(f"{root.name}_lam"))))
         return
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     if not shape.num_codes:
         raise DemoError(
             f"--lam.path={config.lam.path} has no codebook, and the demo draws codes; name another LAM"
         )
-    tell_story(
-        Demo(
-            folder=demo_folder(config.output_dir),
-            num_episodes=config.num_episodes,
-            first_seed=config.first_seed,
-            steps=config.steps,
-            seed=config.seed,
-            lam_path=config.lam.path,
-            lam_revision=config.lam.revision,
-            device=config.device,
-        ),
-        sys.stdout,
-    )
+    tell_story(config, demo_folder(config.output_dir))
 
 
 def demo_folder(output_dir: Path | None) -> Path:

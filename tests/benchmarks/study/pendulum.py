@@ -14,7 +14,7 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
-from lerobot_lam_diffusion.demo.console import output_to
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 
 from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
 
@@ -74,7 +74,7 @@ def picture(env: Any) -> np.ndarray:
 def record(root: Path) -> LeRobotDataset:
     if not root.exists():
         part, rng = root.with_suffix(".part"), np.random.default_rng(0)
-        with output_to(root.with_suffix(".log")):
+        with quiet_recording():
             dataset = LeRobotDataset.create("local/pendulum", FPS, FEATURES, root=part, video_backend="pyav")
             for seed in range(EPISODES):
                 env = make_env(seed)
