@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lerobot_lam_diffusion.scripts.cache import live_rows, means_live_cache
-from lerobot_lam_diffusion.scripts.next_step import next_step, verify_against, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE
-from lerobot_lam_diffusion.tokens.pairs import PairCache
 
 
 @dataclass
@@ -55,12 +53,9 @@ def info(config: InfoConfig) -> None:
         del rows["skipped"]
     for name, text in rows.items():
         print(f"{name:<10}{text}")
-    print(next_step(verify_with_its_lam(store, config.store)))
 
 
 def _print_live_cache(folder: Path) -> None:
     print(folder)
     for name, text in live_rows(folder).items():
         print(f"{name:<10}{text}")
-    provenance = PairCache.open(folder).provenance
-    print(next_step(verify_against(provenance, str(folder))))
