@@ -9,10 +9,9 @@ It needs the simulator: pip install 'lerobot[pusht]' shapely matplotlib.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from itertools import count, zip_longest
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -141,23 +140,7 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, normalise(sys.argv[1:] if argv is None else argv), COMMAND)
-
-
-def normalise(argv: Sequence[str]) -> list[str]:
-    """Our flags as draccus takes them: `--num-episodes 3` with underscores, `--record-only` with a value."""
-    ours = {each.name for each in fields(DemoConfig)}
-    words = []
-    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in ours:
-            words.append(word)
-        elif name == "record_only" and not equals and following.startswith("--"):
-            words.append("--record_only=true")
-        else:
-            words.append(f"--{name}{equals}{value}")
-    return words
+    run_command(DemoConfig, run_demo, argv, COMMAND)
 
 
 if __name__ == "__main__":
