@@ -3,16 +3,11 @@
 tests/docs/test_generated.py fails where they are not what this writes.
 """
 
-from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
-
-from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
-from lerobot_lam_diffusion.scripts.help import Command, Flag, flags_of, summary_of
+from lerobot_lam_diffusion.scripts.help import fields_help
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "docs/REFERENCE.md"
@@ -32,9 +27,8 @@ Generated from the code by `make docs`: the fields of the policy and the flags o
 for is explained in [PRECOMPUTED_LAM_TOKENS.md](PRECOMPUTED_LAM_TOKENS.md), what can go wrong in
 [TROUBLESHOOTING.md](TROUBLESHOOTING.md).
 
-`unset` by default: it is found out, or decided, as the text says. Every command takes `--help`, and
-`--config_path=FILE`, a YAML file that holds flags (those of the command line win): [configs/](../configs) has
-some to start from.
+A flag without a default that is not required is found out, or decided, as its text says.
+[configs/](../configs) has YAML files for `--config_path`, to start from.
 """
 
 POLICY = """## Policy fields
@@ -53,46 +47,14 @@ def generated() -> dict[str, str]:
 
 
 def reference() -> str:
-    stock = {each.name for each in fields(DiffusionConfig)}
-    ours = [each.name for each in fields(DiffusionLamConfig) if each.name not in stock]
-    parts = [
-        HEAD,
-        POLICY,
-        table("field", flags_of(DiffusionLamConfig, ours), lambda field: f"`{field.name}`"),
-        "## Commands\n",
-    ]
+    parts = [HEAD, POLICY, fenced(fields_help(DiffusionLamConfig, "policy.")), "## Commands\n"]
     for command in COMMANDS:
-        parts += [
-            f"### {command.name}\n",
-            f"{summary_of(command.config_class)}\n",
-            f"```\n{command.usage()}\n```\n",
-        ]
-        for group in command.groups():
-            title = f"**{group.title}**" + (f": {group.about}" if group.about else "")
-            parts += [f"{title}\n", table("flag", group.flags, partial(_spelled, command))]
+        parts += [f"### {command.name}\n", fenced(command.help())]
     return "\n".join(parts)
 
 
-def table(kind: str, flags: list[Flag], spelled: Callable[[Flag], str]) -> str:
-    rows = [
-        f"| {spelled(flag)} | `{_cell(flag.type_name)}` | {_default(flag)} | {_cell(flag.text)} |"
-        for flag in flags
-    ]
-    return "\n".join([f"| {kind} | type | default | |", "|---|---|---|---|", *rows, ""])
-
-
-def _spelled(command: Command, flag: Flag) -> str:
-    return " or ".join(f"`{word}`" for word in command.spelled(flag))
-
-
-def _default(flag: Flag) -> str:
-    if flag.required:
-        return "required"
-    return f"`{_cell(flag.default)}`" if flag.default else "unset"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def fenced(text: str) -> str:
+    return f"```text\n{text.strip()}\n```\n"
 
 
 def main() -> None:

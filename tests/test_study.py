@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.record import record_pusht
 from tests.benchmarks.study import closed_loop, conveyor, lams
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
@@ -127,8 +126,7 @@ def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypa
 def test_closed_loop_acts_in_the_arena_with_live_tokens(tmp_path, monkeypatch):
     """Keypoints as input, then pictures; the token is computed from rendered frames either way."""
     root = tmp_path / "near"
-    with output_to(tmp_path / "log"):
-        record_pusht(root, "local/near", 3, near_goal=True, first_seed=20_000)
+    record_pusht(root, "local/near", 3, near_goal=True, first_seed=20_000)
     small = {"HELD_OUT": 1, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
     for name, value in small.items():
         monkeypatch.setattr(closed_loop, name, value)

@@ -3,22 +3,24 @@
     record_pusht(Path("data/pusht"), "local/pusht", num_episodes=20, near_goal=True)
 
 Plans are made without rendering and replayed for the camera, so nothing is rendered for a plan that fails.
-LeRobot and the AV1 encoder print a page an episode: wrap the call in `console.output_to`. On 2 cores an
-episode near the goal (53 frames on average) takes 1 s, half of it planning; a standard one (107) 2 s.
+On 2 cores an episode near the goal (53 frames on average) takes 1 s, half of it planning; a standard one
+(107) 2 s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from lerobot.datasets import LeRobotDataset
+from tqdm import tqdm
 
 from lerobot_lam_diffusion.demo.expert import Demonstration, plan_episode
 from lerobot_lam_diffusion.demo.pusht import FPS, TASK, make_env
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whole_or_nothing
 
 IMAGE_KEY = "observation.image"
@@ -50,7 +52,7 @@ def record_pusht(
     *,
     near_goal: bool,
     first_seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    show_progress: bool = False,
 ) -> RecordSummary:
     """Record episodes that all solve the task, one a seed from `first_seed` upwards.
 
@@ -59,7 +61,7 @@ def record_pusht(
     Args:
         root: folder of the new dataset; must be empty or not exist.
         near_goal: short episodes that start with the block near the goal; else the environment's own starts.
-        progress: called with (episodes recorded, `num_episodes`) after each episode.
+        show_progress: a bar that counts the episodes.
 
     Raises:
         FileExistsError: `root` holds something already.
@@ -70,18 +72,19 @@ def record_pusht(
     root = Path(root)
     refuse_existing(root, "--root")
     summary = RecordSummary(root)
-    with whole_or_nothing(root) as partial:
+    with quiet_recording(), whole_or_nothing(root) as partial:
         # The backend is for reading back only; naming it spares LeRobot's probe of torchcodec.
         dataset = LeRobotDataset.create(repo_id, FPS, FEATURES, root=partial, video_backend="pyav")
         try:
-            for demonstration in _plan(num_episodes, near_goal, first_seed, summary):
+            plans = _plan(num_episodes, near_goal, first_seed, summary)
+            for demonstration in tqdm(
+                plans, "record", num_episodes, unit="episode", disable=not show_progress
+            ):
                 for frame in replay(demonstration):
                     dataset.add_frame(frame)
                 dataset.save_episode()
                 summary.seeds.append(demonstration.seed)
                 summary.num_frames += len(demonstration.actions)
-                if progress is not None:
-                    progress(summary.num_episodes, num_episodes)
         finally:
             # Also after a failure: left to LeRobot's __del__, it would write into the folder removed by then.
             dataset.finalize()

@@ -2,233 +2,94 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-from lerobot_lam_diffusion.demo.commands import (
-    fit_command,
-    precompute_command,
-    record_command,
-    train_command,
-)
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.episode_look import look_at_episode
 from lerobot_lam_diffusion.demo.picture import draw_picture
-from lerobot_lam_diffusion.demo.record import RecordSummary, record_pusht
-from lerobot_lam_diffusion.demo.running import (
-    LiveLine,
-    Progress,
-    losses,
-    run_logged,
-    token_progress,
-    training_progress,
-)
+from lerobot_lam_diffusion.demo.record import IMAGE_KEY, RecordSummary, record_pusht
 from lerobot_lam_diffusion.scripts.next_step import shell_text
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.utils.errors import DemoError
 
+if TYPE_CHECKING:
+    from lerobot_lam_diffusion.scripts.demo import DemoConfig
+
 _AVERAGED_STEPS = 10  # of the loss at the start and at the end
+_LOSS = re.compile(r"\bstep:\S+ .*?\bloss:(\S+)")  # what lerobot-train logs of a step
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What the demo makes, and where; the last episode is held out of training for the picture."""
+def tell_story(config: DemoConfig, folder: Path) -> None:
+    """Run the whole demo; `folder` must be empty or not exist.
 
-    folder: Path
-    num_episodes: int
-    first_seed: int
-    steps: int
-    seed: int
-    lam_path: str
-    lam_revision: str | None
-    device: str
-    repo_id: str = "local/pusht"
+    Raises:
+        DemoError: a command failed.
+    """
+    root, tokens, training = folder / "pusht", folder / "tokens", folder / "train"
+    picture, log, held_out = folder / "lam_demo.png", folder / "train.log", config.num_episodes - 1
+    print(f"LAM tokens for a diffusion policy: PushT, offline (HF_HUB_OFFLINE=1), into {folder}/")
 
-    @property
-    def dataset(self) -> Path:
-        return self.folder / "pusht"
+    _begin(1, "Record: a planning expert pushes the T onto its target", record_command(config, root))
+    print(recorded_text(record(config, root)))
 
-    @property
-    def tokens(self) -> Path:
-        return self.folder / "tokens"
+    precompute = precompute_command(config, root, tokens)
+    _begin(2, "Precompute: the LAM turns each frame pair into a token", precompute)
+    run(precompute)
 
-    @property
-    def training(self) -> Path:
-        return self.folder / "train"
+    train = train_command(config, root, tokens, training)
+    _begin(3, f"Train: stock lerobot-train, a small network; episode {held_out} is held out", train)
+    print(f"It takes a minute or more, and logs into {log}", flush=True)
+    run(train, log)
+    losses = losses_of(log.read_text(errors="replace"))
+    print(loss_facts(losses))
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.training / "checkpoints" / "last" / "pretrained_model"
+    _begin(4, f"Look: what the tokens say about episode {held_out}")
+    store = TokenStore.open(tokens)
+    look = look_at_episode(root, config.repo_id, held_out, store, config.lam.path, config.lam.revision)
+    draw_picture(look, losses, picture)
+    moving, moving_copy = (100 * error for error in look.moving_errors)
+    whole, whole_copy = 100 * look.fdm_error.mean(), 100 * look.copy_error.mean()
+    print(f"next frame, mean error with the token: {moving:.1f} % on moving pixels, {whole:.1f} % on all")
+    print(f"if nothing moved: {moving_copy:.1f} % on moving pixels, {whole_copy:.1f} % on all")
 
-    @property
-    def picture(self) -> Path:
-        return self.folder / "lam_demo.png"
-
-    @property
-    def held_out(self) -> int:
-        return self.num_episodes - 1
-
-
-@dataclass
-class Table:
-    """What was made, printed at the end."""
-
-    rows: list[tuple[str, str, float | None]] = field(default_factory=list)
-
-    def add(self, name: str, facts: str, seconds: float | None = None) -> None:
-        self.rows.append((name, facts, seconds))
-
-    def __str__(self) -> str:
-        width = max(len(facts) for _, facts, _ in self.rows)
-        total = sum(seconds for *_, seconds in self.rows if seconds is not None)
-        lines = [
-            f"  {name:<11}{facts:<{width}}{'' if seconds is None else f'{seconds:8.0f} s'}".rstrip()
-            for name, facts, seconds in self.rows
-        ]
-        rule = "  " + "-" * (11 + width + 10)
-        return "\n".join([rule, *lines, rule, f"  {'':<11}{'all steps':<{width}}{total:8.0f} s"])
+    made = {
+        "dataset": root,
+        "tokens": tokens,
+        "policy": training / "checkpoints" / "last" / "pretrained_model",
+        "picture": picture,
+    }
+    print("\nWhat was made:\n\n" + "\n".join(f"  {name:<9}{path}" for name, path in made.items()))
+    print(what_next(config, folder))
 
 
-def tell_story(demo: Demo, console: TextIO) -> None:
-    """Run the whole demo; `demo.folder` must be empty or not exist."""
-    _Story(demo, console).tell()
+def _begin(number: int, title: str, command: Sequence[str] = ()) -> None:
+    """The heading of a step, and its command."""
+    print(f"\n[{number}/4] {title}\n")
+    if command:
+        print(f"{indent(shell_text(command), '  ')}\n", flush=True)
 
 
-class _Story:
-    """The four steps in order; each adds to the table what it made."""
-
-    def __init__(self, demo: Demo, console: TextIO) -> None:
-        self._demo = demo
-        self._console = console
-        self._table = Table()
-
-    def tell(self) -> None:
-        demo = self._demo
-        self._say(
-            f"LAM tokens for a diffusion policy: PushT, offline (HF_HUB_OFFLINE=1), into {demo.folder}/"
-        )
-        self._say("Here you see each command; what it prints itself goes to a .log beside what it makes.")
-        self._record()
-        store = self._precompute()
-        found = self._train()
-        self._look(store, found)
-        self._say(f"\nWhat was made in {demo.folder}/\n\n{self._table}\n\n{what_next(demo)}")
-
-    def _record(self) -> None:
-        demo = self._demo
-        self._heading(1, "Record: a planning expert pushes the T onto its target")
-        plan = (demo.dataset, demo.repo_id, demo.num_episodes, True, demo.first_seed)
-        self._show(record_command(*plan))
-        started = time.perf_counter()
-        facts = recorded_text(record(*plan))
-        self._done("dataset", f"{facts}, {_size(demo.dataset) / 1e6:.1f} MB", started)
-
-    def _precompute(self) -> TokenStore:
-        demo = self._demo
-        self._heading(2, "Precompute: the LAM turns each frame pair into a token")
-        command = precompute_command(
-            demo.repo_id, demo.dataset, demo.lam_path, demo.lam_revision, demo.tokens, demo.device
-        )
-        self._show(command)
-        started = time.perf_counter()
-        self._run(command, log_of(demo.tokens), token_progress)
-        store = TokenStore.open(demo.tokens)
-        first, *more = token_facts(store)
-        self._done("tokens", first, started)
-        self._add(*more)
-        self._say("\n  A LAM of your own, fitted to the same frames (not run here, it takes its time):\n")
-        self._show(fit_command(demo.repo_id, demo.dataset, demo.folder / "my_lam"))
-        return store
-
-    def _train(self) -> list[float]:
-        demo = self._demo
-        self._heading(3, f"Train: stock lerobot-train, a small network; episode {demo.held_out} is held out")
-        command = train_command(
-            demo.repo_id,
-            demo.dataset,
-            range(demo.held_out),
-            demo.tokens,
-            demo.training,
-            demo.steps,
-            demo.seed,
-            demo.device,
-        )
-        self._show(command)
-        log = log_of(demo.training)
-        started = time.perf_counter()
-        self._run(command, log, training_progress)
-        found = losses(log.read_text(errors="replace"))
-        if not found:
-            raise DemoError(
-                f"lerobot-train ended well but {log} holds no loss, expected one a step: its log lines "
-                "are not those of LeRobot 0.6. Install lerobot>=0.6.1,<0.7"
-            )
-        self._done("policy", loss_facts(found), started)
-        self._add(f"checkpoint {demo.checkpoint}")
-        return found
-
-    def _look(self, store: TokenStore, found: list[float]) -> None:
-        demo = self._demo
-        self._heading(4, f"Look: what the tokens say about episode {demo.held_out}")
-        started = time.perf_counter()
-        with output_to(log_of(demo.picture.with_suffix(""))):
-            look = look_at_episode(
-                demo.dataset, demo.repo_id, demo.held_out, store, demo.lam_path, demo.lam_revision
-            )
-            draw_picture(look, found, demo.picture)
-        moving, moving_copy = (100 * error for error in look.moving_errors)
-        whole, whole_copy = 100 * look.fdm_error.mean(), 100 * look.copy_error.mean()
-        self._done("picture", str(demo.picture), started)
-        self._add(
-            f"next frame, mean error with the token: {moving:.1f} % on moving pixels, {whole:.1f} % on all",
-            f"if nothing moved: {moving_copy:.1f} % on moving pixels, {whole_copy:.1f} % on all",
-        )
-
-    def _run(self, command: list[str], log: Path, progress_of: Callable[[str], Progress | None]) -> None:
-        with LiveLine(self._console) as line:
-            run_logged(command, log, progress_of, line)
-
-    def _done(self, name: str, facts: str, started: float) -> None:
-        seconds = time.perf_counter() - started
-        self._say(f"  done in {seconds:.0f} s: {facts}")
-        self._table.add(name, facts, seconds)
-
-    def _add(self, *facts: str) -> None:
-        for fact in facts:
-            self._table.add("", fact)
-
-    def _heading(self, number: int, text: str) -> None:
-        self._say(f"\n[{number}/4] {text}\n")
-
-    def _show(self, command: list[str]) -> None:
-        self._say(f"{indent(shell_text(command), '  ')}\n")
-
-    def _say(self, text: str) -> None:
-        print(text, file=self._console, flush=True)
-
-
-def record(root: Path, repo_id: str, num_episodes: int, near_goal: bool, first_seed: int) -> RecordSummary:
-    """`lerobot-lam-demo --record_only=true`: the expert's episodes, with one line of progress.
+def record(config: DemoConfig, root: Path) -> RecordSummary:
+    """`lerobot-lam-demo --record_only=true`: the expert's episodes.
 
     Raises:
         FileExistsError: `root` holds something already.
     """
-    with output_to(log_of(root)) as terminal, LiveLine(terminal) as line:
-        line.show(None)
-        return record_pusht(
-            root,
-            repo_id,
-            num_episodes,
-            near_goal=near_goal,
-            first_seed=first_seed,
-            progress=lambda done, total: line.show(Progress(done, total, "episodes")),
-        )
+    return record_pusht(
+        root,
+        config.repo_id,
+        config.num_episodes,
+        near_goal=config.near_goal,
+        first_seed=config.first_seed,
+        show_progress=True,
+    )
 
 
 def recorded_text(summary: RecordSummary) -> str:
@@ -237,64 +98,140 @@ def recorded_text(summary: RecordSummary) -> str:
     return f"{text}, {failed} unsolved starts left out" if failed else text
 
 
-def token_facts(store: TokenStore) -> list[str]:
-    """What a whole store of VQ tokens holds, a line each."""
-    assert store.codebook is not None
-    frames = len(store.values)
-    missing = int((store.episode_to - store.episode_from).clamp(max=store.frame_stride).sum())
-    used = ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity())
-    per_frame = store.values.element_size() * store.values.shape[1]
-    as_floats = 4 * store.token_dim
+def run(argv: Sequence[str], log: Path | None = None) -> None:
+    """Run a command of this environment; its output goes to the console, or into a log unless it fails.
+
+    Raises:
+        DemoError: it ended with another status than 0.
+    """
+    here = str(Path(sys.executable).parent)  # first on the PATH, whether the environment is activated or not
+    environment = {
+        # PyTorch's waiting threads sleep instead of spinning: 0.84 s a step instead of 1.42 on a busy core.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
+    }
+    sys.stdout.flush()
+    if log is None:
+        status = subprocess.run(argv, env=environment).returncode
+    else:
+        with log.open("wb") as output:
+            status = subprocess.run(argv, env=environment, stdout=output, stderr=output).returncode
+        if status != 0:
+            print(log.read_text(errors="replace"), file=sys.stderr)
+    if status != 0:
+        raise DemoError(
+            f"this command ended with status {status}; what it said is above:\n{shell_text(argv)}"
+        )
+
+
+def losses_of(log: str) -> list[float]:
+    """The loss of each step that `lerobot-train --log_freq=1` has logged.
+
+    Raises:
+        DemoError: there is none.
+    """
+    losses = [float(loss) for loss in _LOSS.findall(log)]
+    if not losses:
+        raise DemoError(
+            "lerobot-train ended well but logged no loss, expected one a step: its log lines are not those "
+            "of LeRobot 0.6. Install lerobot>=0.6.1,<0.7"
+        )
+    return losses
+
+
+def loss_facts(losses: list[float]) -> str:
+    window = min(_AVERAGED_STEPS, max(1, len(losses) // 2))
+    first, last = (sum(part) / window for part in (losses[:window], losses[-window:]))
+    return f"{len(losses)} steps, loss {first:.3f} -> {last:.3f} (means of the first and last {window})"
+
+
+def record_command(config: DemoConfig, root: Path) -> list[str]:
     return [
-        f"{frames - missing:,} tokens of {store.token_dim} numbers; {missing} first frames have none",
-        f"perplexity {used} of {len(store.codebook)} codes a slot",
-        f"{_size(store.path):,} bytes on disk: {per_frame} a frame and what describes them; "
-        f"as float32 {as_floats * frames:,} ({as_floats} a frame)",
+        "lerobot-lam-demo",
+        "--record_only=true",
+        f"--root={root}",
+        f"--num_episodes={config.num_episodes}",
+        f"--first_seed={config.first_seed}",
     ]
 
 
-def loss_facts(found: list[float]) -> str:
-    window = min(_AVERAGED_STEPS, max(1, len(found) // 2))
-    first, last = (sum(part) / window for part in (found[:window], found[-window:]))
-    return f"{len(found)} steps, loss {first:.3f} -> {last:.3f} (means of the first and last {window})"
+def precompute_command(config: DemoConfig, root: Path, tokens: Path) -> list[str]:
+    return [
+        "lerobot-lam-precompute",
+        f"--dataset.repo_id={config.repo_id}",
+        f"--dataset.root={root}",
+        f"--lam.path={config.lam.path}",
+        *([f"--lam.revision={config.lam.revision}"] if config.lam.revision else []),
+        f"--camera_key={IMAGE_KEY}",
+        "--frame_stride=1",
+        f"--output_dir={tokens}",
+        f"--device={config.device}",
+    ]
 
 
-def what_next(demo: Demo) -> str:
+def train_command(config: DemoConfig, root: Path, tokens: Path, output_dir: Path) -> list[str]:
+    """Stock LeRobot on precomputed tokens, with a network small enough for two CPU cores (0.5 s a step)."""
+    return [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        "--policy.use_precomputed_lam_tokens=true",
+        f"--policy.lam_tokens_path={tokens}",
+        f"--dataset.repo_id={config.repo_id}",
+        f"--dataset.root={root}",
+        f"--dataset.episodes=[{','.join(map(str, range(config.num_episodes - 1)))}]",
+        f"--output_dir={output_dir}",
+        f"--steps={config.steps}",
+        f"--save_freq={config.steps}",
+        "--log_freq=1",
+        "--batch_size=8",
+        "--num_workers=0",
+        f"--seed={config.seed}",
+        "--policy.horizon=16",
+        "--policy.n_action_steps=8",
+        "--policy.down_dims=[64,128]",
+        "--policy.pretrained_backbone_weights=null",
+        "--policy.optimizer_lr=1e-3",
+        "--policy.scheduler_warmup_steps=10",
+        f"--policy.device={config.device}",
+        "--policy.push_to_hub=false",
+        "--wandb.enable=false",
+    ]
+
+
+def what_next(config: DemoConfig, folder: Path) -> str:
     """Commands to go on with."""
-    commands = [
-        ["lerobot-lam-tokens", "info", str(demo.tokens)],
-        [
-            "lerobot-lam-precompute",
-            "--dataset.repo_id=YOU/DATASET",
-            "--lam.path=microsoft/villa-x",
-            "--camera_key=observation.images.top",
-            "--frame_stride=3",
-            "--output_dir=data/my_tokens",
-        ],
-        [
-            "lerobot-train",
-            "--policy.type=diffusion_lam",
-            "--dataset.repo_id=YOU/DATASET",
-            "--policy.use_precomputed_lam_tokens=true",
-            "--policy.lam_tokens_path=data/my_tokens",
-            "--policy.push_to_hub=false",
-        ],
+    fit = [
+        "lerobot-lam-fit",
+        f"--dataset.repo_id={config.repo_id}",
+        f"--dataset.root={folder / 'pusht'}",
+        f"--camera_key={IMAGE_KEY}",
+        f"--output_dir={folder / 'my_lam'}",
     ]
-    texts = "\n\n".join(indent(shell_text(command), "  ") for command in commands)
-    activate = "" if shutil.which("lerobot-train") else f" (first: export PATH={_bin_folder()}:$PATH)"
-    steps = "look into the store, then do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)"
-    return f"Next{activate}: {steps}:\n\n{texts}"
-
-
-def log_of(made: Path) -> Path:
-    """The log beside what a step makes."""
-    return made.with_name(f"{made.name}.log")
-
-
-def _bin_folder() -> Path:
-    return Path(sys.executable).parent
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    precompute = [
+        "lerobot-lam-precompute",
+        "--dataset.repo_id=YOU/DATASET",
+        "--lam.path=microsoft/villa-x",
+        "--camera_key=observation.images.top",
+        "--frame_stride=3",
+        "--output_dir=data/my_tokens",
+    ]
+    train = [
+        "lerobot-train",
+        "--policy.type=diffusion_lam",
+        "--dataset.repo_id=YOU/DATASET",
+        "--policy.use_precomputed_lam_tokens=true",
+        "--policy.lam_tokens_path=data/my_tokens",
+        "--policy.push_to_hub=false",
+    ]
+    steps = {
+        "Next, look into the store": ["lerobot-lam-tokens", "info", str(folder / "tokens")],
+        "Fit a LAM of your own to the same frames (hours without a GPU)": fit,
+        "Or do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)": precompute,
+        "Then train": train,
+    }
+    here = Path(sys.executable).parent
+    first = "" if shutil.which("lerobot-train") else f"\nFirst: export PATH={here}:$PATH\n"
+    return first + "\n".join(
+        f"\n{why}:\n{indent(shell_text(command), '  ')}" for why, command in steps.items()
+    )

@@ -25,6 +25,7 @@ from lerobot_lam_diffusion.report.motion import (
 from lerobot_lam_diffusion.report.page import Group, Picture, Section, write_page
 from lerobot_lam_diffusion.report.verdict import Verdict, judge
 from lerobot_lam_diffusion.tokens.card import PICTURE_PREFIX, CardPicture
+from lerobot_lam_diffusion.tokens.described import described
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import LamError
 
@@ -239,10 +240,6 @@ class _Report:
             "What follows each code, one frame later. A bright diagonal: motion goes on as it was.",
         )
         section.groups.append(Group([maps]))
-        unlike = codes.unlike_others()
-        listed = "; ".join(f"episode {episode} ({bits:.2f} bit)" for episode, bits in unlike[:10])
-        more = f"; and {len(unlike) - 10} more" if len(unlike) > 10 else ""
-        section.rows.append(("episodes unlike the others", f"{listed}{more}" if unlike else "none"))
         return section
 
     def strip_section(self, strips: dict[int, list[int]], thumbs: dict[int, Tensor]) -> Section:
@@ -314,31 +311,11 @@ class _Report:
         return section
 
     def provenance_section(self) -> Section:
-        section, provenance = Section("What is this?", "provenance"), self.store.provenance
-        section.rows.append(("store", self.store.name))
-        if provenance is None:
+        section = Section("What is this?", "provenance", rows=[("store", self.store.name)])
+        if self.store.provenance is None:
             section.rows.append(("provenance", "none: a .pt file does not say what its tokens are"))
             return section
-        source, lam = provenance.dataset, provenance.lam
-        section.rows += [
-            ("dataset", f"{source.repo_id}, revision {source.revision}"),
-            (
-                "its size",
-                f"{source.total_frames:,} frames, {source.total_episodes:,} episodes, {source.fps:g} fps",
-            ),
-            ("camera", provenance.camera_key),
-            ("stride", f"{provenance.frame_stride} frames = {provenance.stride_seconds:g} s"),
-            ("LAM", lam.path + (f", revision {lam.revision}" if lam.revision else "")),
-            ("fingerprint", lam.fingerprint),
-            ("tokens", f"{provenance.token_kind}, {lam.num_learned_tokens} × {lam.action_latent_dim}"),
-            (
-                "compute dtype, device, decoder",
-                f"{provenance.dtype}, {provenance.device}, {provenance.decoder}",
-            ),
-            ("storage", f"{provenance.storage_dtype}, largest error {provenance.max_error:.2g}"),
-            ("made with", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
-            ("seed of this report", str(self.seed)),
-        ]
+        section.rows += [*described(self.store).items(), ("seed of this report", str(self.seed))]
         if self.footage is not None and self.footage.lam is not None and not self.predicts:
             section.rows.append(("predicted frames", "none: the LAM has no FDM here that predicts pixels"))
         return section

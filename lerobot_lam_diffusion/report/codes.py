@@ -51,28 +51,6 @@ class Codes:
         counts = torch.bincount((label[:-1] * K + label[1:])[follows], minlength=K * K).view(K, K).double()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
-    def unlike_others(self) -> list[tuple[int, float]]:
-        """Episodes whose codes are distributed unlike the others', with their divergence, greatest first.
-
-        Jensen-Shannon divergence in bits from all tokens, mean over the slots. An outlier lies more than
-        five median deviations above the median, and above 0.05 bit.
-        """
-        numbers, which, lengths = self.episodes.unique(return_inverse=True, return_counts=True)
-        divergence = torch.zeros(len(numbers), dtype=torch.double)
-        for slot in range(len(self.slots)):
-            cells = which * self.num_codes + self.labels[:, slot]
-            counts = torch.bincount(cells, minlength=len(numbers) * self.num_codes)
-            own = counts.view(len(numbers), -1).double() / lengths.unsqueeze(1)
-            divergence += _jensen_shannon(own, self.shares(slot)) / len(self.slots)
-        middle = divergence.median()
-        spread = (divergence - middle).abs().median()
-        found = [
-            (int(numbers[at]), float(divergence[at]))
-            for at in divergence.argsort(descending=True).tolist()
-            if divergence[at] > max(float(middle + 5 * spread), 0.05)
-        ]
-        return found if len(numbers) > 2 else []
-
 
 def read_codes(store: TokenStore, episodes: list[int], seed: int) -> Codes:
     """Codes of those episodes' tokens; `episodes` are covered by the store."""
@@ -120,9 +98,3 @@ def _along_directions(store: TokenStore, rows: Tensor) -> tuple[Tensor, list[flo
     places = torch.cat([(store.decode(part).double() - mean) @ basis.T for part in rows.split(BLOCK_ROWS)])
     ranks = places.argsort(0).argsort(0)
     return ranks * BINS // len(rows), variance
-
-
-def _jensen_shannon(own: Tensor, overall: Tensor) -> Tensor:
-    middle = (own + overall) / 2
-    bits = torch.xlogy(own, own / middle).nan_to_num(0) + torch.xlogy(overall, overall / middle).nan_to_num(0)
-    return bits.sum(1) / (2 * torch.log(torch.tensor(2.0)))

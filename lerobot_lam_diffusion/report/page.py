@@ -1,14 +1,13 @@
 """Sections, pictures and the template that makes them a page."""
 
 import base64
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from lerobot_lam_diffusion.report.verdict import Verdict
+from lerobot_lam_diffusion.utils.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,6 @@ class Picture:
     @property
     def uri(self) -> str:
         return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
-
-    @property
-    def width(self) -> int:
-        return Image.open(io.BytesIO(self.data)).width
-
-    @property
-    def height(self) -> int:
-        return Image.open(io.BytesIO(self.data)).height
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,4 @@ def write_page(path: Path, title: str, verdict: Verdict, sections: list[Section]
     text = environment.get_template("template.html.j2").render(
         title=title, verdict=verdict, sections=sections
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)

@@ -12,7 +12,6 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_caches,
 )
 from lerobot_lam_diffusion.scripts.command_line import counted
-from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.tokens.pairs import (
     PairCache,
     bytes_on_disk,
@@ -66,9 +65,6 @@ def list_cache(config: CacheListConfig) -> None:
             print(f"    {name:<10}{text}")
     if caches:
         print(f"{counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}")
-    if entries or caches:
-        prune = ["lerobot-lam-tokens", "cache", "prune", "--older_than_days=30"]
-        print(next_step(prune, "Next, remove what is no longer used"))
 
 
 def cache_path(config: CachePathConfig) -> None:
@@ -94,7 +90,6 @@ def prune_cache(config: CachePruneConfig) -> None:
     pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
     if pruned or not removed:
         print(f"{counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
-    print(next_step(["lerobot-lam-tokens", "cache", "list"], "Next, see what is left"))
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:

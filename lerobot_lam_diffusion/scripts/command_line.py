@@ -7,46 +7,44 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import draccus
 import torch
 import yaml
-from draccus.utils import DraccusException
+from draccus.utils import DecodingError, DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
-from lerobot_lam_diffusion.scripts.help import Command, is_union
+from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.lam import LatentActionModel
 
 DASHED = {
-    "--dataset-repo-id": "dataset.repo_id",
-    "--dataset-root": "dataset.root",
-    "--episodes": "dataset.episodes",
-    "--lam-model-path": "lam.path",
-    "--lam-revision": "lam.revision",
-    "--camera-key": "camera_key",
-    "--frame-stride": "frame_stride",
-    "--output-dir": "output_dir",
-    "--batch-size": "batch_size",
-    "--learning-rate": "learning_rate",
-    "--config-path": "config_path",
-    "--keep-fdm": "keep_fdm",
-    "--image-size": "dims.image_size",
-    "--code-seq-len": "dims.code_seq_len",
-    "--num-heads": "dims.num_heads",
-    "--dino-num-heads": "dims.dino_num_heads",
+    "--dataset-repo-id": "--dataset.repo_id",
+    "--dataset-root": "--dataset.root",
+    "--episodes": "--dataset.episodes",
+    "--lam-model-path": "--lam.path",
+    "--lam-revision": "--lam.revision",
+    "--image-size": "--dims.image_size",
+    "--code-seq-len": "--dims.code_seq_len",
+    "--num-heads": "--dims.num_heads",
+    "--dino-num-heads": "--dims.dino_num_heads",
 }
-SWITCHES = {"--no-vq-tokens": "--use_vq_tokens=false", "--vq-tokens": "--use_vq_tokens=true"}
-LISTS = {"dataset.episodes"}
+"""Those in which a dash stands for more than an underscore."""
+SWITCHES = {
+    "--no-vq-tokens": "--use_vq_tokens=false",
+    "--vq-tokens": "--use_vq_tokens=true",
+    "--record-only": "--record_only=true",
+}
+LISTS = {"--dataset.episodes"}
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
 
 
@@ -127,80 +125,46 @@ def run_command(
         if {"-h", "--help"} & set(arguments):
             print(spec.help(), end="")
             sys.exit(0)
-        arguments = _quoted(arguments, spec)
-        _refuse_missing_config(arguments)
-        command(_at_home(draccus.parse(config_class, args=arguments, exit_on_error=False)))
-    except yaml.YAMLError as error:
-        refuse(_unreadable(arguments, error, spec))
+        command(_at_home(draccus.parse(config_class, args=_quoted(arguments), exit_on_error=False)))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
         refuse(_as_flag_error(_root_cause(error), spec))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _quoted(arguments: list[str], spec: Command) -> list[str]:
-    """Texts and paths in quotation marks: draccus reads each value as YAML, where `a #1` is `a`."""
-    texts = {f"--{flag.name}" for group in spec.groups() for flag in group.flags if _is_text(flag.kind)}
-    quoted: list[str] = []
+def _quoted(arguments: Sequence[str]) -> list[str]:
+    """Values in quotation marks: draccus reads each as YAML, where `a #1` is `a`, and decodes any from text.
+
+    Lists, mappings, truth values and null stay what they are in YAML.
+
+    Raises:
+        FlagError: one of these is not YAML.
+    """
+    quoted = []
     for word in arguments:
-        name, equals, value = word.partition("=")
-        if name == "--config_path":
-            word = f"{name}{equals}{_with_home(value)}"
-        elif name in texts and equals:
-            word = f"{name}={_as_text(value)}"
-        elif quoted and quoted[-1] in texts and not word.startswith("--"):
-            word = _as_text(word)
-        quoted.append(word)
-    return quoted
-
-
-def _is_text(kind: Any) -> bool:
-    kinds = get_args(kind) if is_union(kind) else (kind,)
-    return set(kinds) - {NoneType} <= {str, Path}
-
-
-def _as_text(value: str) -> str:
-    is_literal = value in ("", "null", "None") or value[0] in "\"'"
-    return value if is_literal else json.dumps(value, ensure_ascii=False)
-
-
-def _unreadable(arguments: list[str], error: yaml.YAMLError, spec: Command) -> FlagError:
-    for word in arguments:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if word.startswith("--") and not equals:
+            quoted.append(word)
+            continue
+        if value and value[0] not in "[{\"'" and value.lower() not in ("true", "false", "null"):
+            value = json.dumps(value, ensure_ascii=False)
         try:
-            yaml.safe_load(word.partition("=")[2])
-        except yaml.YAMLError:
-            return FlagError(
-                f"{word} cannot be read: is a bracket or a quotation mark missing? ({spec.name} --help)"
-            )
-    return FlagError(f"{first_line(error)} ({spec.name} --help)")
+            yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise FlagError(f"{word} cannot be read: is a bracket or a quotation mark missing?") from error
+        quoted.append(f"{name}{equals}{value}")
+    return quoted
 
 
 def _at_home(config: Any) -> Any:
     """`~` in its paths as the user's home: a shell leaves the one after `=` alone."""
     for each in fields(config):
         value = getattr(config, each.name)
-        if isinstance(value, Path):
-            setattr(config, each.name, Path(_with_home(str(value))))
-        elif is_dataclass(value):
+        if is_dataclass(value):
             _at_home(value)
-    if isinstance(config, DatasetSource) and config.root is not None:
-        config.root = _with_home(config.root)
+        elif isinstance(value, str | Path) and str(value).startswith("~"):
+            setattr(config, each.name, type(value)(os.path.expanduser(value)))
     return config
-
-
-def _with_home(path: str) -> str:
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # no such user: then it is a name
-        return path
-
-
-def _refuse_missing_config(arguments: Sequence[str]) -> None:
-    for word in arguments:
-        path = Path(word.removeprefix("--config_path="))
-        if word.startswith("--config_path=") and not path.is_file():
-            beside = [str(each) for each in path.parent.glob("*.y*ml")]
-            raise FlagError(f"{word}: there is no such file{did_you_mean(str(path), beside)}")
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -245,51 +209,21 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
-    """Reword errors of argparse and draccus about flags; return other errors unchanged."""
-    flags = {flag.name: flag for group in spec.groups() for flag in group.flags}
-    if isinstance(error, argparse.ArgumentError):
-        return FlagError(f"{error.argument_name} needs a value ({spec.name} --help)")
-    if not isinstance(error, DraccusException):
+    """Errors of argparse and draccus about flags in one line that names them; other errors unchanged."""
+    if not isinstance(error, DraccusException | argparse.ArgumentError):
         return error
-    path = [*getattr(error, "key_path", [])]
-    text = getattr(error, "message", str(error))
-    named = [".".join([*path, name]) for name in re.findall("`(.+?)`", text)]
+    path, text = [], str(error)
+    if isinstance(error, DecodingError):
+        path, text = [*error.key_path], error.message
+    text = " ".join(text.split())
+    text = re.sub("`(.+?)`", lambda name: f"--{'.'.join([*path, name[1]])}", text)
+    if path and "--" not in text:
+        text = f"--{'.'.join(path)}: {text}"
     if text.startswith("unrecognized arguments: "):
-        words = text.removeprefix("unrecognized arguments: ").split()
-        return _unknown([word.partition("=")[0] for word in words if word.startswith("-")] or words, spec)
-    if text.startswith("The fields "):
-        return _unknown([f"--{name}" for name in named], spec)
-    if text.startswith("Missing required field(s) "):
-        return FlagError("\n  ".join(_missing_problems(named, spec)) + f" ({spec.name} --help)")
-    unread = re.match(r"Couldn't parse '(.*)' into (?:an? )?(.*)", text, re.S)
-    if path and unread:
-        flag = flags.get(".".join(path))
-        kind = flag.metavar if flag is not None else unread[2]
-        return FlagError(
-            f"--{'.'.join(path)}={unread[1]} cannot be read, expected {kind} ({spec.name} --help)"
-        )
-    where = f"--{'.'.join(path)}: " if path else ""
-    return FlagError(f"{where}{text} ({spec.name} --help)")
-
-
-def _missing_problems(names: list[str], spec: Command) -> list[str]:
-    """One problem for each of these missing flags and for each required flag nested below them."""
-    below = tuple(f"{name}." for name in names)
-    flags = [flag for group in spec.groups() for flag in group.flags]
-    missing = [
-        flag for flag in flags if flag.name in names or (flag.required and f"{flag.name}.".startswith(below))
-    ]
-    return [f"{' or '.join(spec.spelled(flag))} is missing: {flag.text}" for flag in missing]
-
-
-def _unknown(words: list[str], spec: Command) -> FlagError:
-    return FlagError("\n  ".join(_unknown_problems(words, spec)) + f" All flags: {spec.name} --help")
-
-
-def _unknown_problems(words: list[str], spec: Command) -> list[str]:
-    known = [f"--{flag.name}" for group in spec.groups() for flag in group.flags]
-    known += ["--config_path", *(dashed for dashed, name in DASHED.items() if f"--{name}" in known)]
-    return [f"unknown flag {word}{did_you_mean(word, known)}" for word in words]
+        known = ["--config_path", *(f"--{flag.name}" for group in spec.groups() for flag in group.flags)]
+        text = text.replace('"', "")  # of the values, see `_quoted`
+        text += did_you_mean(text.split()[2].partition("=")[0], known)
+    return FlagError(f"{text} ({spec.name} --help)")
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -300,24 +234,27 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Arguments as draccus takes them: dashed names dotted, lists as `[0,1,2]`."""
+    """Arguments as draccus takes them: `--a-b` as `--a_b` or as in `DASHED`, lists as `[0,1,2]`."""
     arguments: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
+        if not word.startswith("--"):
+            arguments.append(word)
+            continue
         name, equals, value = word.partition("=")
-        field = DASHED.get(name, name.removeprefix("--"))
-        if word in SWITCHES:
-            arguments.append(SWITCHES[word])
-        elif field in LISTS and not value.startswith("["):
+        flag = DASHED.get(name, f"--{name[2:].replace('-', '_')}")
+        is_alone = not equals and (not rest or rest[0].startswith("--"))
+        switch = SWITCHES.get(name.replace("_", "-"))
+        if switch is not None and is_alone:
+            arguments.append(switch)
+        elif flag in LISTS and not value.startswith("["):
             values = value.split() if equals else []
             while rest and not rest[0].startswith("--"):
                 values += rest.pop(0).split()
-            arguments.append(f"--{field}={_as_list(values)}")
-        elif name in DASHED:
-            arguments.append(f"--{field}={value if equals else _value_of(name, rest)}")
+            arguments.append(f"{flag}={_as_list(values)}")
         else:
-            arguments.append(word)
+            arguments.append(f"{flag}{equals}{value}")
     return arguments
 
 
@@ -325,7 +262,12 @@ def _as_list(values: list[str]) -> str:
     return "[" + ",".join(value.strip("[],") for value in values) + "]"
 
 
-def _value_of(flag: str, rest: list[str]) -> str:
-    if not rest or rest[0].startswith("--"):
-        raise FlagError(f"{flag} needs a value")
-    return rest.pop(0)
+def positional(words: Sequence[str], name: str, several: bool = False) -> list[str]:
+    """What stands before the first flag, as the flag of this name; one word, or a list of `several`."""
+    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    given, flags = list(words[:count]), list(words[count:])
+    if not given:
+        return flags
+    if len(given) > 1 and not several:
+        refuse(FlagError(f"expected one {name.upper()}, found {', '.join(given)}"))
+    return [f"--{name}={json.dumps(given if several else given[0], ensure_ascii=False)}", *flags]

@@ -16,10 +16,10 @@ from pathlib import Path
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.lam.convert import CONVERTERS, Dims, convert_lam, locate_checkpoint
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
-from lerobot_lam_diffusion.scripts.command_line import refuse, run_command
+from lerobot_lam_diffusion.scripts.command_line import positional, run_command
 from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.next_step import next_step
-from lerobot_lam_diffusion.utils.errors import FlagError, raise_problems
+from lerobot_lam_diffusion.utils.errors import raise_problems
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
 
@@ -87,15 +87,8 @@ def convert(config: ConvertConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(ConvertConfig, convert, with_flags(sys.argv[1:] if argv is None else argv), COMMAND)
-
-
-def with_flags(words: Sequence[str]) -> list[str]:
-    """The SOURCE that stands before the first flag, as a flag."""
-    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    if count > 1:
-        refuse(FlagError(f"expected one SOURCE, found {', '.join(words[:count])}"))
-    return [*(f"--source={word}" for word in words[:count]), *words[count:]]
+    words = positional(sys.argv[1:] if argv is None else argv, "source")
+    run_command(ConvertConfig, convert, words, COMMAND)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ It needs the simulator: pip install 'lerobot[pusht]' shapely matplotlib.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from itertools import count, zip_longest
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -88,36 +87,19 @@ def run_demo(config: DemoConfig) -> None:
     require_simulator()
     go_offline()
     # Only now: these need the simulator.
-    from lerobot_lam_diffusion.demo.commands import precompute_command
-    from lerobot_lam_diffusion.demo.story import Demo, record, recorded_text, tell_story
+    from lerobot_lam_diffusion.demo.story import precompute_command, record, recorded_text, tell_story
 
     if config.record_only:
         root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
-        summary = record(root, config.repo_id, config.num_episodes, config.near_goal, config.first_seed)
-        print(f"{recorded_text(summary)}: {summary.root}")
-        tokens = summary.root.with_name(f"{summary.root.name}_lam")
-        print(
-            next_step(precompute_command(config.repo_id, summary.root, "pusht-compact", None, tokens, "cpu"))
-        )
+        print(f"{recorded_text(record(config, root))}: {root}")
+        print(next_step(precompute_command(config, root, root.with_name(f"{root.name}_lam"))))
         return
     shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     if not shape.num_codes:
         raise DemoError(
             f"--lam.path={config.lam.path} has no codebook, and the demo draws codes; name another LAM"
         )
-    tell_story(
-        Demo(
-            folder=demo_folder(config.output_dir),
-            num_episodes=config.num_episodes,
-            first_seed=config.first_seed,
-            steps=config.steps,
-            seed=config.seed,
-            lam_path=config.lam.path,
-            lam_revision=config.lam.revision,
-            device=config.device,
-        ),
-        sys.stdout,
-    )
+    tell_story(config, demo_folder(config.output_dir))
 
 
 def demo_folder(output_dir: Path | None) -> Path:
@@ -158,23 +140,7 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, normalise(sys.argv[1:] if argv is None else argv), COMMAND)
-
-
-def normalise(argv: Sequence[str]) -> list[str]:
-    """Our flags as draccus takes them: `--num-episodes 3` with underscores, `--record-only` with a value."""
-    ours = {each.name for each in fields(DemoConfig)}
-    words = []
-    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in ours:
-            words.append(word)
-        elif name == "record_only" and not equals and following.startswith("--"):
-            words.append("--record_only=true")
-        else:
-            words.append(f"--{name}{equals}{value}")
-    return words
+    run_command(DemoConfig, run_demo, argv, COMMAND)
 
 
 if __name__ == "__main__":

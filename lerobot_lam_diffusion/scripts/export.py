@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.export import export_store
 from lerobot_lam_diffusion.utils.errors import UserError
@@ -30,8 +29,3 @@ def export(config: ExportConfig) -> None:
     store = TokenStore.open(config.store)
     export_store(store, config.output, config.format)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
-    if config.format == "pt":
-        print(next_step(verify_with_its_lam(store, config.output)))
-    elif store.provenance is not None:
-        training = train_on(store, config.store, store.provenance.dataset.repo_id)
-        print(next_step(training, "That file is for other programs; train on the store"))

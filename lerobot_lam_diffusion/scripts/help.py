@@ -8,7 +8,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -29,14 +29,9 @@ class Flag:
     text: str
 
     @property
-    def type_name(self) -> str:
-        """As an annotation has it."""
-        return _annotation(self.kind)
-
-    @property
     def metavar(self) -> str:
         kinds = [kind for kind in get_args(self.kind) if kind is not NoneType]
-        kind = kinds[0] if is_union(self.kind) else self.kind
+        kind = kinds[-1] if get_origin(self.kind) in (Union, UnionType) else self.kind
         return METAVARS.get(kind, getattr(kind, "__name__", "value").upper().replace("STR", "TEXT"))
 
 
@@ -84,28 +79,39 @@ class Command:
 
     def help(self) -> str:
         """The text of `--help`."""
-        shape = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=32)
-        parser = argparse.ArgumentParser(
-            prog=self.name,
-            usage=self.usage().replace("%", "%%"),
-            description=self.about.strip(),
-            formatter_class=shape,
-            add_help=False,
-        )
+        parser = _parser(self.usage().replace("%", "%%"), self.about.strip())
         for group in self.groups():
             section = parser.add_argument_group(group.title, group.about or None)
             for flag in group.flags:
-                end = f" (default: {flag.default})" if flag.default else ""
-                if flag.required:
-                    spelled = self.spelled(flag)
-                    end = f" (required: {' or '.join(spelled)})" if len(spelled) > 1 else " (required)"
-                section.add_argument(
-                    f"--{flag.name}", metavar=flag.metavar, help=f"{flag.text}{end}".replace("%", "%%")
-                )
+                spelled = self.spelled(flag)
+                required = f" (required: {' or '.join(spelled)})" if len(spelled) > 1 else " (required)"
+                _add(section, flag, required if flag.required else "")
         rest = parser.add_argument_group("always")
         rest.add_argument("--config_path", metavar="FILE", help=CONFIG_PATH)
         rest.add_argument("--help", "-h", action="store_true", help="This text.")
         return parser.format_help()
+
+
+def fields_help(config_class: type, prefix: str) -> str:
+    """The documented fields of a dataclass as `--help` shows flags, each as `--{prefix}{name}`."""
+    parser = _parser(argparse.SUPPRESS)
+    for group in groups_of(config_class):
+        section = parser.add_argument_group(group.title)
+        for flag in group.flags:
+            _add(section, replace(flag, name=f"{prefix}{flag.name}"))
+    return parser.format_help()
+
+
+def _parser(usage: str, description: str | None = None) -> argparse.ArgumentParser:
+    shape = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=32)
+    return argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=shape, add_help=False
+    )
+
+
+def _add(section: argparse._ArgumentGroup, flag: Flag, required: str = "") -> None:
+    end = f" (default: {flag.default})" if flag.default else required
+    section.add_argument(f"--{flag.name}", metavar=flag.metavar, help=f"{flag.text}{end}".replace("%", "%%"))
 
 
 def groups_of(config_class: type) -> Iterator[Group]:
@@ -140,12 +146,6 @@ def documented(config_class: type) -> dict[str, dict[str, str]]:
 def summary_of(config_class: type) -> str:
     """The first paragraph of its docstring."""
     return re.sub(r"\s+", " ", (inspect.getdoc(config_class) or "").split("\n\n")[0])
-
-
-def flags_of(config_class: type, names: list[str]) -> list[Flag]:
-    """These plain fields of a dataclass."""
-    texts = {name: text for entries in documented(config_class).values() for name, text in entries.items()}
-    return [_flag(config_class, each, texts) for each in fields(config_class) if each.name in names]
 
 
 def _plain_fields(config_class: type) -> list[Field]:
@@ -183,19 +183,6 @@ def _shown_default(default: Any) -> str | None:
 
 def _kinds(config_class: type) -> dict[str, Any]:
     return get_type_hints(config_class)
-
-
-def _annotation(kind: Any) -> str:
-    """A type as annotations write it; `str(kind)` varies: Python 3.13 has `pathlib._local.Path | None`."""
-    arguments = [_annotation(each) for each in get_args(kind)]
-    if is_union(kind):
-        return " | ".join(arguments)
-    name = "None" if kind is NoneType else getattr(get_origin(kind) or kind, "__name__", repr(kind))
-    return f"{name}[{', '.join(arguments)}]" if arguments else name
-
-
-def is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)
 
 
 def _dataclass_in(kind: Any) -> type | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
 from lerobot_lam_diffusion.scripts.report import illustrate, open_footage
 from lerobot_lam_diffusion.tokens.pull import pull_store
 from lerobot_lam_diffusion.tokens.push import push_store
@@ -64,4 +64,3 @@ class PullConfig:
 def pull(config: PullConfig) -> None:
     store = pull_store(config.store, config.output_dir)
     print(f"{config.output_dir}: {store.hub_id}, {len(store.values)} frames; {store.coverage}")
-    print(next_step(verify_with_its_lam(store, config.output_dir)))

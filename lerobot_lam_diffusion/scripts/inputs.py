@@ -28,11 +28,10 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
             episodes that it does not have.
     """
     raise_problems("these flags do not work", config.problems())
-    local = config.root is not None and is_local(config.root)
     try:
         _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
-        if local:
-            _refuse_absent_metadata(config.repo_id, Path(str(config.root)))
+        if config.root is not None and is_local(config.root):
+            _refuse_absent_metadata(config.repo_id, Path(config.root))
         meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
     except DatasetError:
         raise
@@ -51,14 +50,9 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
                 f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
                 "Hub or in LeRobot's home"
             ) from error
-        if local and _has_metadata(root):
-            raise DatasetError(
-                f"the files in {root / 'meta'} of dataset {config.repo_id!r} cannot be read "
-                f"({reason}); restore them"
-            ) from error
         raise DatasetError(
-            f"dataset {config.repo_id!r} cannot be opened at {root} nor "
-            f"fetched from the Hub ({reason}); correct --dataset.repo_id or --dataset.root"
+            f"the metadata of dataset {config.repo_id!r} cannot be read in {root / 'meta'}, nor fetched from "
+            f"the Hub ({reason}); correct --dataset.repo_id or --dataset.root, or restore the files"
         ) from error
     check_metadata(meta)
     _refuse_unknown_episodes(config.episodes, meta)
@@ -73,16 +67,12 @@ def _refuse_lance(repo_id: str, root: Path) -> None:
         )
 
 
-def _has_metadata(root: Path) -> bool:
-    return (root / INFO_PATH).is_file()
-
-
 def _refuse_absent_metadata(repo_id: str, root: Path) -> None:
     """Refuse a local v3 dataset that lacks metadata; other folders may be the target of a Hub download."""
     if not any((root / name).is_dir() for name in ("meta", "data", "videos")):
         return
     absent = []
-    if not _has_metadata(root):
+    if not (root / INFO_PATH).is_file():
         absent.append(INFO_PATH)
     elif (info := load_info(root)).codebase_version.startswith("v3"):
         if info.total_tasks > 0 and not (root / DEFAULT_TASKS_PATH).is_file():

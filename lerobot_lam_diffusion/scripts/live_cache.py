@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lerobot_lam_diffusion.precompute.cache import live_cache_folder
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, counted, usable_device
+from lerobot_lam_diffusion.scripts.command_line import counted, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset
-from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, verify_against
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
 from lerobot_lam_diffusion.tokens.pairs import TABLES, PairCache
@@ -32,15 +30,11 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if damaged:
         print(f"ok  {damaged} records were left half written; they count as not there")
     if config.dataset is None:
-        print(
-            next_step(verify_against(cache.provenance, str(folder)), "Next, compare with its dataset and LAM")
-        )
         return
     dataset = open_dataset(config.dataset, config.tolerance_s)
     check_binding(cache.tables, dataset.meta)
     print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
-        print(_use_next(cache, known, config.dataset))
         return
     lam = config.lam.load(config.device, cache.provenance.dtype)
     result, others = recompute_kept(cache, dataset, lam, config.num_samples, config.seed)
@@ -52,16 +46,6 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
     if result.equal < result.checked:
         raise TokenStoreError(f"{result.text}: another kind of device, or a damaged cache. Remove {folder}")
     print(f"ok  {result.text}")
-    print(_use_next(cache, known, config.dataset))
-
-
-def _use_next(cache: PairCache, known: int, dataset: DatasetSource) -> str:
-    merge = ["lerobot-lam-tokens", "merge", str(cache.path), *dataset_flags(dataset.repo_id, dataset.root)]
-    lacks = cache.num_pairs - known
-    why = f", for which the LAM encodes {counted(lacks, 'pair')} more" if lacks else ""
-    beside = "data/live_tokens" if cache.path.parent == live_cache_folder() else f"{cache.path.parent}_tokens"
-    flags = [f"--lam.path={cache.provenance.lam.path}", f"--output_dir={beside}"]
-    return next_step([*merge, *flags], f"Next, make a store of it{why}")
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:

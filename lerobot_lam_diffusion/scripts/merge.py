@@ -6,7 +6,6 @@ from pathlib import Path
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.scripts.cache import means_live_cache
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
-from lerobot_lam_diffusion.scripts.next_step import next_step, verify_with_its_lam
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.merge import merge_stores
 from lerobot_lam_diffusion.utils.errors import UserError
@@ -55,5 +54,3 @@ def merge(config: MergeConfig) -> None:
     else:
         store = merge_stores([TokenStore.open(path) for path in paths], config.output_dir)
     print(f"{store.path}: {len(store.values)} frames; {store.coverage}")
-    root = None if config.dataset is None else config.dataset.root
-    print(next_step(verify_with_its_lam(store, store.path, root)))

@@ -1,4 +1,4 @@
-"""What a command prints last: the command that comes next, ready to be run."""
+"""What a command on the way to training prints last: the command that comes next, ready to be run."""
 
 import itertools
 import os
@@ -8,13 +8,11 @@ from pathlib import Path
 from textwrap import indent
 
 import torch
-from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.scripts.command_line import usable_device
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.provenance import VIDEOS, VQ, Provenance
+from lerobot_lam_diffusion.tokens.provenance import VIDEOS, VQ
 
-UNKNOWN_ROOT = "DIR"
 SMALL_TRAINING = (
     "--policy.down_dims=[64,128]", "--batch_size=8", "--steps=100", "--num_workers=0", "--log_freq=10",
 )  # fmt: skip
@@ -28,8 +26,6 @@ def next_step(command: Sequence[str], why: str = "Next", fps: float | None = Non
         fps: Frame rate of the training dataset, at which a robot has to run the policy.
     """
     notes = []
-    if f"--dataset.root={UNKNOWN_ROOT}" in command:
-        notes.append(f"{UNKNOWN_ROOT} stands for the dataset's folder.")
     if command[0] == "lerobot-train" and usable_device(None) == "cpu":
         notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
     if command[0] == "lerobot-train":
@@ -113,35 +109,10 @@ def without_network() -> list[str]:
     return ["--policy.pretrained_backbone_weights=null"] if offline and not kept else []
 
 
-def verify_with_its_lam(store: TokenStore, tokens: str | Path, root: str | Path | None = None) -> list[str]:
-    """`verify` with the dataset and the LAM that the store names; `root` is the dataset's, where known."""
-    assert store.provenance is not None
-    if store.provenance.dataset.repo_id.startswith(VIDEOS):
-        return follow(tokens)
-    return verify_against(store.provenance, tokens, root)
-
-
 def follow(tokens: str | Path) -> list[str]:
     """`lerobot-eval` of a policy that follows the first demonstration of a store."""
     return ["lerobot-eval", "--policy.path=<policy>", f"--policy.lam_guidance={tokens}#0"]
 
 
-def verify_against(provenance: Provenance, tokens: str | Path, root: str | Path | None = None) -> list[str]:
-    return [
-        "lerobot-lam-tokens",
-        "verify",
-        str(tokens),
-        *dataset_flags(provenance.dataset.repo_id, root),
-        f"--lam.path={provenance.lam.path}",
-    ]
-
-
-def root_of(repo_id: str) -> str | None:
-    """A placeholder for the root of a `local/` dataset that is not in LeRobot's home; None for others."""
-    is_local = repo_id.startswith("local/")
-    return UNKNOWN_ROOT if is_local and not (HF_LEROBOT_HOME / repo_id).is_dir() else None
-
-
 def dataset_flags(repo_id: str, root: str | Path | None) -> list[str]:
-    root = root or root_of(repo_id)
     return [f"--dataset.repo_id={repo_id}", *([f"--dataset.root={root}"] if root else [])]

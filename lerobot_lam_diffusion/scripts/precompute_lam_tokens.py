@@ -77,7 +77,6 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import ExtractionError, first_line, raise_problems
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOT_FOR_VIDEOS = (
     "num_workers",
     "tolerance_s",
@@ -437,12 +436,6 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
         f"size      {sum(file.stat().st_size for file in store.path.iterdir()):,} bytes",
         f"store     {store.path.resolve()}",
     ]
-    if 0 < summary.shards_total < config.num_shards:
-        idle = counted(config.num_shards - summary.shards_total, "task")
-        lines.append(
-            f"shards    {summary.shards_total} in all, so {idle} of {config.num_shards} had nothing to do; "
-            "--shard_frames makes more, smaller ones"
-        )
     for episode, reason in store.skipped.items():
         lines.append(f"SKIPPED   episode {episode}: {reason}")
     training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)
@@ -460,19 +453,13 @@ def _times(summary: Summary) -> list[str]:
     ]
 
 
-def _stop(_signal: int, _frame: object) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # launchers send several; threads are being joined
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    before = [signal.signal(number, _stop) for number in STOP_SIGNALS]  # job schedulers send SIGTERM
+    # Job schedulers send SIGTERM; it interrupts as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_command(PrecomputeConfig, precompute, argv, COMMAND)
     finally:
-        for number, handler in zip(STOP_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ folder of that name, it is meant, and `hf://datasets/user/pusht-lam-tokens` is t
 well it encodes a random sample of frame pairs and compares. A `.pt` file is verified with its dataset.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -31,7 +30,7 @@ from importlib import import_module
 from typing import Any
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.scripts.command_line import did_you_mean, refuse, run_command
+from lerobot_lam_diffusion.scripts.command_line import did_you_mean, positional, refuse, run_command
 from lerobot_lam_diffusion.scripts.help import Command, summary_of
 from lerobot_lam_diffusion.utils.errors import FlagError
 
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     name = words.pop(0)
     config_class, command = subcommand(name)
-    run_command(config_class, command, _with_flags(words, config_class), command_of(name))
+    run_command(config_class, command, with_flags(words, config_class), command_of(name))
 
 
 def subcommand(name: str) -> tuple[type, Callable[[Any], None]]:
@@ -107,17 +106,10 @@ def command_of(name: str) -> Command:
     return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "", hidden)
 
 
-def _with_flags(words: list[str], config_class: type) -> list[str]:
+def with_flags(words: list[str], config_class: type) -> list[str]:
     """Paths that stand before the first flag, as flags."""
-    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    paths, flags = words[:count], words[count:]
-    if not paths:
-        return flags
-    if any(each.name == "stores" for each in fields(config_class)):
-        return [f"--stores={json.dumps(paths)}", *flags]  # draccus reads a JSON list, whatever it contains
-    if len(paths) > 1:
-        sys.exit(f"error: expected one store, found {', '.join(paths)}")
-    return [f"--store={paths[0]}", *flags]
+    takes_several = any(each.name == "stores" for each in fields(config_class))
+    return positional(words, "stores" if takes_several else "store", takes_several)
 
 
 if __name__ == "__main__":

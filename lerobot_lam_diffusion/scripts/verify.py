@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.scripts.cache import means_live_cache
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
-from lerobot_lam_diffusion.scripts.next_step import next_step, train_on, verify_with_its_lam
+from lerobot_lam_diffusion.scripts.next_step import next_step, train_on
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import TENSORS_FILE
@@ -64,10 +64,6 @@ def verify(config: VerifyConfig) -> None:
         return
     store = _read_again(config)
     if config.dataset is None:
-        if store.provenance is not None:
-            print(
-                next_step(verify_with_its_lam(store, config.store), "Next, compare with its dataset and LAM")
-            )
         return
     from lerobot_lam_diffusion.precompute.recompute import recompute_sample
     from lerobot_lam_diffusion.scripts.inputs import open_dataset

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import DatasetCard
 
+from lerobot_lam_diffusion.tokens.described import described
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, PACKAGE, Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import HubError
@@ -95,7 +96,7 @@ def _section(
         f"them. They condition the policy `diffusion_lam` of {_code(PACKAGE)}; training with them loads no "
         "LAM.",
         "## What they are",
-        _table(("", ""), list(_facts(store, store.provenance).items())),
+        _table(("", ""), [(name, _cell(_code(text))) for name, text in described(store).items()]),
         "## How to train with them",
         _commands(store.provenance, where),
         "The dataset has to be the very one: training checks its episodes before the first step. At "
@@ -108,31 +109,6 @@ def _section(
     if store.codebook is not None:
         parts += ["## Codebook use", _usage(store, every_code=not pictures)]
     return "\n\n".join(parts)
-
-
-def _facts(store: TokenStore, provenance: Provenance) -> dict[str, str]:
-    source, lam = provenance.dataset, provenance.lam
-    missing = len(store.values) - store.num_tokens
-    revision = _code(source.revision) if source.revision else "not recorded"
-    facts = {
-        "dataset": f"{_code(source.repo_id)}, revision {revision}, "
-        f"{source.total_frames} frames in {source.total_episodes} episodes at {source.fps:g} fps",
-        "dataset digest": _code(source.digest),
-        "coverage": f"{store.coverage}; {missing} frames at episode starts have no token, and give zeros",
-        "camera": _code(provenance.camera_key),
-        "stride": f"{provenance.frame_stride} frame{'s' if provenance.frame_stride > 1 else ''} = "
-        f"{provenance.stride_seconds:g} s",
-        "LAM": _code(lam.path) + (f", revision {_code(lam.revision)}" if lam.revision else ""),
-        "LAM fingerprint": _code(lam.fingerprint),
-        "tokens": f"{provenance.token_kind}, {lam.num_learned_tokens} × {lam.action_latent_dim} numbers "
-        + (f"(codebook of {lam.num_codes})" if lam.num_codes else "(no codebook)"),
-        "context": provenance.context,
-        "encoded in": f"{provenance.dtype} on {provenance.device}",
-        "stored as": f"{provenance.storage_dtype}, largest error {provenance.max_error:.2g}",
-        "SHA-256": _code(provenance.tensors_sha256),
-        "made with": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
-    }
-    return {name: _cell(text) for name, text in facts.items()}
 
 
 def _commands(provenance: Provenance, where: str) -> str:

@@ -22,7 +22,6 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from torch import Tensor
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamConfig
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.expert import plan_episode
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht, replay
 from lerobot_lam_diffusion.lam import load_lam
@@ -44,8 +43,7 @@ def main() -> None:
 
 def compare(work_dir: Path, args: argparse.Namespace) -> None:
     root = work_dir / "pusht"
-    with output_to(work_dir / "record.log"):
-        summary = record_pusht(root, "local/pusht", args.num_episodes, near_goal=True)
+    summary = record_pusht(root, "local/pusht", args.num_episodes, near_goal=True)
     dataset = LeRobotDataset("local/pusht", root=root, video_backend="pyav", return_uint8=True)
     stores: dict[str, TokenStore] = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from lerobot_lam_diffusion.demo.console import output_to
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 from lerobot_lam_diffusion.lam import LatentActionModel, load_lam, write_lam
 from lerobot_lam_diffusion.lam.lapa import LapaLam
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
@@ -191,7 +191,7 @@ def main() -> None:
     workers = min(cores, 16) if args.workers is None else args.workers
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
-        with output_to(work_dir / "record.log"):
+        with quiet_recording():
             dataset = record(work_dir / "data", args)
         if args.family:
             write_random(work_dir / "lam", FAMILIES[args.family])

@@ -30,7 +30,6 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamConfig
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
@@ -63,8 +62,7 @@ def arguments() -> argparse.Namespace:
 def prepare(work_dir: Path, args: argparse.Namespace) -> None:
     """A recorded PushT dataset, its tokens and, if asked for, a LAM of villa-X's default size."""
     if not (work_dir / "pusht").exists():
-        with output_to(work_dir / "record.log"):
-            record_pusht(work_dir / "pusht", "local/pusht", 4, near_goal=True)
+        record_pusht(work_dir / "pusht", "local/pusht", 4, near_goal=True)
     if not (work_dir / "tokens").exists():
         dataset = LeRobotDataset(
             "local/pusht", root=work_dir / "pusht", video_backend="pyav", return_uint8=True

@@ -1,18 +1,20 @@
 """The recorder: what it writes is what the environment showed, and it leaves no half datasets."""
 
 import gc
+import os
 
 import numpy as np
 import pytest
 
 pytest.importorskip("gym_pusht")
 
+from datasets import are_progress_bars_disabled
 from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.demo import record
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.expert import Demonstration, plan_episode
 from lerobot_lam_diffusion.demo.pusht import TASK, make_env
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 from lerobot_lam_diffusion.demo.record import record_pusht
 
 NUM_EPISODES = 2
@@ -24,38 +26,28 @@ def fail_on_seed_0(seed: int, *, near_goal: bool) -> Demonstration | None:
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory):
-    """(summary, progress calls) of two short episodes; the planner's first seed is made to fail."""
+    """Summary of two short episodes; the planner's first seed is made to fail."""
     folder = tmp_path_factory.mktemp("recording")
-    calls = []
-    with pytest.MonkeyPatch.context() as patch, output_to(folder / "record.log"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "plan_episode", fail_on_seed_0)
-        summary = record_pusht(
-            folder / "new" / "pusht",
-            "local/pusht",
-            NUM_EPISODES,
-            near_goal=True,
-            progress=lambda done, total: calls.append((done, total)),
-        )
-    return summary, calls
+        return record_pusht(folder / "new" / "pusht", "local/pusht", NUM_EPISODES, near_goal=True)
 
 
 @pytest.fixture(scope="session")
 def dataset(recording):
-    return LeRobotDataset("local/pusht", root=recording[0].root, video_backend="pyav")
+    return LeRobotDataset("local/pusht", root=recording.root, video_backend="pyav")
 
 
 @pytest.mark.slow
 def test_summary_counts_episodes_and_failed_seeds(recording):
-    summary, calls = recording
-    assert summary.failed_seeds == [0]
-    assert summary.seeds == [1, 2]
-    assert summary.num_episodes == NUM_EPISODES
-    assert calls == [(1, 2), (2, 2)]
+    assert recording.failed_seeds == [0]
+    assert recording.seeds == [1, 2]
+    assert recording.num_episodes == NUM_EPISODES
 
 
 def test_the_dataset_reopens_with_the_features_of_pusht(recording, dataset):
     assert dataset.meta.total_episodes == NUM_EPISODES
-    assert len(dataset) == recording[0].num_frames
+    assert len(dataset) == recording.num_frames
     assert dataset.fps == 10
     assert dataset.meta.video_keys == ["observation.image"]
     assert tuple(dataset.meta.features["observation.image"]["shape"]) == (96, 96, 3)
@@ -73,7 +65,7 @@ def observations(demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_each_frame_is_the_observation_before_its_action(recording, dataset):
-    demonstrations = [plan_episode(seed, near_goal=True) for seed in recording[0].seeds]
+    demonstrations = [plan_episode(seed, near_goal=True) for seed in recording.seeds]
     states = np.concatenate([observations(d)[1] for d in demonstrations]).astype(np.float32)
     stored = dataset.hf_dataset.with_format("numpy")
     np.testing.assert_array_equal(stored["observation.state"], states)
@@ -82,7 +74,7 @@ def test_each_frame_is_the_observation_before_its_action(recording, dataset):
 
 
 def test_the_video_shows_what_the_environment_rendered(recording, dataset):
-    frames, states = observations(plan_episode(recording[0].seeds[1], near_goal=True))
+    frames, states = observations(plan_episode(recording.seeds[1], near_goal=True))
     start = dataset.meta.episodes[1]["dataset_from_index"]
     motion = np.linalg.norm(np.diff(states, axis=0), axis=1)  # (T - 1,) px
     # Where the agent moves fast on both sides, a frame is like no other even after lossy encoding.
@@ -96,7 +88,7 @@ def test_the_video_shows_what_the_environment_rendered(recording, dataset):
 
 
 def test_nothing_but_the_dataset_is_left_beside_it(recording):
-    root = recording[0].root
+    root = recording.root
     assert [path.name for path in root.parent.iterdir()] == [root.name]
 
 
@@ -107,12 +99,15 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_interruption_leaves_nothing_behind(tmp_path):
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted_at_seed_5(seed: int, *, near_goal: bool) -> Demonstration | None:
+        if seed == 5:
+            raise KeyboardInterrupt
+        return plan_episode(seed, near_goal=near_goal)
 
+    monkeypatch.setattr(record, "plan_episode", interrupted_at_seed_5)
     with pytest.raises(KeyboardInterrupt):
-        record_pusht(tmp_path / "pusht", "local/x", 2, near_goal=True, first_seed=4, progress=interrupt)
+        record_pusht(tmp_path / "pusht", "local/x", 2, near_goal=True, first_seed=4)
     gc.collect()  # LeRobot's writers finish their work when they are collected
     assert list(tmp_path.iterdir()) == []
 
@@ -127,3 +122,16 @@ def test_an_expert_that_always_fails_is_an_error(tmp_path, monkeypatch):
 def test_no_episodes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_episodes is 0"):
         record_pusht(tmp_path / "pusht", "local/x", 0, near_goal=True)
+
+
+@pytest.mark.parametrize("level", [None, "2"])
+def test_while_recording_it_is_quiet_and_afterwards_as_before(level, monkeypatch):
+    monkeypatch.delenv("SVT_LOG", raising=False)
+    if level is not None:
+        monkeypatch.setenv("SVT_LOG", level)
+    before = are_progress_bars_disabled()
+    with quiet_recording():
+        assert os.environ["SVT_LOG"] == "1"
+        assert are_progress_bars_disabled()
+    assert os.environ.get("SVT_LOG") == level
+    assert are_progress_bars_disabled() == before

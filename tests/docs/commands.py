@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
-from lerobot_lam_diffusion.scripts.command_line import DASHED, SWITCHES, normalise
+from lerobot_lam_diffusion.scripts.command_line import DASHED, SWITCHES, normalise, positional
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -74,54 +74,36 @@ def parse(words: list[str], checkpoint: Path) -> object:
     return PARSERS[name](rest)
 
 
-def _train(words: list[str]) -> object:
-    def checked(config: TrainPipelineConfig) -> TrainPipelineConfig:
-        config.validate()
-        return config
-
-    return _by_lerobot(checked, words)
-
-
-def _evaluate(words: list[str]) -> object:
-    def checked(config: EvalPipelineConfig) -> EvalPipelineConfig:
-        return config
-
-    return _by_lerobot(checked, words)
-
-
-def _roll_out(words: list[str]) -> object:
-    def checked(config: RolloutConfig) -> RolloutConfig:
-        return config
-
-    return _by_lerobot(checked, words)
-
-
-def _edit(words: list[str]) -> object:
-    def checked(config: EditDatasetConfig) -> EditDatasetConfig:
-        return config
-
-    return _by_lerobot(checked, words)
-
-
-def _by_lerobot(checked: Callable, words: list[str]) -> object:
+def _by_lerobot(config_class: type) -> Callable[[list[str]], object]:
     """LeRobot's own way, which reads the command line of the process, also later."""
-    before, sys.argv = sys.argv, ["lerobot", *words]
-    try:
-        return parser.wrap()(checked)()
-    finally:
-        sys.argv = before
+
+    def checked(config):
+        if config_class is TrainPipelineConfig:
+            config.validate()
+        return config
+
+    checked.__annotations__["config"] = config_class  # what `wrap` parses into
+
+    def parsed(words: list[str]) -> object:
+        before, sys.argv = sys.argv, ["lerobot", *words]
+        try:
+            return parser.wrap()(checked)()
+        finally:
+            sys.argv = before
+
+    return parsed
 
 
 def _tokens(words: list[str]) -> object:
     name = " ".join(words[:2]) if words[:1] == ["cache"] else words[0]
     assert name in tokens.COMMANDS, f"lerobot-lam-tokens has no command {name}"
     config_class, _ = tokens.subcommand(name)
-    flags = tokens._with_flags(words[len(name.split()) :], config_class)
+    flags = tokens.with_flags(words[len(name.split()) :], config_class)
     return draccus.parse(config_class, args=normalise(flags))
 
 
-def _ours(config_class: type, spelled: Callable = list) -> Callable[[list[str]], object]:
-    return lambda words: draccus.parse(config_class, args=normalise(spelled(words)))
+def _ours(config_class: type) -> Callable[[list[str]], object]:
+    return lambda words: draccus.parse(config_class, args=normalise(positional(words, "source")))
 
 
 def _torchrun(words: list[str]) -> object:
@@ -182,13 +164,13 @@ def _nothing_to_check(words: list[str]) -> object:
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "lerobot-lam-precompute": _ours(precompute_lam_tokens.PrecomputeConfig),
     "lerobot-lam-fit": _ours(fit_lam.FitLamConfig),
-    "lerobot-lam-convert": _ours(convert_lam.ConvertConfig, convert_lam.with_flags),
-    "lerobot-lam-demo": _ours(demo.DemoConfig, demo.normalise),
+    "lerobot-lam-convert": _ours(convert_lam.ConvertConfig),
+    "lerobot-lam-demo": _ours(demo.DemoConfig),
     "lerobot-lam-tokens": _tokens,
-    "lerobot-train": _train,
-    "lerobot-eval": _evaluate,
-    "lerobot-rollout": _roll_out,
-    "lerobot-edit-dataset": _edit,
+    "lerobot-train": _by_lerobot(TrainPipelineConfig),
+    "lerobot-eval": _by_lerobot(EvalPipelineConfig),
+    "lerobot-rollout": _by_lerobot(RolloutConfig),
+    "lerobot-edit-dataset": _by_lerobot(EditDatasetConfig),
     "torchrun": _torchrun,
     "accelerate": _accelerate,
     "python": _python,
@@ -224,7 +206,7 @@ def known_flags() -> set[str]:
     flags = {flag for each in (*parsers, get_args_parser()) for flag in each._option_string_actions}
     scripts = [*(ROOT / "tests" / "benchmarks").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]
     flags |= {flag for path in scripts for flag in script_flags(path)}
-    return flags | set(DASHED) | set(SWITCHES)
+    return flags | {flag.replace("_", "-") for flag in flags} | set(DASHED) | set(SWITCHES)
 
 
 def mentioned_flags(page: Path) -> set[str]:

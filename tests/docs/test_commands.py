@@ -13,12 +13,10 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts import demo, fit_lam, precompute_lam_tokens, tokens
 from tests.conftest import record_dataset
 from tests.docs.commands import (
-    ELIDED,
     MODULE,
     PAGES,
     ROOT,
     blocks,
-    commands_in,
     config_comment,
     known_flags,
     mentioned_flags,
@@ -65,26 +63,6 @@ def test_every_command_of_a_page_is_accepted(page, checkpoint, at_the_root, caps
                 told = [str(error), *capsys.readouterr().err.splitlines()[-1:]]
                 refused.append(f"{place}: {' '.join(words)}\n    {' '.join(told)}")
     assert not refused, "\n".join(refused)
-
-
-@pytest.mark.slow
-def test_what_is_wrong_is_refused(checkpoint, at_the_root):
-    wrong = """
-lerobot-lam-precompute … --batchsize=3
-lerobot-lam-precompute --lam.path=pusht-compact --output_dir=x
-lerobot-lam-tokens inspect ./data/x
-lerobot-train … --policy.lam_token_path=x
-lerobot-train --policy.type=diffusion_lam --dataset.repo_id=a/b --policy.use_precomputed_lam_tokens=true
-lerobot-eval --policy.path=x --policy.lam_frobnicate=1 --env.type=pusht
-torchrun --nproc_per_gpu=8 -m lerobot_lam_diffusion.scripts.precompute_lam_tokens …
-python tests/benchmarks/token_store.py --frame=3
-python tests/benchmarks/no_such.py
-make demos
-frobnicate
-"""
-    for words in commands_in(wrong):
-        with pytest.raises((Exception, SystemExit)):
-            parse(words, checkpoint)
 
 
 def test_every_flag_that_the_text_mentions_exists():
@@ -279,10 +257,3 @@ def test_configs_of_a_cluster_would_be_submitted(engine, execute, capsys):
     (words,) = config_comment(ROOT / "configs" / f"precompute_{engine}.yaml")
     run(words, "--lam.path=pusht-compact", "--cluster.dry_run=true")
     assert "cpus" in capsys.readouterr().out
-
-
-def test_elided_commands_are_whole(checkpoint, at_the_root):
-    """What `…` stands for is accepted by itself, but for the source of tokens."""
-    for name, flags in ELIDED.items():
-        more = ["--policy.use_precomputed_lam_tokens=true"] if name == "lerobot-train" else []
-        assert parse([name, *flags.split(), *more], checkpoint) is not None

@@ -1,14 +1,20 @@
 """docs/REFERENCE.md and the texts of `--help` are what the code says."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
+from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.lam.fit.presets import PRESETS
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
+from lerobot_lam_diffusion.scripts.help import fields_help
 from lerobot_lam_diffusion.tokens.export import FORMATS
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE
 
@@ -16,11 +22,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def generated() -> dict[str, str]:
+def generate():
     spec = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.generated()
+    return module
+
+
+@pytest.fixture(scope="module")
+def generated(generate) -> dict[str, str]:
+    return generate.generated()
 
 
 def test_what_is_generated_is_not_stale(generated):
@@ -35,9 +46,17 @@ def test_what_is_generated_is_not_stale(generated):
     )
 
 
-def test_every_flag_and_every_policy_field_is_explained(generated):
-    bare = [line for line in generated["docs/REFERENCE.md"].splitlines() if line.endswith("|  |")]
-    assert bare == [], "give these an entry in the docstring of their dataclass"
+def test_every_flag_and_every_policy_field_is_explained(generate):
+    stock = {each.name for each in fields(DiffusionConfig)}
+    told = {fields_help(DiffusionLamConfig, "policy."): fields(DiffusionLamConfig)}
+    told |= {command.help(): fields(command.config_class) for command in generate.COMMANDS}
+    missing = [
+        each.name
+        for text, those in told.items()
+        for each in those
+        if each.name not in stock and not re.search(rf"--(policy\.)?{each.name}\b", text)
+    ]
+    assert missing == [], "give these an entry in the docstring of their dataclass"
 
 
 def test_help_names_the_choices():
@@ -70,6 +89,12 @@ def test_a_module_tells_the_same_help_as_its_console_script(main, words, capsys)
     getattr(lerobot_lam_commands, name)([*words, "--help"])
     assert capsys.readouterr().out == told
     assert told.startswith("usage: lerobot-lam-")
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_the_console_scripts_are_installed(name):
+    (script,) = entry_points(group="console_scripts", name=f"lerobot-lam-{name}")
+    assert script.value == f"lerobot_lam_commands:{name}"
 
 
 def test_help_does_not_wait_for_lerobot():

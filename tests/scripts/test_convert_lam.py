@@ -37,7 +37,7 @@ def test_dashed_spellings(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "SOURCE or --source is missing"),
+        ([], "field(s) --source for ConvertConfig"),
         (["a.pt", "b.pt"], "expected one SOURCE, found a.pt, b.pt"),
         ([str(LAPA), "--family=moto"], "--family=moto must be one of lapa, univla"),
         ([str(LAPA), "--dims.image_size=0"], "--dims.image_size=0 must be at least 1"),

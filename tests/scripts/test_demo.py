@@ -9,7 +9,7 @@ import pytest
 from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts import demo
-from lerobot_lam_diffusion.scripts.demo import DemoConfig, demo_folder, main, normalise
+from lerobot_lam_diffusion.scripts.demo import DemoConfig, demo_folder, main
 from lerobot_lam_diffusion.utils.errors import UserError
 
 
@@ -35,20 +35,6 @@ def test_recording_over_something_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="exists already and is not empty"):
         main(["--record_only=true", f"--root={tmp_path}", "--num_episodes=1"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--record-only"], ["--record_only=true"]),
-        (["--record_only", "--root=a-b"], ["--record_only=true", "--root=a-b"]),
-        (["--record-only", "false"], ["--record_only", "false"]),
-        (["--near-goal=false", "--first-seed", "3"], ["--near_goal=false", "--first_seed", "3"]),
-        (["--lam-model-path", "x"], ["--lam-model-path", "x"]),
-    ],
-)
-def test_flags_with_dashes_and_the_bare_switch(words, expected):
-    assert normalise(words) == expected
 
 
 def test_bad_flags_are_told_all_at_once(tmp_path):

@@ -39,7 +39,7 @@ def test_push_then_every_command_by_the_repositorys_name(
     assert hub.repos[REPO].private
 
     run("info", REPO)
-    assert f"store     {hub_id}, " in capsys.readouterr().out
+    assert f"store           {hub_id}, " in capsys.readouterr().out
     of = [f"--dataset.repo_id={dataset.repo_id}", f"--dataset.root={dataset.root}"]
     run("verify", hub_id, *of, "--dataset.video_backend=pyav", f"--lam.path={lam_folder}", "--device=cpu")
     assert capsys.readouterr().out.count("ok  ") == 3
@@ -95,11 +95,11 @@ def test_real_environment_variables(store, tmp_path):
         code, out, err = steps(f"push {store.path} --repo_id={REPO}", f"info {REPO}", **online)
         assert code == 0, err
         hub_id = f"{REPO}@{server.repos[REPO].branches['main']}"
-        assert f"store     {hub_id}" in out
+        assert f"store           {hub_id}" in out
     code, out, err = steps(
         f"info {hub_id}", f"pull {REPO} --output_dir={tmp_path}/pulled", "info user/other", HF_HUB_OFFLINE="1"
     )
-    assert f"store     {hub_id}" in out
+    assert f"store           {hub_id}" in out
     assert TokenStore.open(tmp_path / "pulled").provenance == store.provenance
     assert code == 1
     assert "unset HF_HUB_OFFLINE" in err

@@ -22,7 +22,7 @@ def test_it_tells_every_part_of_the_tokens_identity(store):
     for fact in (
         provenance.dataset.digest,
         "60 frames in 5 episodes at 10 fps",
-        "it covers all 5 episodes; 5 frames at episode starts have no token",
+        "it covers all 5 episodes; 5 of 60 frames have no token",
         provenance.camera_key,
         "1 frame = 0.1 s",
         provenance.lam.fingerprint,

@@ -10,9 +10,9 @@ import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.demo import tee, walk
-from lerobot_lam_diffusion.demo.console import output_to
 from lerobot_lam_diffusion.demo.pushes import PushSimulation
 from lerobot_lam_diffusion.demo.pusht import FPS, Pose, agent_position, block_pose, make_env, reset_options
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 from lerobot_lam_diffusion.demo.record import IMAGE_KEY
 
 SIDES = {"left": -1.0, "right": 1.0}
@@ -102,7 +102,7 @@ def record(work_dir: Path, train: int, held_out: int) -> None:
     """The training dataset, and the held-out demonstrations as one video file each."""
     root, videos = work_dir / "data", work_dir / "videos"
     if not root.exists():
-        with output_to(work_dir / "record.log"):
+        with quiet_recording():
             dataset = LeRobotDataset.create(
                 "local/both_ways", FPS, FEATURES, root=work_dir / "data.part", video_backend="pyav"
             )

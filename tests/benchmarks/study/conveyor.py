@@ -20,7 +20,7 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
-from lerobot_lam_diffusion.demo.console import output_to
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 
 from . import lams
 from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
@@ -128,7 +128,7 @@ class Ride:
 def record(root: Path, episodes: int) -> LeRobotDataset:
     if not root.exists():
         part = root.with_suffix(".part")
-        with output_to(root.with_suffix(".log")):
+        with quiet_recording():
             dataset = LeRobotDataset.create("local/conveyor", FPS, FEATURES, root=part, video_backend="pyav")
             for seed in range(episodes):
                 for frame in Ride.drawn(seed).frames():

@@ -16,7 +16,7 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
-from lerobot_lam_diffusion.demo.console import output_to
+from lerobot_lam_diffusion.demo.quiet import quiet_recording
 
 from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
 
@@ -93,7 +93,7 @@ def held_episodes() -> Iterator[list[dict[str, Any]]]:
 def record(root: Path) -> LeRobotDataset:
     if not root.exists():
         part = root.with_suffix(".part")
-        with output_to(root.with_suffix(".log")):
+        with quiet_recording():
             dataset = LeRobotDataset.create("local/pendulum", FPS, FEATURES, root=part, video_backend="pyav")
             for frames in itertools.islice(held_episodes(), EPISODES):
                 for frame in frames:
