@@ -32,7 +32,7 @@ from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
 
 logger = logging.getLogger(__name__)
 
-FORMAT = b"episode hashes 1"  # to be changed where the same frames would get another hash
+FORMAT = b"episode hashes 2"  # to be changed where the same frames would get another hash
 LOGGED_BYTES = 1 << 30  # reading that much takes seconds
 _ROWS_AT_ONCE = 256
 
@@ -77,6 +77,15 @@ def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
 def are_known(hashes: Tensor) -> Tensor:
     """Which of the hashes are not the zeros of an episode that could not be read, bool `(E,)`."""
     return (hashes != 0).any(1)  # `any` of uint8 is uint8, whose `~` is never 0
+
+
+def codec_name(decoder: av.Codec) -> str:
+    """The name of a decoder's codec, which is the file's; `decoder.name` depends on the FFmpeg build.
+
+    For AV1 it is the name of the decoder in PyAV's wheels: hashes in existing stores were made with that.
+    """
+    name = decoder.canonical_name
+    return "libdav1d" if name == "av1" else name
 
 
 def _files(root: Path, camera_key: str) -> list[tuple[Path, os.stat_result]]:
@@ -168,7 +177,7 @@ class _Packets:
             stream = container.streams.video[0]
             codec = stream.codec_context
             looks = (
-                codec.name,
+                codec_name(codec.codec),
                 codec.width,
                 codec.height,
                 codec.pix_fmt,
