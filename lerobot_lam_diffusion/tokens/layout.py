@@ -1,6 +1,5 @@
 """The files of a token store: where they lie, how they are mapped, and when they are damaged."""
 
-import difflib
 import logging
 from os.path import isfile
 from pathlib import Path
@@ -30,17 +29,6 @@ def unfinished_folder(folder: Path) -> Path:
     """Where the finished parts of the store `folder` lie while it is extracted."""
     resolved = folder.resolve()
     return resolved.with_name(f"{resolved.name}.shards")
-
-
-def siblings(folder: Path) -> str:
-    """` (did you mean …?)` of stores beside a folder that does not exist, which are called almost so."""
-    try:
-        beside = sorted(folder.expanduser().parent.iterdir())
-        names = [each.name for each in beside if isfile(each / PROVENANCE_FILE) or each.suffix == ".pt"]
-    except (OSError, RuntimeError):
-        return ""
-    close = difflib.get_close_matches(folder.name, names, 3)
-    return f" (did you mean {' or '.join(str(folder.with_name(name)) for name in close)}?)" if close else ""
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -85,7 +73,7 @@ def find_folder(path: Path) -> Path:
             f"no token store at {path} yet: its extraction is unfinished ({unfinished}); run the same "
             "lerobot-lam-precompute command again to go on"
         )
-    found = f"does not exist{siblings(folder)}" if not exists else f"has no {' and no '.join(absent)}"
+    found = "does not exist" if not exists else f"has no {' and no '.join(absent)}"
     raise TokenStoreError(
         f"no token store at {path}: {folder} {found}. Expected a folder with {TENSORS_FILE} and "
         f"{PROVENANCE_FILE}, as lerobot-lam-precompute --output_dir={folder} makes it"

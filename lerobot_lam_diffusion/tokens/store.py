@@ -102,8 +102,7 @@ class TokenStore:
             TokenStoreError: missing, damaged, newer than this package, or of another dataset; the Hub
                 refused it or cannot be reached.
         """
-        location = locate_store(path)
-        path = location.path
+        path, hub_id = locate_store(path)
         if path.suffix in (".pt", ".pth") and not os.path.isdir(path):
             return cls._of_pt(path, dataset_meta)
         store = cls._map(check_located(location), location.hub_id)

@@ -203,16 +203,6 @@ def test_a_lam_without_a_dataset_is_refused(store, lam_folder):
     assert "needs --dataset.repo_id" in refusal(["verify", store.path, f"--lam.path={lam_folder}"])
 
 
-def test_a_misspelled_store_has_a_sibling(store, tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    shutil.copytree(store.path, tmp_path / "data" / "demo_lam")
-    told = "(did you mean {}?)"
-    assert told.format(tmp_path / "data" / "demo_lam") in refusal(["info", tmp_path / "data" / "demo_lma"])
-    monkeypatch.chdir(tmp_path)
-    refused = refusal(["info", "data/demo_lma"])  # which might be the Hub's
-    assert f"there is no such folder; correct the path {told.format('data/demo_lam')}" in refused
-
-
 def test_a_missing_store_is_one_line(tmp_path):
     assert "no token store at" in refusal(["info", tmp_path / "nothing"])
 
