@@ -194,7 +194,7 @@ def check_content(folder: Path, *, again: bool = False) -> None:
             the codebook.
     """
     seen = stamp_of(folder)  # before the reading: what changes meanwhile is read again
-    if not again and checked.is_checked(folder, seen):
+    if not again and checked.recall(checked.place_of("checked", folder), seen):
         return
     provenance, _ = map_store(folder)
     path = folder / TENSORS_FILE
@@ -219,12 +219,12 @@ def check_content(folder: Path, *, again: bool = False) -> None:
                         raise _damaged(path, problem)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, first_line(error)) from error
-    checked.remember(folder, seen)
+    checked.note(checked.place_of("checked", folder), seen, True)
 
 
 def stamp_of(folder: Path) -> str:
     """What the files of a store look like from outside; see `checked.py`."""
-    return checked.stamp_of(folder / TENSORS_FILE, folder / PROVENANCE_FILE)
+    return checked.stamp_of((folder / TENSORS_FILE, folder / PROVENANCE_FILE), folder)
 
 
 def _content_problem(name: str, block: Tensor, first_row: int, provenance: Provenance) -> str | None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.checked import note, place_of
 from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     PROVENANCE_FILE,
@@ -115,7 +115,7 @@ def write_rows(
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
         spread_mode(partial)  # `save_file` makes private files
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-    remember(folder, stamp)  # every value was checked on its way in
+    note(place_of("checked", folder), stamp, True)  # every value was checked on its way in
     return TokenStore.load(folder)
 
 

@@ -17,7 +17,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts.tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.checked import note, place_of
 from lerobot_lam_diffusion.tokens.layout import stamp_of
 from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.conftest import record_dataset, write_lam
@@ -104,7 +104,7 @@ def test_verify_reads_a_store_again_that_was_found_whole(store, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    remember(path.parent, stamp_of(path.parent))
+    note(place_of("checked", path.parent), stamp_of(path.parent), True)
     TokenStore.open(path)
     assert "its SHA-256 is" in refusal(["verify", path.parent])
 
