@@ -124,15 +124,15 @@ class TokenStore:
     @classmethod
     def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
         """Open a user's `.pt` file; an episode's first `frame_stride` rows always count as missing."""
-        read = read_pt(path, dataset_meta)
+        values, kind, frame_stride = read_pt(path, dataset_meta)
         starts = torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64)
         store = cls(
             path=path,
             provenance=None,
-            kind=read.kind,
-            frame_stride=read.frame_stride,
-            token_dim=read.values.shape[1],
-            values=read.values,
+            kind=kind,
+            frame_stride=frame_stride,
+            token_dim=values.shape[1],
+            values=values,
             codebook=None,
             episode_from=starts,
             episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
