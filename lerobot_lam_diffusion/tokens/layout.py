@@ -21,7 +21,6 @@ PROVENANCE_FILE = "lam_tokens.json"
 EPISODE_HASH = "episode_hash"  # absent in stores of format version 1 and 2
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
-MOST_TENSORS = 8  # of ours
 HASH_BYTES = 16
 
 
@@ -89,35 +88,25 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     same (`mv`, `rsync` without `--inplace`).
 
     Raises:
-        TokenStoreError: a file is damaged or newer than this package.
+        TokenStoreError: a file is damaged, newer than this package, or cannot be mapped.
     """
     provenance = Provenance.read(folder / PROVENANCE_FILE)
     path = folder / TENSORS_FILE
     try:
         check_regular(path)
-        tensors = _tensors(path)
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise TokenStoreError(
+            f"{path} cannot be opened and mapped into memory ({first_line(error)}). If its file system "
+            "maps no files, copy the store to another one and point to the copy"
+        ) from error
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise _damaged(path, first_line(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:
         raise _damaged(path, "; ".join(problems))
     return provenance, tensors
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Mapped, or read where the file system cannot map files."""
-    with safe_open(path, framework="pt", backend="pread") as file:  # checks the header, and maps nothing
-        names = list(file.keys())
-        if len(names) > MOST_TENSORS:
-            raise ValueError(f"it holds {len(names)} tensors, expected at most {MOST_TENSORS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, first_line(error))
-        return tensors
 
 
 def _damaged(path: Path, what: str) -> TokenStoreError:
