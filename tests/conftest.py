@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import stat
@@ -14,7 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("SVT_LOG", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +25,6 @@ import torch
 from hypothesis import settings
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
-from safetensors import safe_open
 
 from lerobot_lam_diffusion.demo.record import record_pusht
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, save_lam
@@ -35,7 +32,7 @@ from lerobot_lam_diffusion.lam.quantizer import Quantizer
 from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
 from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
-from lerobot_lam_diffusion.tokens import TokenStore, layout
+from lerobot_lam_diffusion.tokens import TokenStore
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
@@ -44,8 +41,6 @@ TOP = "observation.images.top"
 EPISODE_LENGTHS = (14, 9, 17, 8, 12)
 FPS = 10
 SIZE = 48
-HOSTILE_INPUTS = "hostile_inputs_"
-"""Begins the name under which a test of `tests/fuzz` reports how many inputs it tried."""
 
 SMALL_LAM = LamConfig(
     resolution=32, patch_size=8, d_t=4, encoder_depth=2, encoder_embed_dim=32, encoder_n_heads=4,
@@ -240,24 +235,6 @@ def pusht(tmp_path_factory) -> LeRobotDataset:
 
 
 @pytest.fixture
-def without_maps(monkeypatch) -> None:
-    """Files cannot be mapped, as on some network disks; whoever maps one is refused as there."""
-
-    def refuse(*_args: object, **_options: object) -> None:
-        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-
-    def refuse_in_torch(*_args: object, **_options: object) -> None:
-        raise RuntimeError("unable to mmap 8 bytes: No such device (19)")
-
-    def open_unmapped(*args: object, backend: str = "mmap", **options: object) -> object:
-        return refuse() if backend == "mmap" else safe_open(*args, backend=backend, **options)
-
-    monkeypatch.setattr(mmap, "mmap", refuse)  # of Python and NumPy
-    monkeypatch.setattr(torch, "from_file", refuse_in_torch)
-    monkeypatch.setattr(layout, "safe_open", open_unmapped)
-
-
-@pytest.fixture
 def without_locks(monkeypatch) -> None:
     """Files cannot be locked, as on network disks whose server has no lock service."""
 
@@ -288,17 +265,3 @@ def without_folder_sync(monkeypatch) -> None:
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", of_files)
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """How many hostile inputs each reader was given, by the reports of all processes that ran tests."""
-    tried: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for report in terminalreporter.getreports("passed"):
-        for name, counts in report.user_properties if report.when == "call" else ():
-            if name.startswith(HOSTILE_INPUTS):
-                tried[name.removeprefix(HOSTILE_INPUTS).replace("_", " ")].update(counts)
-    if tried:
-        terminalreporter.section("hostile inputs")
-    for reader, counts in sorted(tried.items()):
-        told = ", ".join(f"{count:,} {word}" for word, count in sorted(counts.items()))
-        terminalreporter.write_line(f"{reader}: {counts.total():,} inputs ({told})")

@@ -4,7 +4,7 @@ import errno
 
 import httpx
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from lerobot_lam_diffusion.utils.errors import HubError
 from lerobot_lam_diffusion.utils.hub import fetch, reason, refuse_impossible
@@ -13,38 +13,34 @@ from tests.hub_server import connect, serve
 REPO = "user/model"
 
 
-def answered(status, message=None):
-    response = httpx.Response(status, request=httpx.Request("GET", "http://x/"))
-    return HfHubHTTPError(f"{status} for url", response=response, server_message=message)
+def answered(message):
+    response = httpx.Response(403, request=httpx.Request("GET", "http://x/"))
+    return HfHubHTTPError(message, response=response)
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (answered(429), "overloaded or unavailable (429: 429 for url). Try again later"),
-        (answered(418, "I am a teapot"), "the Hub refused (418: I am a teapot)"),
-        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), "/cache/x cannot be used (No space"),
-        (
-            OSError("Consistency check failed: file should be of size 9"),
-            "broke off (Consistency check failed",
-        ),
-        (httpx.RemoteProtocolError("peer closed connection"), "nothing of it is used. Run the same command"),
-        (ValueError("Malformed response\nfrom server"), "(ValueError: Malformed response). "),
-        (httpx.ReadTimeout(""), "could not be reached"),
-        (ValueError("x" * 5000), "…"),
+        (answered("418 for url"), "418 for url"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), "No space left on device: '/cache/x'"),
+        (ValueError("Malformed response.\nfrom  server."), "Malformed response. from server"),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+        (ValueError("x" * 5000), "x" * 500),
     ],
 )
-def test_reasons(error, expected, monkeypatch, tmp_path):
-    connect(monkeypatch, "http://127.0.0.1:9", tmp_path)
-    told = reason(error, "model")
-    assert expected in told
-    assert len(told) < 500
+def test_a_reason_is_one_line(error, expected):
+    told = reason(error)
+    assert told.endswith(expected)
+    assert len(told) < 600
 
 
-def test_the_reason_below_is_the_one_told():
-    for above in (LocalEntryNotFoundError("not found locally"), RuntimeError("Error while uploading")):
-        above.__cause__ = answered(403, "read-only token")
-        assert "refused the credentials (403: read-only token)" in reason(above, "model")
+def test_the_cause_is_told_once():
+    uploading = RuntimeError("Error while uploading.")
+    uploading.__cause__ = answered("403 for url read-only token")
+    assert reason(uploading) == "Error while uploading (403 for url read-only token)"
+    looking = RuntimeError("Got: 403 for url read-only token. Please try again.")
+    looking.__cause__ = httpx.ConnectError("403 for url read-only token")
+    assert reason(looking) == "Got: 403 for url read-only token. Please try again"
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "../x", "a/../b", "user/", "/user", ""])
@@ -58,7 +54,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     with serve() as server:
         server.add(REPO, {"a": b"1"})
         connect(monkeypatch, server.url, tmp_path / "file" / "cache")
-        with pytest.raises(HubError, match="cannot be used"):
+        with pytest.raises(HubError, match="Not a directory"):
             fetch(REPO, None, ["a"], "dataset")
 
 

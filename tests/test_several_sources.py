@@ -251,7 +251,7 @@ def test_fields_are_checked_store_by_store(both, stores, tmp_path):
     ):
         build(stored(stores, **swapped), both)
     nowhere = [str(tmp_path / "a"), str(tmp_path / "b")]
-    with pytest.raises(UserError, match=r"2 token stores cannot be used.*\s.*no .* at .*/a.*\s.*/b"):
+    with pytest.raises(UserError, match=r"no token store at .*/a: "):
         build(lam_config(lam_tokens_path=nowhere, input_features=dict(SMALL_FEATURES)), both)
 
 

@@ -80,9 +80,9 @@ def open_live_caches(
             ) from error
         caches.append(LiveCache(pairs))
         logger.info(
-            "LAM tokens: each frame pair of %s is %s %s (%d of %d are there).",
+            "LAM tokens: each frame pair of %s is %s %s.",
             camera, "encoded once and cached in" if pairs.is_writable else "taken, where known, from",
-            folder, pairs.num_kept(), pairs.num_pairs,
+            folder,
         )  # fmt: skip
     return caches
 

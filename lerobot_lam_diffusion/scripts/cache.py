@@ -12,15 +12,10 @@ from lerobot_lam_diffusion.precompute.cache import (
     live_caches,
 )
 from lerobot_lam_diffusion.scripts.command_line import counted
-from lerobot_lam_diffusion.tokens.pairs import (
-    PairCache,
-    bytes_on_disk,
-    is_pair_cache,
-    last_used,
-    remove_pair_cache,
-)
+from lerobot_lam_diffusion.tokens.pairs import PairCache, bytes_on_disk, is_pair_cache, last_used
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.files import remove_whole
 
 DAY = 86400.0
 
@@ -156,9 +151,7 @@ def _prune_live(path: Path, limit: float | None) -> int:
     if limit is not None and last_used(path) >= limit:
         return 0
     num_bytes = bytes_on_disk(path)
-    if not remove_pair_cache(path):
-        print(f"kept    live cache {path.name}: a training has it open")
-        return 0
+    remove_whole(path)
     print(f"removed live cache {path.name}, {num_bytes:,} bytes")
     return num_bytes
 

@@ -36,7 +36,7 @@ from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.utils.errors import UserError, raise_problems
-from lerobot_lam_diffusion.utils.files import map_array, remove_partial, whole_or_nothing
+from lerobot_lam_diffusion.utils.files import remove_partial, whole_or_nothing
 
 STATE_KEY = "observation.state"
 FRAMES_FILE = "fit_frames.npy"
@@ -261,7 +261,7 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
             for episode in tqdm(episodes.unique_consecutive().tolist(), desc="decode", unit="episode"):
                 for chunk in source.chunks(episode):
                     file.write(bilinear(chunk, resolution).contiguous().numpy().data)
-    return torch.from_numpy(map_array(path))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData) -> dict[str, str]:

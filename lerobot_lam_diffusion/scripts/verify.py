@@ -96,8 +96,7 @@ def verify(config: VerifyConfig) -> None:
 
 def _read_again(config: VerifyConfig) -> TokenStore:
     assert config.store is not None
-    location = locate_store(config.store)
-    path = location.path
+    path, hub_id = locate_store(config.store)
     meta = None
     if config.dataset is not None:
         from lerobot_lam_diffusion.scripts.inputs import open_metadata
@@ -107,7 +106,7 @@ def _read_again(config: VerifyConfig) -> TokenStore:
         store = TokenStore.open(path, meta)
         print("ok  all values valid, a row for each frame of the dataset")
         return store
-    check_located(location, again=True)
+    check_located(path, hub_id, again=True)
     store = TokenStore.open(config.store)
     print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
     return store

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.utils.errors import DatasetError, first_line, raise_problems
+from lerobot_lam_diffusion.utils.errors import DatasetError, first_line
 
 RGB_CHANNELS = 3
 LFS_POINTER = b"version https://git-lfs"
@@ -29,68 +29,48 @@ def check_metadata(meta: Any) -> None:
         meta: `LeRobotDatasetMetadata`.
 
     Raises:
-        DatasetError: lists every contradiction.
+        DatasetError: names the first contradiction.
     """
-    raise_problems(
-        f"dataset {meta.repo_id!r} at {meta.root} contradicts itself, so it is not known which frames an "
-        "episode has. Restore its meta/episodes and meta/info.json, or convert or record it again",
-        _contradictions(meta),
-        DatasetError,
-    )
+    problem = _contradiction(meta)
+    if problem:
+        raise DatasetError(
+            f"dataset {meta.repo_id!r} at {meta.root} contradicts itself, so it is not known which frames an "
+            f"episode has: {problem}. Restore its meta/episodes and meta/info.json, or convert or record it "
+            "again"
+        )
 
 
-def _contradictions(meta: Any) -> list[str]:
-    problems: list[str] = []
+def _contradiction(meta: Any) -> str | None:
     if meta.episodes is None or not len(meta.episodes):
-        problems.append(f"it has no episodes (meta/info.json says total_episodes = {meta.total_episodes})")
-        return problems
+        return f"it has no episodes (meta/info.json says total_episodes = {meta.total_episodes})"
     wanted = [*BOUNDARIES, "data/chunk_index", "data/file_index"]
     wanted += [
         f"videos/{key}/{name}"
         for key in meta.video_keys
         for name in ("chunk_index", "file_index", "from_timestamp")
     ]
+    wanted += ["length"] if "length" in meta.episodes.column_names else []
     columns = {name: _numbers(meta, name) for name in wanted}
     unusable = [name for name, values in columns.items() if values is None]
     if unusable:
-        problems.append(f"meta/episodes lacks a number in {', '.join(unusable)}")
-        return problems
+        return f"meta/episodes lacks a number in {', '.join(unusable)}"
     number, start, stop = (np.asarray(columns[name]) for name in BOUNDARIES)
-    if len(number) != meta.total_episodes:
-        problems.append(
-            f"meta/episodes has {len(number)} episodes, meta/info.json says total_episodes = "
-            f"{meta.total_episodes}{_lacking_files(meta)}"
-        )
-    rows = np.arange(len(number))
-    if (number != rows).any():
-        row = int((number != rows).argmax())
-        problems.append(
-            f"row {row} of meta/episodes is episode {number[row]}, expected each episode once and in order"
-        )
-        return problems
-    expected = np.concatenate([[0], stop[:-1]])
-    if (start != expected).any():
-        row = int((start != expected).argmax())
-        before = f"where episode {row - 1} ends" if row else "the first frame"
-        problems.append(
-            f"in meta/episodes episode {row} begins with frame {start[row]} (dataset_from_index), expected "
-            f"{expected[row]}, {before}"
-        )
-    elif stop[-1] != meta.total_frames:
-        problems.append(
-            f"the episodes of meta/episodes end at frame {stop[-1]}, meta/info.json says total_frames = "
-            f"{meta.total_frames}"
-        )
-    length = _numbers(meta, "length") if "length" in meta.episodes.column_names else stop - start
-    wrong = np.ones(len(rows), bool) if length is None else (stop <= start) | (length != stop - start)
+    length = np.asarray(columns.get("length", stop - start))
+    begin = np.concatenate([[0], stop[:-1]])  # where the episode before it ends
+    wrong = (number != np.arange(len(number))) | (start != begin) | (stop != begin + length) | (length <= 0)
     if wrong.any():
         row = int(wrong.argmax())
-        described = "none" if length is None else f"{length[row]}"
-        problems.append(
-            f"in meta/episodes episode {row} has the frames {start[row]} to {stop[row]} (exclusive) and the "
-            f"length {described}"
+        return (
+            f"row {row} of meta/episodes is episode {number[row]} of {length[row]} frames, from "
+            f"{start[row]} (dataset_from_index) to {stop[row]} (dataset_to_index); expected episode {row} of "
+            f"one frame or more, from {begin[row]} to {begin[row] + length[row]}"
         )
-    return problems
+    if (len(number), stop[-1]) != (meta.total_episodes, meta.total_frames):
+        return (
+            f"meta/episodes has {len(number)} episodes and {stop[-1]} frames, meta/info.json says "
+            f"total_episodes = {meta.total_episodes} and total_frames = {meta.total_frames}"
+        )
+    return None
 
 
 def _numbers(meta: Any, name: str) -> np.ndarray | None:
@@ -104,20 +84,6 @@ def _numbers(meta: Any, name: str) -> np.ndarray | None:
     if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         return None
     return values
-
-
-def _lacking_files(meta: Any) -> str:
-    """` (file-001.parquet is not there)` if the file numbers in `meta/episodes` show a gap, else empty."""
-    folders: dict[Path, set[str]] = defaultdict(set)
-    for path in (Path(meta.root) / "meta" / "episodes").glob("*/file-*.parquet"):
-        folders[path.parent].add(path.name)
-    lacking = [
-        str((folder / name).relative_to(meta.root))
-        for folder, names in sorted(folders.items())
-        for name in (f"file-{number:03d}.parquet" for number in range(len(names)))
-        if name not in names
-    ]
-    return f" ({', '.join(lacking[:3])} is not there)" if lacking else ""
 
 
 def not_rgb(meta: Any) -> dict[str, str]:

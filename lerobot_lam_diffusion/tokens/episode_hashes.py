@@ -15,7 +15,6 @@ import logging
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.checked import note, note_of, recall
+from lerobot_lam_diffusion.tokens.checked import note, place_of, recall, stamp_of
 from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
 
 logger = logging.getLogger(__name__)
 
-FORMAT = b"episode hashes 1"  # to be changed where the same frames would get another hash
+FORMAT = "episode hashes 2"  # to be changed where the same frames would get another hash
 LOGGED_BYTES = 1 << 30  # reading that much takes seconds
 _ROWS_AT_ONCE = 256
-
-_known_here: dict[Path, tuple[str, Tensor]] = {}
 
 
 def episode_hashes(meta: Any, camera_key: str) -> Tensor:
@@ -51,22 +48,19 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
     """
     root = Path(meta.root)
     files = _files(root, camera_key)
-    stamp = _stamp(root, camera_key, files)
-    place = note_of("episodes", root, camera_key)
-    known = _known_here.get(place)
-    if known is None or known[0] != stamp:
-        table = _read(place, stamp, meta.total_episodes)
-        if table is None:
-            size = sum(stat.st_size for _, stat in files)
-            if size > LOGGED_BYTES:
-                logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
-            passing: list[Any] = []
-            table = _hash_all(meta, camera_key, passing)
-            if passing:
-                return table
-            note(place, stamp, table.numpy().tobytes().hex())
-        _known_here[place] = known = (stamp, table)
-    return known[1].clone()
+    stamp = f"{FORMAT}: {stamp_of(files, root)}"
+    place = place_of("episodes", root, camera_key)
+    known = _table(recall(place, stamp), meta.total_episodes)
+    if known is not None:
+        return known
+    size = sum(file.stat().st_size for file in files)
+    if size > LOGGED_BYTES:
+        logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
+    passing: list[Any] = []
+    table = _hash_all(meta, camera_key, passing)
+    if not passing:
+        note(place, stamp, table.numpy().tobytes().hex())
+    return table
 
 
 def differing_episodes(one: Tensor, other: Tensor) -> list[int]:
@@ -79,26 +73,26 @@ def are_known(hashes: Tensor) -> Tensor:
     return (hashes != 0).any(1)  # `any` of uint8 is uint8, whose `~` is never 0
 
 
-def _files(root: Path, camera_key: str) -> list[tuple[Path, os.stat_result]]:
+def codec_name(decoder: av.Codec) -> str:
+    """The name of a decoder's codec, which is the file's; `decoder.name` depends on the FFmpeg build.
+
+    For AV1 it is the name of the decoder in PyAV's wheels: hashes in existing stores were made with that.
+    """
+    name = decoder.canonical_name
+    return "libdav1d" if name == "av1" else name
+
+
+def _files(root: Path, camera_key: str) -> list[Path]:
     """All files that decide which frames there are."""
     folders = [root / "meta" / "episodes", root / "data", root / "videos" / camera_key]
-    found = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return [(file, file.stat()) for file in sorted(found)]
+    return sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
 
 
-def _stamp(root: Path, camera_key: str, files: Iterable[tuple[Path, os.stat_result]]) -> str:
-    digest = hashlib.sha256(FORMAT + camera_key.encode())
-    for file, stat in files:
-        seen = (file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        digest.update(repr(seen).encode())
-    return digest.hexdigest()
-
-
-def _read(place: Path, stamp: str, num_episodes: int) -> Tensor | None:
-    """The hashes that were noted for files that look like `stamp`."""
+def _table(noted: Any, num_episodes: int) -> Tensor | None:
+    """Hashes as they were noted."""
     try:
-        table = bytearray.fromhex(recall(place, stamp) or "")
-    except (TypeError, ValueError):  # damaged
+        table = bytearray.fromhex(noted)
+    except (TypeError, ValueError):  # there are none, or they are damaged
         return None
     if len(table) != num_episodes * HASH_BYTES:
         return None
@@ -168,7 +162,7 @@ class _Packets:
             stream = container.streams.video[0]
             codec = stream.codec_context
             looks = (
-                codec.name,
+                codec_name(codec.codec),
                 codec.width,
                 codec.height,
                 codec.pix_fmt,

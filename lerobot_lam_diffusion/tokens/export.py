@@ -1,4 +1,4 @@
-"""A store as a file of another format, for other programs; block by block, whatever its size.
+"""A store as a file of another format, for other programs; block by block, except for `pt`.
 
 | format    | holds                                                                                     |
 |-----------|-------------------------------------------------------------------------------------------|
@@ -23,7 +23,7 @@ from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
-from lerobot_lam_diffusion.utils.files import map_array, refuse_existing, whole_or_nothing
+from lerobot_lam_diffusion.utils.files import refuse_existing, whole_or_nothing
 
 PARQUET_PROVENANCE = b"lerobot_lam_diffusion.provenance"
 
@@ -67,13 +67,8 @@ def _write_npy(store: TokenStore, path: Path) -> None:
 
 def _write_pt(store: TokenStore, path: Path) -> None:
     assert store.provenance is not None
-    rows = path.with_name(f"{path.name}.npy")
-    try:
-        _write_npy(store, rows)
-        mapped = map_array(rows)  # torch.save writes it page by page
-        torch.save({"tokens": torch.from_numpy(mapped), "metadata": _metadata(store.provenance)}, path)
-    finally:
-        rows.unlink(missing_ok=True)
+    tokens = torch.cat(list(_blocks(store)))
+    torch.save({"tokens": tokens, "metadata": _metadata(store.provenance)}, path)
 
 
 def _blocks(store: TokenStore) -> Iterator[Tensor]:

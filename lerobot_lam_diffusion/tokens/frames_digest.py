@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lerobot_lam_diffusion.tokens.checked import note, note_of, recall
+from lerobot_lam_diffusion.tokens.checked import note, place_of, recall, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +89,11 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
     """Digest of what the data and video files hold, as noted or found; None: some are missing."""
     data = sorted((root / "data").glob("*/*.parquet"))
     try:
-        stats = [file.stat() for file in (*data, *videos)]
+        stamp = f"{SCHEME}:{is_video}:{rows}:{stamp_of((*data, *videos), root)}"
     except FileNotFoundError:
         return None
-    stamp = hashlib.sha256(f"{SCHEME}:{is_video}:{rows}".encode())
-    for file, stat in zip((*data, *videos), stats, strict=True):
-        looks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        stamp.update(os.fsencode(file.relative_to(root)) + repr(looks).encode())
-    place = note_of("frames", root, camera_key)
-    known = recall(place, stamp.hexdigest())
+    place = place_of("frames", root, camera_key)
+    known = recall(place, stamp)
     if known is not None:
         return str(known)
     columns = [hashlib.sha256() for _ in ROWS]
@@ -119,7 +115,7 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
     for file in videos:
         total.update(_file_digest(file))
     if not beside:
-        note(place, stamp.hexdigest(), total.hexdigest())
+        note(place, stamp, total.hexdigest())
     return total.hexdigest()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise_problems
+from lerobot_lam_diffusion.utils.errors import TokenStoreError, raise_problems
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,12 @@ def open_stores(paths: Sequence[str | Path | TokenStore], dataset_meta: Any) -> 
     """Open and check each store (or check one that is open already).
 
     Raises:
-        UserError: some cannot be used with this dataset; all of them are named at once.
+        UserError: the first that cannot be used with this dataset.
     """
-    stores: list[TokenStore] = []
-    errors: list[UserError] = []
     for path in paths:
-        try:
-            if isinstance(path, TokenStore):
-                check_binding(path, dataset_meta)
-                stores.append(path)
-            else:
-                stores.append(TokenStore.open(path, dataset_meta))
-        except UserError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    raise_problems(f"{len(errors)} token stores cannot be used", list(map(str, errors)), TokenStoreError)
-    return stores
+        if isinstance(path, TokenStore):
+            check_binding(path, dataset_meta)
+    return [path if isinstance(path, TokenStore) else TokenStore.open(path, dataset_meta) for path in paths]
 
 
 def join_stores(stores: Sequence[TokenStore]) -> TokenStore | JoinedStores:

@@ -1,6 +1,5 @@
 """The files of a token store: where they lie, how they are mapped, and when they are damaged."""
 
-import difflib
 import logging
 from os.path import isfile
 from pathlib import Path
@@ -22,7 +21,6 @@ PROVENANCE_FILE = "lam_tokens.json"
 EPISODE_HASH = "episode_hash"  # absent in stores of format version 1 and 2
 EPISODE_TABLE = ("episode_from", "episode_to", "episode_row")
 SCAN_ROWS = 1 << 16
-MOST_TENSORS = 8  # of ours
 HASH_BYTES = 16
 
 
@@ -30,17 +28,6 @@ def unfinished_folder(folder: Path) -> Path:
     """Where the finished parts of the store `folder` lie while it is extracted."""
     resolved = folder.resolve()
     return resolved.with_name(f"{resolved.name}.shards")
-
-
-def siblings(folder: Path) -> str:
-    """` (did you mean …?)` of stores beside a folder that does not exist, which are called almost so."""
-    try:
-        beside = sorted(folder.expanduser().parent.iterdir())
-        names = [each.name for each in beside if isfile(each / PROVENANCE_FILE) or each.suffix == ".pt"]
-    except (OSError, RuntimeError):
-        return ""
-    close = difflib.get_close_matches(folder.name, names, 3)
-    return f" (did you mean {' or '.join(str(folder.with_name(name)) for name in close)}?)" if close else ""
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -85,7 +72,7 @@ def find_folder(path: Path) -> Path:
             f"no token store at {path} yet: its extraction is unfinished ({unfinished}); run the same "
             "lerobot-lam-precompute command again to go on"
         )
-    found = f"does not exist{siblings(folder)}" if not exists else f"has no {' and no '.join(absent)}"
+    found = "does not exist" if not exists else f"has no {' and no '.join(absent)}"
     raise TokenStoreError(
         f"no token store at {path}: {folder} {found}. Expected a folder with {TENSORS_FILE} and "
         f"{PROVENANCE_FILE}, as lerobot-lam-precompute --output_dir={folder} makes it"
@@ -101,35 +88,25 @@ def map_store(folder: Path) -> tuple[Provenance, dict[str, Tensor]]:
     same (`mv`, `rsync` without `--inplace`).
 
     Raises:
-        TokenStoreError: a file is damaged or newer than this package.
+        TokenStoreError: a file is damaged, newer than this package, or cannot be mapped.
     """
     provenance = Provenance.read(folder / PROVENANCE_FILE)
     path = folder / TENSORS_FILE
     try:
         check_regular(path)
-        tensors = _tensors(path)
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise TokenStoreError(
+            f"{path} cannot be opened and mapped into memory ({first_line(error)}). If its file system "
+            "maps no files, copy the store to another one and point to the copy"
+        ) from error
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise _damaged(path, first_line(error)) from error
     problems = _layout_problems(tensors, provenance)
     if problems:
         raise _damaged(path, "; ".join(problems))
     return provenance, tensors
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Mapped, or read where the file system cannot map files."""
-    with safe_open(path, framework="pt", backend="pread") as file:  # checks the header, and maps nothing
-        names = list(file.keys())
-        if len(names) > MOST_TENSORS:
-            raise ValueError(f"it holds {len(names)} tensors, expected at most {MOST_TENSORS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, first_line(error))
-        return tensors
 
 
 def _damaged(path: Path, what: str) -> TokenStoreError:
@@ -206,7 +183,7 @@ def check_content(folder: Path, *, again: bool = False) -> None:
             the codebook.
     """
     seen = stamp_of(folder)  # before the reading: what changes meanwhile is read again
-    if not again and checked.is_checked(folder, seen):
+    if not again and checked.recall(checked.place_of("checked", folder), seen):
         return
     provenance, _ = map_store(folder)
     path = folder / TENSORS_FILE
@@ -231,12 +208,12 @@ def check_content(folder: Path, *, again: bool = False) -> None:
                         raise _damaged(path, problem)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, first_line(error)) from error
-    checked.remember(folder, seen)
+    checked.note(checked.place_of("checked", folder), seen, True)
 
 
 def stamp_of(folder: Path) -> str:
     """What the files of a store look like from outside; see `checked.py`."""
-    return checked.stamp_of(folder / TENSORS_FILE, folder / PROVENANCE_FILE)
+    return checked.stamp_of((folder / TENSORS_FILE, folder / PROVENANCE_FILE), folder)
 
 
 def _content_problem(name: str, block: Tensor, first_row: int, provenance: Provenance) -> str | None:

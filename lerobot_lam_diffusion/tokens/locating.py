@@ -11,16 +11,13 @@ import contextlib
 import logging
 import os
 import re
-from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
 
 from lerobot_lam_diffusion.tokens.layout import (
     PROVENANCE_FILE,
     TENSORS_FILE,
     check_content,
     find_folder,
-    siblings,
     unfinished_folder,
 )
 from lerobot_lam_diffusion.utils.errors import HubError, TokenStoreError, shown
@@ -35,23 +32,15 @@ _NAMESPACES = ("datasets", "models", "spaces", "kernels", "buckets")
 _FILES = (".pt", ".pth", ".safetensors", ".json")
 
 
-class StoreLocation(NamedTuple):
-    """Attributes:
-    path: where the store is, or would be, on this machine.
-    hub_id: `user/name@commit` if it came from the Hub, else None.
-    """
-
-    path: Path
-    hub_id: str | None = None
-
-
-def locate_store(path: str | Path) -> StoreLocation:
+def locate_store(path: str | Path) -> tuple[Path, str | None]:
     """Locate a store; one on the Hub is fetched into the Hub's cache unless it is already there.
 
-    A local path is returned whether or not it holds a store.
+    Returns:
+        Where the store is, or would be, on this machine; and `user/name@commit` if it came from the Hub, else
+        None.
 
     Raises:
-        TokenStoreError: no such repository, no access, no network, or the repository holds no store.
+        TokenStoreError: no such repository, no access, or no network.
     """
     text = str(path)
     url = _URL.match(text)
@@ -60,12 +49,12 @@ def locate_store(path: str | Path) -> StoreLocation:
         with contextlib.suppress(RuntimeError):  # a home that does not exist: then nor does the path
             local = local.expanduser()
         if not _may_be_hub_id(text):
-            return StoreLocation(local)
+            return local, None
         if os.path.lexists(local):
             logger.debug("%s is a folder here; hf://%s would be the Hub's.", text, text)
-            return StoreLocation(local)
+            return local, None
         if unfinished_folder(local).is_dir():
-            return StoreLocation(local)
+            return local, None
         return _fetched(text, text)
     name = text[url.end() :]
     if not REPO_ID.fullmatch(name.partition("@")[0]) or name.split("/")[0] in _NAMESPACES:
@@ -87,40 +76,21 @@ def _may_be_hub_id(text: str) -> bool:
     return bool(REPO_ID.fullmatch(repo_id)) and not repo_id.endswith(_FILES)
 
 
-def _fetched(hub_id: str, written: str) -> StoreLocation:
+def _fetched(hub_id: str, written: str) -> tuple[Path, str]:
     repo_id, revision = parse_hub_id(hub_id)
     try:
         folder = fetch(repo_id, revision, (TENSORS_FILE, PROVENANCE_FILE), KIND)
     except HubError as error:
-        local = Path(written)
-        if not _URL.match(written) and local.parent.is_dir():
-            alike = siblings(local)
-            else_where = "" if alike else f". Nor can it be fetched from the Hub: {error}"
-            raise TokenStoreError(
-                f"no token store at {written}: there is no such folder; correct the path{alike}{else_where}"
-            ) from error
         here = "" if _URL.match(written) else "there is no such folder here, and "
         raise TokenStoreError(
-            f"no token store at {written}: {here}{error}. A store is made by lerobot-lam-precompute, and put "
-            "on the Hub by lerobot-lam-tokens push"
+            f"no token store at {written}: {here}{error}. A store is made by "
+            "lerobot-lam-precompute, and put on the Hub by lerobot-lam-tokens push"
         ) from error
-    pinned = f"{repo_id}@{folder.name}"
-    absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not isfile(folder / name)]
-    if len(absent) == 2:
-        raise TokenStoreError(
-            f"no token store at {written}: the Hub's {KIND} repository {pinned} holds no {TENSORS_FILE} and "
-            f"no {PROVENANCE_FILE}, expected both. Name a repository that lerobot-lam-tokens push has made"
-        )
-    if absent:
-        raise TokenStoreError(
-            f"no token store at {written}: {pinned} lacks {absent[0]}. Either the repository is damaged "
-            "(push the store again), or only a part of it was fetched so far (go online once)"
-        )
-    return StoreLocation(folder, pinned)
+    return folder, f"{repo_id}@{folder.name}"
 
 
-def check_located(location: StoreLocation, *, again: bool = False) -> Path:
-    """Run `check_content` on the store at a location.
+def check_located(path: Path, hub_id: str | None, *, again: bool = False) -> Path:
+    """Run `check_content` on a store that `locate_store` has found.
 
     Returns:
         The store's folder.
@@ -128,14 +98,14 @@ def check_located(location: StoreLocation, *, again: bool = False) -> Path:
     Raises:
         TokenStoreError: see `find_folder` and `check_content`; for a fetched store it says what to do.
     """
-    folder = find_folder(location.path)
     try:
+        folder = find_folder(path)
         check_content(folder, again=again)
     except TokenStoreError as error:
-        if location.hub_id is None:
+        if hub_id is None:
             raise
         raise TokenStoreError(
-            f"{error}. It was fetched from {location.hub_id}: remove {folder.parent.parent} and it is "
-            "fetched again; if it stays damaged, so is the repository, and its owner has to push it again"
+            f"{error}. It was fetched from {hub_id}: remove {path.parent.parent} and it is fetched again; if "
+            "that does not help, its owner has to push it again"
         ) from error
     return folder

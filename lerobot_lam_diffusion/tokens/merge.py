@@ -1,8 +1,7 @@
 """Partial stores of one dataset as one store, without a LAM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,8 +11,8 @@ from lerobot_lam_diffusion.tokens.episode_hashes import are_known, differing_epi
 from lerobot_lam_diffusion.tokens.layout import refuse_occupied
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.storage import StoredRows
-from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
-from lerobot_lam_diffusion.tokens.writer import write_rows
+from lerobot_lam_diffusion.tokens.store import TokenStore
+from lerobot_lam_diffusion.tokens.writer import write_store
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError, raise_problems
 
 
@@ -37,24 +36,20 @@ def merge_stores(stores: Sequence[TokenStore], folder: Path) -> TokenStore:
     if not stores:
         raise UserError("nothing to merge; name the folders of the stores")
     refuse_occupied(folder)
-    _refuse_different(stores)
+    hashes = _compared(stores)
     source = torch.full_like(stores[0].episode_row, -1)  # which store an episode is taken of
     for number, store in enumerate(stores):
         source[(source < 0) & (store.episode_row >= 0)] = number
     _refuse_contradictions(stores, source)
-    first = stores[0]
-    codebook = torch.empty(0) if first.codebook is None else first.codebook
-    covered = source >= 0
+    first, covered = stores[0], source >= 0
     provenance = _merged(stores, covered)
-    return write_rows(
-        folder,
-        provenance,
-        _rows(stores, source),
-        codebook,
-        first.episode_from,
-        first.episode_to,
-        covered,
-        _hashes(stores),
+    rows = (
+        StoredRows(_stored(stores[int(source[episode])], episode), provenance.max_error)
+        for episode in covered.nonzero().flatten().tolist()
+    )
+    codebook = torch.empty(0) if first.codebook is None else first.codebook
+    return write_store(
+        folder, provenance, rows, codebook, first.episode_from, first.episode_to, covered, hashes
     )
 
 
@@ -66,11 +61,17 @@ def _provenance(store: TokenStore) -> Provenance:
     return store.provenance
 
 
-def _refuse_different(stores: Sequence[TokenStore]) -> None:
+def _compared(stores: Sequence[TokenStore]) -> Tensor:
+    """Refuse stores that differ in what determines a token.
+
+    Returns:
+        Hashes uint8 `(E, 16)` of each episode's frames, as far as any of the stores knows them.
+    """
     first, *others = stores
     expected = _provenance(first)
+    frames, hashes = expected.dataset.frames, first.episode_hash.clone()
     problems = []
-    for number, other in enumerate(others, 1):
+    for other in others:
         provenance = _provenance(other)
         problems += [
             f"{other.path}: {difference} as in {first.path}"
@@ -81,20 +82,19 @@ def _refuse_different(stores: Sequence[TokenStore]) -> None:
         if _bytes_differ(first.episode_from, other.episode_from):
             problems.append(f"{other.path} has other episode boundaries than {first.path}")
             continue
-        # Compare with all previous stores: one may know frames that the first does not.
-        unlike = next((store for store in stores[:number] if _have_other_frames(store, other)), None)
-        if unlike is not None:
-            problems.append(f"{other.path} was made of other frames than {unlike.path}")
+        other_frames = provenance.dataset.frames
+        if (frames and other_frames and frames != other_frames) or differing_episodes(
+            hashes, other.episode_hash
+        ):
+            problems.append(f"{other.path} was made of other frames than the stores before it")
+        frames = frames or other_frames
+        hashes = torch.where(are_known(hashes).unsqueeze(1), hashes, other.episode_hash)
     raise_problems(
         "the stores cannot be merged; extract them alike with lerobot-lam-precompute",
         problems,
         TokenStoreError,
     )
-
-
-def _have_other_frames(one: TokenStore, other: TokenStore) -> bool:
-    digests = {_provenance(store).dataset.frames for store in (one, other)} - {""}
-    return len(digests) > 1 or bool(differing_episodes(one.episode_hash, other.episode_hash))
+    return hashes
 
 
 def _refuse_contradictions(stores: Sequence[TokenStore], source: Tensor) -> None:
@@ -103,22 +103,13 @@ def _refuse_contradictions(stores: Sequence[TokenStore], source: Tensor) -> None
         twice = (store.episode_row >= 0) & (source != number)
         for episode in twice.nonzero().flatten().tolist():
             other = stores[int(source[episode])]
-            for name, rows in _stored(store, episode, episode + 1).items():
-                if _bytes_differ(rows, _stored(other, episode, episode + 1)[name]):
+            for name, rows in _stored(store, episode).items():
+                if _bytes_differ(rows, _stored(other, episode)[name]):
                     raise TokenStoreError(
                         f"the stores cannot be merged: {other.path} and {store.path} have different tokens "
                         f"of episode {episode}. Find out which is right with lerobot-lam-tokens verify "
                         "--dataset.repo_id=… --lam.path=…, and extract the other one again"
                     )
-
-
-def _hashes(stores: Sequence[TokenStore]) -> Tensor:
-    """Of each episode's frames, as far as any of the stores knows them."""
-    hashes = stores[0].episode_hash.clone()
-    for store in stores[1:]:
-        unknown = ~are_known(hashes)
-        hashes[unknown] = store.episode_hash[unknown]
-    return hashes
 
 
 def _bytes_differ(one: Tensor | None, other: Tensor | None) -> bool:
@@ -129,25 +120,12 @@ def _bytes_differ(one: Tensor | None, other: Tensor | None) -> bool:
     )
 
 
-def _rows(stores: Sequence[TokenStore], source: Tensor) -> Iterator[StoredRows]:
-    """Rows of all covered episodes in order; neighbours of one store together."""
-    changes = (source.diff() != 0).nonzero().flatten() + 1
-    bounds = [0, *changes.tolist(), len(source)]
-    for start, stop in pairwise(bounds):
-        if source[start] < 0:
-            continue
-        tensors = _stored(stores[int(source[start])], start, stop)
-        for row in range(0, len(next(iter(tensors.values()))), BLOCK_ROWS):
-            yield StoredRows({name: rows[row : row + BLOCK_ROWS] for name, rows in tensors.items()})
-
-
-def _stored(store: TokenStore, start: int, stop: int) -> dict[str, Tensor]:
-    """Stored rows of the covered episodes `start .. stop - 1`, which are contiguous in the store."""
-    first = int(store.episode_row[start])
-    end = first + int(store.episode_to[stop - 1] - store.episode_from[start])
-    name = "tokens" if store.codebook is None else "indices"
-    tensors = {name: store.values[first:end]}
-    return tensors if store.row_scale is None else tensors | {"row_scale": store.row_scale[first:end]}
+def _stored(store: TokenStore, episode: int) -> dict[str, Tensor]:
+    """Stored rows of a covered episode."""
+    first = int(store.episode_row[episode])
+    rows = slice(first, first + int(store.episode_to[episode] - store.episode_from[episode]))
+    tensors = {"tokens" if store.codebook is None else "indices": store.values[rows]}
+    return tensors if store.row_scale is None else tensors | {"row_scale": store.row_scale[rows]}
 
 
 def _merged(stores: Sequence[TokenStore], covered: Tensor) -> Provenance:

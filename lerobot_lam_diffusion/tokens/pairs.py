@@ -18,7 +18,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from io import FileIO
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, not_finite
-from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
+from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE
+from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
-from lerobot_lam_diffusion.utils.files import NOT_SUPPORTED, remove_whole, whole_or_nothing
+from lerobot_lam_diffusion.utils.files import whole_or_nothing
 
 TABLES = "tables"
 PAIRS_FILE = "pairs.bin"
@@ -75,7 +74,6 @@ class PairCache:
             )
         self._writable = os.access(path / PAIRS_FILE, os.W_OK)
         self._file = (path / PAIRS_FILE).open("r+b" if self._writable else "rb", buffering=0)
-        _lock(self._file, exclusive=False)  # in use: `remove_pair_cache` keeps off
 
     def __reduce__(self) -> tuple:
         return (PairCache.open, (self.path,))  # a copy has a file of its own
@@ -139,15 +137,6 @@ class PairCache:
         lengths = self.tables.episode_to - self.tables.episode_from
         return int((lengths - self.tables.frame_stride).clamp(min=0).sum())
 
-    def num_kept(self) -> int:
-        """How many records are not empty, without reading what they say."""
-        size, kept = self._record.itemsize, 0
-        for start in range(0, self.tables.num_frames, BLOCK_ROWS):
-            block = os.pread(self._file.fileno(), BLOCK_ROWS * size, start * size)
-            records = np.frombuffer(block, dtype=self._record, count=len(block) // size)
-            kept += int(np.count_nonzero(records["check"]))
-        return kept
-
     def read(self, frames: Tensor, pixels: Tensor) -> Found:
         """Look up the pairs that end in `frames`.
 
@@ -199,9 +188,6 @@ class PairCache:
         Yields:
             Frames with a token (absolute indices), their values, and how many records in the block are
             neither empty nor intact.
-
-        Raises:
-            TokenStoreError: a value that no LAM with this codebook can produce.
         """
         size = self._record.itemsize
         for start in range(0, self.tables.num_frames, BLOCK_ROWS):
@@ -216,7 +202,6 @@ class PairCache:
             ]
             values = self._values(records[valid])
             frames = torch.tensor(valid, dtype=torch.int64) + start
-            self._refuse_impossible(frames, values)
             yield frames, values, len(marked) - len(valid)
 
     def decode(self, values: Tensor) -> Tensor:
@@ -227,15 +212,6 @@ class PairCache:
     def no_values(self, count: int) -> Tensor:
         """Zeros in the place of `count` values."""
         return self._values(np.zeros(count, dtype=self._record))
-
-    def _refuse_impossible(self, frames: Tensor, values: Tensor) -> None:
-        if self.provenance.token_kind == VQ:
-            bad = (values.int() >= self.provenance.lam.num_codes).any(1)
-            problem = f"frame {int(frames[bad][0])} has a code past the codebook" if bad.any() else None
-        else:
-            problem = not_finite(values, "token")
-        if problem:
-            raise TokenStoreError(f"{self.path} is damaged: {problem}. Remove it; training builds it again")
 
     def _values(self, records: np.ndarray) -> Tensor:
         value = records["value"]
@@ -269,32 +245,6 @@ def bytes_on_disk(folder: Path) -> int:
 def last_used(folder: Path) -> float:
     """When a training last opened or wrote to the cache; seconds since the epoch."""
     return (folder / PAIRS_FILE).stat().st_mtime
-
-
-def remove_pair_cache(folder: Path) -> bool:
-    """Remove a cache that no process has open; whether it was removed."""
-    path = folder / PAIRS_FILE
-    with path.open("r+b" if os.access(path, os.W_OK) else "rb", buffering=0) as file:
-        if not _lock(file, exclusive=True):
-            return False
-        remove_whole(folder)
-    return True
-
-
-def _lock(file: FileIO, *, exclusive: bool) -> bool:
-    """Lock an open file without waiting; return False if a conflicting lock is held.
-
-    If the file system does not support locks, none is taken: a process keeps a removed file that it has open.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows does not remove what is open
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in NOT_SUPPORTED
-    return True
 
 
 def _record_of(tables: TokenStore) -> np.dtype:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Provenance:
 
         Raises:
             TokenStoreError: it is not JSON, not ours, newer than this package, or fields are missing or of
-                the wrong type (all of them are named at once).
+                the wrong type (the first of them is named).
         """
         try:
             document = read_json(path, DOCUMENT_BYTES)
@@ -177,14 +178,13 @@ class Provenance:
             )
         _refuse_newer(document, name)
         document = _upgraded(document)
-        problems: list[str] = []
-        provenance = _decode(cls, document, "", problems)
-        problems += _value_problems(provenance) if not problems else []
-        if problems:
+        try:
+            provenance = _decode(cls, document)
+            _check_values(provenance)
+        except ValueError as error:
             raise TokenStoreError(
-                f"{name} is damaged: {'; '.join(problems)}. Extract the tokens again with "
-                "lerobot-lam-precompute"
-            )
+                f"{name} is damaged: {error}. Extract the tokens again with lerobot-lam-precompute"
+            ) from error
         return provenance
 
 
@@ -211,8 +211,7 @@ def _refuse_newer(document: dict, name: str) -> None:
     if version > FORMAT_VERSION:
         raise TokenStoreError(
             f"{name} has format version {shown(version)}; this {PACKAGE} reads versions up to "
-            f"{FORMAT_VERSION}. Install the version that made it, or a newer one: "
-            f"pip install --upgrade '{_maker(document)}'"
+            f"{FORMAT_VERSION}. Install a newer one: pip install --upgrade {PACKAGE}"
         )
 
 
@@ -232,32 +231,27 @@ def _upgraded(document: dict) -> dict:
     return {**document, **added}
 
 
-def _maker(document: dict) -> str:
-    """Pip requirement for the package version that wrote a provenance file, if the file says which."""
-    versions = document.get("versions")
-    version = versions.get(PACKAGE) if isinstance(versions, dict) else None
-    known = isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", version)
-    return f"{PACKAGE}>={version}" if known else PACKAGE
+def _decode(kind: type, document: Any, prefix: str = "") -> Any:
+    """Build dataclass `kind` from a JSON object.
 
-
-def _decode(kind: type, document: Any, prefix: str, problems: list[str]) -> Any:
-    """Build dataclass `kind` from a JSON object; add what is missing or mistyped to `problems`."""
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
     if not isinstance(document, dict):
-        problems.append(f"{prefix.rstrip('.') or 'the document'} is not an object")
-        return None
+        raise ValueError(f"{prefix.rstrip('.')} is not an object")
     values = {}
     for field in dataclasses.fields(kind):
         name = prefix + field.name
         if field.name not in document:
-            problems.append(f"{name} is missing")
-        elif dataclasses.is_dataclass(field.type):
+            raise ValueError(f"{name} is missing")
+        value = document[field.name]
+        if dataclasses.is_dataclass(field.type):
             assert isinstance(field.type, type)
-            values[field.name] = _decode(field.type, document[field.name], name + ".", problems)
-        elif _has_type(document[field.name], field.type):
-            values[field.name] = document[field.name]
-        else:
-            problems.append(f"{name} is {shown(document[field.name])}, expected {_type_name(field.type)}")
-    return None if problems else kind(**values)
+            value = _decode(field.type, value, f"{name}.")
+        elif not _has_type(value, field.type):
+            raise ValueError(f"{name} is {shown(value)}, expected {_type_name(field.type)}")
+        values[field.name] = value
+    return kind(**values)
 
 
 def _has_type(value: Any, expected: Any) -> bool:
@@ -275,43 +269,23 @@ def _type_name(expected: Any) -> str:
     return expected.__name__ if isinstance(expected, type) else str(expected)
 
 
-def _value_problems(provenance: Provenance) -> list[str]:
-    problems = []
-    if provenance.token_kind not in KINDS:
-        problems.append(f"token_kind is {shown(provenance.token_kind)}, expected one of {list(KINDS)}")
-    counts = {
-        "frame_stride": provenance.frame_stride,
-        "lam.num_learned_tokens": provenance.lam.num_learned_tokens,
-        "lam.action_latent_dim": provenance.lam.action_latent_dim,
-        "dataset.total_frames": provenance.dataset.total_frames,
-        "dataset.total_episodes": provenance.dataset.total_episodes,
-    }
-    problems += [
-        f"{name} is {shown(value)}, expected a positive integer"
-        for name, value in counts.items()
-        if not 0 < value < 2**63
+def _check_values(provenance: Provenance) -> None:
+    """Raise a ValueError for the first field whose value no store has."""
+    is_vq = provenance.token_kind == VQ
+    total_episodes = provenance.dataset.total_episodes
+    checks = [
+        ("token_kind", provenance.token_kind in KINDS),
+        ("frame_stride", 0 < provenance.frame_stride < 2**63),
+        ("lam.num_learned_tokens", 0 < provenance.lam.num_learned_tokens < 2**63),
+        ("lam.action_latent_dim", 0 < provenance.lam.action_latent_dim < 2**63),
+        ("lam.num_codes", (1 if is_vq else 0) <= provenance.lam.num_codes < 2**63),
+        ("lam.token_scale", provenance.lam.token_scale > 0),
+        ("dataset.total_frames", 0 < provenance.dataset.total_frames < 2**63),
+        ("dataset.total_episodes", 0 < total_episodes < 2**63),
+        ("storage_dtype", provenance.storage_dtype in (VQ_STORAGE if is_vq else CONTINUOUS_STORAGE)),
+        ("max_error", provenance.max_error >= 0),
+        ("skipped", all(NUMBER.fullmatch(key) and int(key) < total_episodes for key in provenance.skipped)),
     ]
-    least = 1 if provenance.token_kind == VQ else 0
-    if not least <= provenance.lam.num_codes < 2**63:
-        expected = "a positive integer" if least else "0 (no codebook) or a positive integer"
-        problems.append(f"lam.num_codes is {shown(provenance.lam.num_codes)}, expected {expected}")
-    scale = provenance.lam.token_scale
-    if scale <= 0:
-        problems.append(f"lam.token_scale is {scale}, expected a positive number")
-    return problems + _storage_problems(provenance)
-
-
-def _storage_problems(provenance: Provenance) -> list[str]:
-    problems = []
-    storages = VQ_STORAGE if provenance.token_kind == VQ else CONTINUOUS_STORAGE
-    if provenance.storage_dtype not in storages:
-        problems.append(
-            f"storage_dtype is {shown(provenance.storage_dtype)}, expected one of {list(storages)}"
-        )
-    if provenance.max_error < 0:
-        problems.append(f"max_error is {provenance.max_error}, expected 0 or more")
-    episodes = range(provenance.dataset.total_episodes)
-    unknown = [key for key in provenance.skipped if not NUMBER.fullmatch(key) or int(key) not in episodes]
-    if unknown:
-        problems.append(f"skipped names {shown(unknown)}, expected episodes below {shown(episodes.stop)}")
-    return problems
+    for field, is_fine in checks:
+        if not is_fine:
+            raise ValueError(f"{field} is {shown(attrgetter(field)(provenance))}, which no store has")

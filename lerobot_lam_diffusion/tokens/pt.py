@@ -6,7 +6,6 @@ Nothing in such a file says which LAM, dataset or camera it was made with, so it
 import logging
 import os
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,15 @@ WIDEST_TOKEN = 1 << 16
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PtTokens:
-    """What a `.pt` file holds.
-
-    Attributes:
-        values: float32 `(N, n·a)`, a row for each frame of the dataset.
-        kind: "vq" or "continuous", as the file says; "vq" if it does not.
-        frame_stride: As the file says; 1 if it does not.
-    """
-
-    values: Tensor
-    kind: str
-    frame_stride: int
-
-
-def read_pt(path: Path, dataset_meta: Any) -> PtTokens:
+def read_pt(path: Path, dataset_meta: Any) -> tuple[Tensor, str, int]:
     """Read a `.pt` file of `dataset_meta`'s frames, and warn that nothing vouches for it.
 
     The file is memory-mapped and read by `torch.load(weights_only=True)`, which executes no code; the format
     of torch before 1.6 is refused.
+
+    Returns:
+        Tokens float32 `(N, n·a)`, a row for each frame of the dataset; "vq" or "continuous", as the file
+        says, or "vq"; and the frame stride that it says, or 1.
 
     Raises:
         TokenStoreError: missing, damaged, not a dict of tensors, code inside, wrong shape, NaN or Inf, or
@@ -58,24 +46,19 @@ def read_pt(path: Path, dataset_meta: Any) -> PtTokens:
         raise TokenStoreError(f"{path}: {problem}; extract the tokens again with lerobot-lam-precompute")
 
     metadata = _metadata(document)
-    stride = metadata.get("frame_stride", 1)
-    if not isinstance(stride, int) or isinstance(stride, bool) or not 0 < stride < 2**63:
+    stride, use_vq_tokens = metadata.get("frame_stride", 1), metadata.get("use_vq_tokens", True)
+    if type(stride) is not int or not 0 < stride < 2**63 or type(use_vq_tokens) is not bool:
         raise TokenStoreError(
-            f"{path} says frame_stride = {shown(stride)}, expected a positive integer; correct the file, or "
-            "make a store with lerobot-lam-precompute"
-        )
-    use_vq_tokens = metadata.get("use_vq_tokens", True)
-    if not isinstance(use_vq_tokens, bool):
-        raise TokenStoreError(
-            f"{path} says use_vq_tokens = {shown(use_vq_tokens)}, expected True or False; correct the "
-            "file, or make a store with lerobot-lam-precompute"
+            f"{path} says frame_stride = {shown(stride)} and use_vq_tokens = {shown(use_vq_tokens)}, "
+            "expected a positive integer and True or False; correct the file, or make a store with "
+            "lerobot-lam-precompute"
         )
     logger.warning(
         "%s is unverified: a .pt file says nothing reliable about its LAM, dataset and camera. A store made "
         "by lerobot-lam-precompute is checked.",
         path,
     )
-    return PtTokens(tokens, VQ if use_vq_tokens else CONTINUOUS, stride)
+    return tokens, VQ if use_vq_tokens else CONTINUOUS, stride
 
 
 def _load(path: Path) -> Any:
@@ -105,18 +88,12 @@ def _check_archive(path: Path) -> None:
 def _tokens(document: Any, path: Path) -> Tensor:
     """The tokens, checked before memory is taken for them."""
     tokens = document.get("tokens") if isinstance(document, dict) else None
-    if isinstance(tokens, Tensor):
-        if _is_dense_matrix(tokens):
-            return tokens
-        layout = "" if tokens.layout == torch.strided else f", {tokens.layout}"
-        found = f"tokens {shown(tuple(tokens.shape))} of {tokens.dtype} on {tokens.device}{layout}"
-    elif isinstance(document, dict):
-        found = f"a dict with {shown(list(document))}"
-    else:
-        found = type(document).__name__
+    if isinstance(tokens, Tensor) and _is_dense_matrix(tokens):
+        return tokens
+    found = f"tokens {tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else "none"
     raise TokenStoreError(
-        f"{path} is not a token file: found {found}, expected a dict with a float tensor 'tokens' (N, n*a) "
-        "that holds every one of its values. Make a store with lerobot-lam-precompute"
+        f"{path} is not a token file: expected a dict with a float tensor 'tokens' (N, n*a) that holds every "
+        f"one of its values, found {found}. Make a store with lerobot-lam-precompute"
     )
 
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.checked import note, place_of
 from lerobot_lam_diffusion.tokens.layout import (
     PROVENANCE_FILE,
     TENSORS_FILE,
@@ -38,5 +38,5 @@ def pull_store(hub_id: str, folder: Path) -> TokenStore:
             shutil.copyfile(store.path / name, partial / name)
         check_content(partial)
         stamp = stamp_of(partial)
-    remember(folder.resolve(), stamp)
+    note(place_of("checked", folder), stamp, True)
     return store

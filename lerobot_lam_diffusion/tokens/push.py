@@ -55,7 +55,7 @@ def push_store(
             else.
     """
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if store.provenance is None:
         raise TokenStoreError(
@@ -63,49 +63,37 @@ def push_store(
             "are pushed. Extract one with lerobot-lam-precompute"
         )
     check_content(store.path, again=True)
+    api = HfApi()
     try:
         refuse_impossible(repo_id, revision)
-        return _push(HfApi(), store, repo_id, private, revision, illustrate)
+        repo_id = api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True).repo_id
+        _refuse_public(api, repo_id, private)
+        if revision not in (None, DEFAULT_BRANCH):
+            api.create_branch(repo_id, repo_type=KIND, branch=str(revision), exist_ok=True)
+        info = api.dataset_info(repo_id, revision=revision)
+        present = {sibling.rfilename for sibling in info.siblings or []}
+        _refuse_other(repo_id, present)
+        existing = _existing_card(repo_id, info.sha) if CARD_FILE in present else None
+        verdict, pictures = illustrate() if illustrate is not None else ("", [])
+        named = None if revision == DEFAULT_BRANCH else revision
+        card = make_card(store, repo_id, named, pictures=pictures, verdict=verdict, existing=existing)
+        outdated = {name for name in present if name.startswith(PICTURE_PREFIX) and name.endswith(_PICTURES)}
+        operations: list[Any] = [
+            CommitOperationAdd(TENSORS_FILE, store.path / TENSORS_FILE),
+            CommitOperationAdd(PROVENANCE_FILE, store.path / PROVENANCE_FILE),
+            CommitOperationAdd(CARD_FILE, card.encode()),
+            *(CommitOperationAdd(picture.name, picture.data) for picture in pictures),
+            *(CommitOperationDelete(name) for name in sorted(outdated - {each.name for each in pictures})),
+        ]
+        commit = api.create_commit(
+            repo_id, operations, commit_message="LAM tokens", repo_type=KIND, revision=revision
+        )
     except HubError as error:
         raise HubError(f"{store.name} was not pushed to {repo_id}: {error}.") from error
     except UserError:
         raise
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{store.name} was not pushed to {repo_id}: {reason(error, KIND)}.") from error
-
-
-def _push(
-    api: "HfApi",
-    store: TokenStore,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    illustrate: Illustrate | None,
-) -> Pushed:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    repo_id = api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True).repo_id
-    _refuse_public(api, repo_id, private)
-    if revision not in (None, DEFAULT_BRANCH):
-        api.create_branch(repo_id, repo_type=KIND, branch=str(revision), exist_ok=True)
-    info = api.dataset_info(repo_id, revision=revision)
-    present = {sibling.rfilename for sibling in info.siblings or []}
-    _refuse_other(repo_id, present)
-    existing = _existing_card(repo_id, info.sha) if CARD_FILE in present else None
-    verdict, pictures = illustrate() if illustrate is not None else ("", [])
-    named = None if revision == DEFAULT_BRANCH else revision
-    card = make_card(store, repo_id, named, pictures=pictures, verdict=verdict, existing=existing)
-    outdated = {name for name in present if name.startswith(PICTURE_PREFIX) and name.endswith(_PICTURES)}
-    operations: list[Any] = [
-        CommitOperationAdd(TENSORS_FILE, store.path / TENSORS_FILE),
-        CommitOperationAdd(PROVENANCE_FILE, store.path / PROVENANCE_FILE),
-        CommitOperationAdd(CARD_FILE, card.encode()),
-        *(CommitOperationAdd(picture.name, picture.data) for picture in pictures),
-        *(CommitOperationDelete(name) for name in sorted(outdated - {each.name for each in pictures})),
-    ]
-    commit = api.create_commit(
-        repo_id, operations, commit_message="LAM tokens", repo_type=KIND, revision=revision
-    )
+        raise HubError(f"{store.name} was not pushed to {repo_id}: {reason(error)}.") from error
     return Pushed(f"{repo_id}@{commit.oid}", str(commit.commit_url))
 
 

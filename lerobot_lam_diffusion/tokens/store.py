@@ -13,6 +13,7 @@ The E rows of the three tables are the dataset's episodes in order: episode e ho
 episode is not in this store.
 """
 
+import contextlib
 import hashlib
 import logging
 import operator
@@ -37,7 +38,6 @@ from lerobot_lam_diffusion.tokens.layout import (
 from lerobot_lam_diffusion.tokens.locating import check_located, locate_store
 from lerobot_lam_diffusion.tokens.provenance import VQ, Provenance
 from lerobot_lam_diffusion.tokens.pt import read_pt
-from lerobot_lam_diffusion.tokens.readahead import Readahead
 from lerobot_lam_diffusion.tokens.storage import decode_tokens
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
 
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 BLOCK_ROWS = 1 << 14
 """Rows at a time when scanning a whole store: 4 MB of tokens of 64 numbers."""
 
-READAHEAD_ROWS = 1 << 10
-"""Requests for more rows count as scans rather than batches; for those, the kernel reads ahead by itself."""
+READAHEAD_BYTES = 8 << 30
+"""The largest store that is read into the page cache when a training opens it."""
 
 
 @dataclass
@@ -66,7 +66,6 @@ class TokenStore:
         codebook: VQ: `(K, a)` float32, else None.
         episode_hash: uint8 `(E, 16)`, of each episode's frames (see `episode_hashes.py`); zeros: not known.
         row_scale: int8 storage: `(N,)` float32, else None.
-        readahead: Of a mapped file: it is told which rows the next batch reads.
         hub_id: `user/name@commit` of a store that came from the Hub, else None.
     """
 
@@ -82,7 +81,6 @@ class TokenStore:
     episode_row: Tensor
     episode_hash: Tensor
     row_scale: Tensor | None = None
-    readahead: Readahead | None = None
     hub_id: str | None = None
 
     @classmethod
@@ -102,13 +100,13 @@ class TokenStore:
             TokenStoreError: missing, damaged, newer than this package, or of another dataset; the Hub
                 refused it or cannot be reached.
         """
-        location = locate_store(path)
-        path = location.path
+        path, hub_id = locate_store(path)
         if path.suffix in (".pt", ".pth") and not os.path.isdir(path):
             return cls._of_pt(path, dataset_meta)
-        store = cls._map(check_located(location), location.hub_id)
+        store = cls._map(check_located(path, hub_id), hub_id)
         if dataset_meta is not None:
             check_binding(store, dataset_meta)
+            _read_ahead(store.path / TENSORS_FILE)
         if bool((store.episode_row < 0).any()):
             logger.warning("Token store %s is partial: %s.", store.name, store.coverage)
         return store
@@ -126,15 +124,15 @@ class TokenStore:
     @classmethod
     def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
         """Open a user's `.pt` file; an episode's first `frame_stride` rows always count as missing."""
-        read = read_pt(path, dataset_meta)
+        values, kind, frame_stride = read_pt(path, dataset_meta)
         starts = torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64)
         store = cls(
             path=path,
             provenance=None,
-            kind=read.kind,
-            frame_stride=read.frame_stride,
-            token_dim=read.values.shape[1],
-            values=read.values,
+            kind=kind,
+            frame_stride=frame_stride,
+            token_dim=values.shape[1],
+            values=values,
             codebook=None,
             episode_from=starts,
             episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
@@ -170,7 +168,6 @@ class TokenStore:
             episode_row=tensors["episode_row"],
             episode_hash=tensors.get(EPISODE_HASH, unknown_hashes(len(tensors["episode_row"]))),
             row_scale=tensors.get("row_scale"),
-            readahead=Readahead(folder / TENSORS_FILE, ("indices", "tokens", "row_scale")),
             hub_id=hub_id,
         )
 
@@ -231,7 +228,8 @@ class TokenStore:
         covered = self.covered_episodes
         if len(covered) == total:
             return f"it covers all {total} episodes"
-        covers = f"it covers {len(covered)} of {total} episodes ({_ranges(torch.tensor(covered))})"
+        listed = ", ".join(map(str, covered[:8])) + (", …" if len(covered) > 8 else "")
+        covers = f"it covers {len(covered)} of {total} episodes ({listed or 'none'})"
         skipped = [f"episode {episode} ({reason})" for episode, reason in sorted(self.skipped.items())]
         if skipped:
             more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
@@ -266,8 +264,6 @@ class TokenStore:
         wanted = index.unsqueeze(1) + offsets  # (B, T)
         frame = wanted.clamp(first, last)
         rows = self.episode_row[episode].unsqueeze(1) + frame - first
-        if self.readahead is not None and rows.numel() <= READAHEAD_ROWS:
-            self.readahead.expect(rows)
         tokens = self.decode(rows)
         missing = frame - first < self.frame_stride
         if ahead:
@@ -356,12 +352,8 @@ class TokenStore:
         )
 
 
-def _ranges(numbers: Tensor, at_most: int = 8) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
-    if not len(numbers):
-        return "none"
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), numbers.diff() != 1])
-    ends = begins.roll(-1)
-    runs = zip(numbers[begins][:at_most].tolist(), numbers[ends][:at_most].tolist(), strict=True)
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    return ", ".join(texts) + (", …" if int(begins.sum()) > at_most else "")
+def _read_ahead(path: Path) -> None:
+    """Ask the kernel to read a file before its rows are wanted in random order, one after another."""
+    if hasattr(os, "posix_fadvise") and path.stat().st_size <= READAHEAD_BYTES:
+        with path.open("rb") as file, contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.checked import note, place_of
 from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     PROVENANCE_FILE,
@@ -36,7 +36,7 @@ from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whol
 def write_store(
     folder: Path,
     provenance: Provenance,
-    blocks: Iterable[Tensor],
+    blocks: Iterable[Tensor | StoredRows],
     codebook: Tensor,
     episode_from: Tensor,
     episode_to: Tensor,
@@ -50,8 +50,8 @@ def write_store(
         provenance: What the tokens are, with `storage_dtype` saying how to store continuous ones (empty:
             float32). The tensors' hash and `max_error` are filled in here.
         blocks: Consecutive rows in order. VQ: integer code indices `(b, n)`. Continuous: float32
-            `(b, n·a)`. Together they hold one row for each frame of the covered episodes. Only one block is
-            in memory at a time.
+            `(b, n·a)`. Or rows that are encoded already. Together they hold one row for each frame of the
+            covered episodes. Only one block is in memory at a time.
         codebook: float32 `(K, a)`.
         episode_from, episode_to: int64 `(E,)`, boundaries of all the dataset's episodes.
         covered: bool `(E,)`, which of them `blocks` hold.
@@ -68,29 +68,10 @@ def write_store(
 
     If any of these is raised, nothing is left behind.
     """
-    storage = storage_dtype_of(provenance.token_kind, provenance.storage_dtype, len(codebook))
-    parts = (part for block in blocks for part in block.split(BLOCK_ROWS))
-    if provenance.token_kind == VQ:
-        rows = (encode_indices(part, len(codebook)) for part in parts)
-    else:
-        rows = (encode_tokens(part, storage) for part in parts)
-    provenance = replace(provenance, storage_dtype=storage, max_error=0.0)
-    return write_rows(folder, provenance, rows, codebook, episode_from, episode_to, covered, episode_hash)
-
-
-def write_rows(
-    folder: Path,
-    provenance: Provenance,
-    rows: Iterable[StoredRows],
-    codebook: Tensor,
-    episode_from: Tensor,
-    episode_to: Tensor,
-    covered: Tensor,
-    episode_hash: Tensor | None = None,
-) -> TokenStore:
-    """`write_store` of rows that are encoded already; `provenance.max_error` is what they cost so far."""
     refuse_existing(folder)
     folder = folder.resolve()
+    storage = storage_dtype_of(provenance.token_kind, provenance.storage_dtype, len(codebook))
+    provenance = replace(provenance, storage_dtype=storage)
     lengths = (episode_to - episode_from) * covered
     known = {
         "episode_from": episode_from,
@@ -106,17 +87,30 @@ def write_rows(
     with whole_or_nothing(folder) as partial:
         partial.mkdir()
         shapes = tensor_layout(provenance, int(lengths.sum()))
-        max_error = _write_tensors(partial, shapes, known, rows)
+        max_error = _write_tensors(partial, shapes, known, _encoded(blocks, provenance, len(codebook)))
         provenance = replace(
-            provenance,
-            tensors_sha256=sha256_of(partial / TENSORS_FILE),
-            max_error=max(provenance.max_error, max_error),
+            provenance, tensors_sha256=sha256_of(partial / TENSORS_FILE), max_error=max_error
         )
         (partial / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
         spread_mode(partial)  # `save_file` makes private files
         stamp = stamp_of(partial)  # a renamed folder's files keep their inodes and times
-    remember(folder, stamp)  # every value was checked on its way in
+    note(place_of("checked", folder), stamp, True)  # every value was checked on its way in
     return TokenStore.load(folder)
+
+
+def _encoded(
+    blocks: Iterable[Tensor | StoredRows], provenance: Provenance, num_codes: int
+) -> Iterator[StoredRows]:
+    """The blocks as a store keeps them, at most `BLOCK_ROWS` rows of a tensor at a time."""
+    for block in blocks:
+        if isinstance(block, StoredRows):
+            yield block
+            continue
+        for part in block.split(BLOCK_ROWS):
+            if provenance.token_kind == VQ:
+                yield encode_indices(part, num_codes)
+            else:
+                yield encode_tokens(part, provenance.storage_dtype)
 
 
 def _write_tensors(
@@ -161,7 +155,4 @@ def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, ...], num_rows: in
     numel = math.prod(shape)
     if not numel:
         return torch.empty(shape, dtype=dtype)
-    try:
-        return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
-    except RuntimeError:  # a file system that maps nothing
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype).view(shape)
+    return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)

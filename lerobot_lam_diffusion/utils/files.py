@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lerobot_lam_diffusion.utils.errors import first_line, shown
+from lerobot_lam_diffusion.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -178,52 +176,18 @@ def read_json(path: Path, at_most: int = DOCUMENT_BYTES) -> Any:
     """A small JSON document.
 
     Raises:
-        UnreadableError: see `check_regular` and `parse_json`; or larger than `at_most` bytes.
+        UnreadableError: see `check_regular`; or not UTF-8 JSON, nested too deeply, or larger than `at_most`
+            bytes.
     """
     check_regular(path)
     try:
         with path.open("rb") as file:
             content = file.read(at_most + 1)
-    except OSError as error:
+        if len(content) > at_most:
+            raise UnreadableError(f"it is larger than {at_most} bytes, no such document is")
+        return json.loads(content.decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableError(first_line(error)) from error
-    if len(content) > at_most:
-        raise UnreadableError(f"it is larger than {at_most} bytes, no such document is")
-    return parse_json(content)
-
-
-def parse_json(content: bytes) -> Any:
-    """Parse UTF-8 JSON whose objects have no duplicate keys.
-
-    Raises:
-        UnreadableError: not such JSON; or nested too deeply, or with unprintable text (a lone surrogate).
-    """
-    try:
-        document = json.loads(content.decode(), object_pairs_hook=_once)
-        json.dumps(document, ensure_ascii=False).encode()
-    except RecursionError:
-        raise UnreadableError("it is nested too deeply") from None
-    except ValueError as error:  # no UTF-8, no JSON, a number of 5,000 digits, half a surrogate
-        raise UnreadableError(first_line(error)) from error
-    return document
-
-
-def map_array(path: Path) -> np.ndarray:
-    """The array in a `.npy` file, mapped (changes stay in memory), or read where files cannot be mapped."""
-    try:
-        return np.load(path, mmap_mode="c")
-    except OSError as error:
-        array = np.load(path)
-        logger.warning("%s cannot be mapped (%s): all of it is read into memory.", path, error)
-        return array
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UnreadableError(f"the key {shown(twice)} occurs twice")
-    return values
 
 
 def _link_new(partial: Path, path: Path) -> None:
@@ -241,13 +205,12 @@ def _rename_new(partial: Path, path: Path) -> None:
     """Rename to a name that nothing, or an empty folder, has."""
     refuse_existing(path)  # building may have taken long
     try:
+        if path.is_dir():
+            path.rmdir()  # some file systems rename nothing onto an empty folder
         partial.rename(path)
     except OSError:
-        refuse_existing(path)
-        if not path.is_dir():
-            raise
-        path.rmdir()  # some file systems rename nothing onto an empty folder
-        partial.rename(path)
+        refuse_existing(path)  # another process was faster
+        raise
 
 
 def _remove(path: Path) -> None:

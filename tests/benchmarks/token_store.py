@@ -130,7 +130,7 @@ def provenance_of(kind: str, frames: int, episodes: int) -> Provenance:
 
 def opened(folder: Path) -> tuple[float, float, TokenStore]:
     """Seconds and resident memory that opening takes in a process that knows nothing of the store."""
-    checked._checked_here.clear()
+    checked._noted.clear()
     before = Memory()
     started = time.perf_counter()
     store = TokenStore.open(folder)

@@ -287,7 +287,7 @@ def test_a_slow_first_batch_does_not_decide_the_batch_size(lam, monkeypatch):
     assert sizes[0] < sizes[1]  # the slow one warms up
 
 
-@pytest.mark.parametrize("lacking", ["without_maps", "without_folder_sync", "without_locks", "without_links"])
+@pytest.mark.parametrize("lacking", ["without_folder_sync", "without_locks", "without_links"])
 @pytest.mark.parametrize("use_vq_tokens", [True, False])
 def test_file_systems_that_lack_something(
     extract, make_store, dataset, request, caplog, tmp_path, lacking, use_vq_tokens

@@ -61,7 +61,7 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
     assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
 
 
-def test_fits_where_files_cannot_be_mapped(arguments, tmp_path, without_maps, without_folder_sync):
+def test_fits_where_folders_cannot_be_synced(arguments, tmp_path, without_folder_sync):
     main(arguments(steps=2))
     assert load_lam(tmp_path / "lam")
 

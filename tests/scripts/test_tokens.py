@@ -14,7 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts.tokens import main
 from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.checked import remember
+from lerobot_lam_diffusion.tokens.checked import note, place_of
 from lerobot_lam_diffusion.tokens.layout import stamp_of
 from lerobot_lam_diffusion.tokens.writer import write_store
 from tests.conftest import record_dataset, write_lam
@@ -101,7 +101,7 @@ def test_verify_reads_a_store_again_that_was_found_whole(store, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    remember(path.parent, stamp_of(path.parent))
+    note(place_of("checked", path.parent), stamp_of(path.parent), True)
     TokenStore.open(path)
     assert "its SHA-256 is" in refusal(["verify", path.parent])
 
@@ -201,16 +201,6 @@ def test_verify_finds_tokens_of_other_pixels(flags, store, make_store, tmp_path)
 
 def test_a_lam_without_a_dataset_is_refused(store, lam_folder):
     assert "needs --dataset.repo_id" in refusal(["verify", store.path, f"--lam.path={lam_folder}"])
-
-
-def test_a_misspelled_store_has_a_sibling(store, tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    shutil.copytree(store.path, tmp_path / "data" / "demo_lam")
-    told = "(did you mean {}?)"
-    assert told.format(tmp_path / "data" / "demo_lam") in refusal(["info", tmp_path / "data" / "demo_lma"])
-    monkeypatch.chdir(tmp_path)
-    refused = refusal(["info", "data/demo_lma"])  # which might be the Hub's
-    assert f"there is no such folder; correct the path {told.format('data/demo_lam')}" in refused
 
 
 def test_a_missing_store_is_one_line(tmp_path):

@@ -102,4 +102,4 @@ def test_real_environment_variables(store, tmp_path):
     assert f"store           {hub_id}" in out
     assert TokenStore.open(tmp_path / "pulled").provenance == store.provenance
     assert code == 1
-    assert "unset HF_HUB_OFFLINE" in err
+    assert "unset the `HF_HUB_OFFLINE` environment variable" in err

@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError, checked, l
 def reads(monkeypatch, tmp_path):
     """Files that were read from end to end; stamps lie in a folder of their own."""
     monkeypatch.setattr(checked, "HF_LEROBOT_HOME", tmp_path / "home")
-    monkeypatch.setattr(checked, "_checked_here", {})
+    monkeypatch.setattr(checked, "_noted", {})
     paths = []
     read = layout.sha256_of
     monkeypatch.setattr(layout, "sha256_of", lambda path: paths.append(path) or read(path))
@@ -22,7 +22,7 @@ def reads(monkeypatch, tmp_path):
 @pytest.fixture
 def new_process(monkeypatch):
     """What this process remembers is forgotten, stamps stay."""
-    return lambda: monkeypatch.setattr(checked, "_checked_here", {})
+    return lambda: monkeypatch.setattr(checked, "_noted", {})
 
 
 def stamps(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetad
 
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
-from lerobot_lam_diffusion.tokens.episode_hashes import are_known, episode_hashes
+from lerobot_lam_diffusion.tokens.episode_hashes import are_known, codec_name, episode_hashes
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
 from tests.conftest import TOP, record_dataset
 
@@ -77,6 +78,11 @@ def before(recorded):
     found = frames_digest(recorded.meta, TOP)
     assert found is not None
     return found
+
+
+def test_an_episodes_hash_does_not_depend_on_the_decoder():
+    assert {codec_name(av.Codec(decoder, "r")) for decoder in ("av1", "libdav1d")} == {"libdav1d"}
+    assert [codec_name(av.Codec(decoder, "r")) for decoder in ("h264", "libvpx-vp9")] == ["h264", "vp9"]
 
 
 def test_a_copy_is_the_same(before, root):

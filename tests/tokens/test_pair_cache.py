@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lerobot_lam_diffusion.tokens import TokenStoreError
 from lerobot_lam_diffusion.tokens.pairs import PAIRS_FILE, PairCache
+from lerobot_lam_diffusion.utils.files import remove_whole
 
 VALUES = {"vq": (2, torch.int32), "continuous": (64, torch.float32)}
 
@@ -69,7 +70,7 @@ def test_the_last_write_of_a_pair_counts(tmp_path_factory, store, writes, asked)
         value = torch.tensor([[number % 16, frame % 16]], dtype=torch.int32)
         cache.write(torch.tensor([frame]), torch.tensor([pixels]), value)
         expected[frame] = pixels, value[0]
-    assert cache.num_kept() == len(expected)
+    assert sum(len(frames) for frames, _, _ in cache.scan()) == len(expected)
     asked = [*asked, *writes]
     found = cache.read(
         torch.tensor([frame for frame, _ in asked], dtype=torch.int64),
@@ -131,11 +132,22 @@ def test_a_shortened_file_is_refused(make):
         PairCache.open(cache.path)
 
 
-def test_a_code_past_the_codebook_is_told(make, tmp_path):
+def test_a_code_past_the_codebook_is_no_token(make):
     cache = make()
-    cache.write(torch.tensor([3]), torch.tensor([0]), torch.tensor([[16, 0]], dtype=torch.int32))
-    with pytest.raises(TokenStoreError, match="frame 3 has a code past the codebook"):
-        list(cache.scan())
+    frames, pixels = torch.tensor([3]), torch.tensor([0])
+    cache.write(frames, pixels, torch.tensor([[16, 0]], dtype=torch.int32))
+    with pytest.raises(IndexError, match="out of bounds"):
+        cache.decode(cache.read(frames, pixels).values)
+
+
+def test_a_training_goes_on_when_its_cache_is_removed(make):
+    cache = make()
+    cache.write(*some([5]))
+    remove_whole(cache.path)
+    cache.write(*some([7]))
+    assert cache.read(*some([5, 7])[:2]).known.all()
+    with pytest.raises(TokenStoreError, match="no cache of live tokens at"):
+        pickle.loads(pickle.dumps(cache))
 
 
 def test_tokens_that_are_not_finite_are_not_kept(make):

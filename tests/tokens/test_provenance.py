@@ -106,17 +106,18 @@ WRONG = {
     "list for an object": (("lam",), [], "lam is not an object"),
     "null for text": (("lam", "fingerprint"), None, "lam.fingerprint is None, expected str"),
     "versions": (("versions",), {"torch": 2}, "versions is {'torch': 2}, expected dict[str, str]"),
-    "zero": (("frame_stride",), 0, "frame_stride is 0, expected a positive integer"),
-    "negative": (("dataset", "total_episodes"), -1, "dataset.total_episodes is -1, expected a positive"),
-    "past int64": (("frame_stride",), 10**30, "expected a positive integer"),
-    "kind": (("token_kind",), "pickle", "token_kind is 'pickle', expected one of ['vq', 'continuous']"),
-    "scale": (("lam", "token_scale"), 0, "lam.token_scale is 0, expected a positive number"),
+    "zero": (("frame_stride",), 0, "frame_stride is 0, which no store has"),
+    "negative": (("dataset", "total_episodes"), -1, "dataset.total_episodes is -1, which no store has"),
+    "past int64": (("frame_stride",), 10**30, "which no store has"),
+    "kind": (("token_kind",), "pickle", "token_kind is 'pickle', which no store has"),
+    "no codes": (("lam", "num_codes"), 0, "lam.num_codes is 0, which no store has"),
+    "scale": (("lam", "token_scale"), 0, "lam.token_scale is 0, which no store has"),
     "NaN": (("lam", "token_scale"), float("nan"), "lam.token_scale is nan, expected float"),
     "Inf": (("dataset", "fps"), float("inf"), "dataset.fps is inf, expected float"),
-    "storage": (("storage_dtype",), "int8", "storage_dtype is 'int8', expected one of ['uint8', 'uint16']"),
-    "error": (("max_error",), -0.5, "max_error is -0.5, expected 0 or more"),
-    "skipped": (("skipped",), {"5": "gone"}, "skipped names ['5'], expected episodes below 5"),
-    "skipped without a number": (("skipped",), {"one": "gone"}, "skipped names ['one']"),
+    "storage": (("storage_dtype",), "int8", "storage_dtype is 'int8', which no store has"),
+    "error": (("max_error",), -0.5, "max_error is -0.5, which no store has"),
+    "skipped": (("skipped",), {"5": "gone"}, "skipped is {'5': 'gone'}, which no store has"),
+    "skipped without a number": (("skipped",), {"one": "gone"}, "skipped is {'one': 'gone'}"),
     "past float": (("dataset", "fps"), 10**400, "expected float"),
 }
 
@@ -129,33 +130,12 @@ def test_wrong_value(files, key, value, expected):
     assert REMEDY in told
 
 
-def test_all_problems_are_told_at_once(files):
-    document = put(files.document(), ("dataset", "fps"), "fast")
-    del document["camera_key"]
-    document["lam"]["num_codes"] = None
-    files.write_document(document)
-    told = refusal(files)
-    assert "dataset.fps is 'fast', expected float" in told
-    assert "camera_key is missing" in told
-    assert "lam.num_codes is None, expected int" in told
-
-
-def test_newer_format_names_the_version_to_install(files):
-    def renew(document):
-        document.update(format_version=4, fields_of_the_future={})
-        document["versions"]["lerobot_policy_diffusion_lam"] = "3.1.0"
-
-    files.edit_document(renew)
+def test_a_newer_format_needs_a_newer_package(files):
+    files.edit_document(lambda document: document.update(format_version=4, fields_of_the_future={}))
     told = refusal(files)
     assert "has format version 4" in told
     assert "reads versions up to 3" in told
-    assert "pip install --upgrade 'lerobot_policy_diffusion_lam>=3.1.0'" in told
-
-
-@pytest.mark.parametrize("versions", [None, [], {"lerobot_policy_diffusion_lam": "1' && rm -rf ~ '"}])
-def test_newer_format_that_does_not_say_who_made_it(files, versions):
-    files.edit_document(lambda document: document.update(format_version=99, versions=versions))
-    assert refusal(files).endswith("pip install --upgrade 'lerobot_policy_diffusion_lam'")
+    assert told.endswith("pip install --upgrade lerobot_policy_diffusion_lam")
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0, True])
@@ -176,17 +156,7 @@ def test_not_our_format(files, document):
     assert REMEDY in told
 
 
-UNREADABLE = {
-    "empty": b"",
-    "cut": b'{"format": "lerobot_lam',
-    "not UTF-8": b"\xff\xfe\x00",
-    "deeply nested list": b"[" * 200_000,
-    "deeply nested object": b'{"format":' * 200_000,
-    "number of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
-}
-
-
-@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("content", [b"", b'{"format": "lerobot_lam', b"\xff\xfe\x00", b"[" * 200_000])
 def test_unreadable_json(files, content):
     files.provenance.write_bytes(content)
     told = refusal(files)

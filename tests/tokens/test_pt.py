@@ -132,15 +132,16 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path, dataset, hidden):
 
 
 NOT_TOKENS = {
-    "a tensor": (torch.ones(60, 64), "found Tensor"),
-    "a list": ([1, 2], "found list"),
-    "no tokens": ({"latents": torch.ones(60, 64)}, "found a dict with ['latents']"),
-    "a list of tokens": ({"tokens": [1.0]}, "found a dict with ['tokens']"),
+    "a tensor": (torch.ones(60, 64), "found none"),
+    "a list": ([1, 2], "found none"),
+    "no tokens": ({"latents": torch.ones(60, 64)}, "found none"),
+    "a list of tokens": ({"tokens": [1.0]}, "found none"),
     "whole numbers": ({"tokens": torch.ones(60, 64, dtype=torch.int64)}, "tokens (60, 64) of torch.int64"),
     "complex numbers": ({"tokens": torch.ones(60, 64, dtype=torch.complex64)}, "of torch.complex64"),
     "another shape": ({"tokens": torch.ones(60, 2, 32)}, "tokens (60, 2, 32)"),
-    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "torch.sparse_coo"),
-    "without values": ({"tokens": torch.ones(60, 64, device="meta")}, "on meta"),
+    "no columns": ({"tokens": torch.ones(60, 0)}, "tokens (60, 0)"),
+    "sparse": ({"tokens": torch.ones(60, 64).to_sparse()}, "tokens (60, 64)"),
+    "without values": ({"tokens": torch.ones(60, 64, device="meta")}, "tokens (60, 64)"),
     "one row repeated": ({"tokens": torch.ones(1, 64).expand(60, 64)}, "tokens (60, 64) of torch.float32"),
 }
 
@@ -168,7 +169,12 @@ def test_not_finite_as_float32(tmp_path, dataset, bad):
 @pytest.mark.parametrize("stride", [0, -1, "3", 1.0, True, 2**70])
 def test_impossible_stride(tmp_path, dataset, stride):
     told = refusal(save(tmp_path, {"tokens": tokens_of(), "frame_stride": stride}), dataset.meta)
-    assert f"frame_stride = {stride!r}, expected a positive integer" in told
+    assert f"frame_stride = {stride!r} and use_vq_tokens = True, expected a positive integer" in told
+
+
+def test_impossible_kind(tmp_path, dataset):
+    told = refusal(save(tmp_path, {"tokens": tokens_of(), "use_vq_tokens": "yes"}), dataset.meta)
+    assert "use_vq_tokens = 'yes', expected a positive integer and True or False" in told
 
 
 def test_enormous_stride_costs_nothing(tmp_path, dataset):

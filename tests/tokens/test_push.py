@@ -69,7 +69,7 @@ def test_private(owner, random_store, monkeypatch):
     assert owner.repos[REPO].private
     push_store(random_store, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(TokenStoreError, match="you may not see it"):
+    with pytest.raises(TokenStoreError, match="make sure you are authenticated"):
         TokenStore.open(REPO)
 
 
@@ -117,8 +117,8 @@ def test_a_card_that_cannot_be_read_is_not_overwritten(owner, random_store):
     ("token", "expected"),
     [
         (None, "401"),
-        (READER, "403: You don't have the rights"),
-        ("hf_expired", "refused the credentials (401"),
+        (READER, "You don't have the rights"),
+        ("hf_expired", "Invalid credentials"),
     ],
 )
 def test_refused_credentials(token, expected, hub, random_store, monkeypatch):
@@ -127,13 +127,12 @@ def test_refused_credentials(token, expected, hub, random_store, monkeypatch):
     told = refusal(random_store, REPO)
     assert told.startswith(f"{random_store.path} was not pushed to {REPO}: ")
     assert expected in told
-    assert "hf auth login" in told
     assert not hub.repos
 
 
 def test_no_network(hub, random_store, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "could not be reached" in refusal(random_store, REPO)
+    assert "Connection refused" in refusal(random_store, REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refusal(random_store, REPO)
 
