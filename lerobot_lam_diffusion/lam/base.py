@@ -66,8 +66,7 @@ class LatentActionModel(ABC):
         architecture: Its name in `model_config.json`.
         config_class: Dataclass of its dimensions, a `TokenConfig`.
         token_parts: Modules that determine a token; the fingerprint covers their weights.
-        fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file if
-            `fdm_is_optional`.
+        fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file.
         other_parts: Modules that neither a token nor a predicted frame depends on.
     """
 
@@ -76,7 +75,6 @@ class LatentActionModel(ABC):
     token_parts: ClassVar[tuple[str, ...]] = ("encoder", "vq")
     fdm_parts: ClassVar[tuple[str, ...]] = ()
     other_parts: ClassVar[tuple[str, ...]] = ()
-    fdm_is_optional: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,11 +123,6 @@ class LatentActionModel(ABC):
         assert self._batch_encoder is not None
         clips = self.normalize(torch.stack([prev, cur], dim=1)).to(self.dtype)
         return self._batch_encoder(clips).flatten(1).clone()  # a replayed CUDA graph overwrites its output
-
-    @classmethod
-    def expected_blocks(cls, config: Any) -> dict[str, int]:
-        """Prefix of numbered modules → how many there are; checked before any is built."""
-        return {}
 
     def predict_next(self, frames: Tensor, latents: Tensor) -> Tensor:
         """The later frames of pairs, as the FDM predicts them.

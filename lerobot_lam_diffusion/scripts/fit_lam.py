@@ -174,8 +174,8 @@ def _open_refined(path: str, device: str) -> VillaXLam:
             "expected one to refine: name a LAM that lerobot-lam-fit wrote"
         )
     with open_weights(folder) as weights:
-        dtypes = {dtype for key, dtype in weights.dtypes.items() if key.startswith(("encoder.", "vq."))}
-    if dtypes != {"F32"}:
+        dtypes = {weights.tensor(key).dtype for key in weights.keys if key.startswith(("encoder.", "vq."))}
+    if dtypes != {torch.float32}:
         raise UserError(
             f"--refine_decoder={path} is not stored in float32, so its fingerprint would change, expected "
             "float32 weights: refine a LAM that lerobot-lam-fit wrote"

@@ -144,7 +144,7 @@ def test_weights_that_get_shorter_while_they_are_read(good, tmp_path):
     with open_weights(folder) as weights:
         os.truncate(folder / WEIGHTS_FILE, 6000)
         with pytest.raises(LamError, match="is not a readable safetensors file"):
-            list(map(weights.tensor, weights.shapes))
+            list(map(weights.tensor, weights.keys))
 
 
 def test_a_store_in_use_survives_that_another_takes_its_place(good, tmp_path):

@@ -224,13 +224,14 @@ def test_a_damaged_folder_is_refused(convert):
     path = folder / "model_config.json"
     document = json.loads(path.read_text())
     for key, value, message in (
-        ("spatial_depth", 3, "but the weights hold 2 blocks"),
+        ("spatial_depth", 3, r'Missing key\(s\) in state_dict: "spatial\.blocks\.2\.peg\.weight"'),
+        ("spatial_depth", 1 << 16, "spatial_depth is 65536, expected an integer from 1 to 128"),
         ("heads", "3", "heads is '3', expected an integer"),
         ("image_size", 0, "image_size is 0, expected an integer from 1"),
         ("n_codes", 0, "n_codes is 0, expected an integer from 1"),
         ("stride_seconds", -1, "stride_seconds is -1, expected a positive number"),
         ("licence", 3, "licence is 3, expected str"),
-        ("dim_head", 9, r"encoder\.spatial\.blocks\.0\.attn\.q\.weight has shape"),
+        ("dim_head", 9, r"size mismatch for spatial\.blocks\.0\.attn\.q\.weight"),
     ):
         path.write_text(json.dumps(document | {"config": document["config"] | {key: value}}))
         with pytest.raises(LamError, match=message):

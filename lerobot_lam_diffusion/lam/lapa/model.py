@@ -24,14 +24,6 @@ class LapaLam(LatentActionModel):
     def build_modules(cls, config: LapaConfig) -> dict[str, nn.Module]:
         return {"encoder": LapaEncoder(config), "vq": Quantizer(config), "decoder": LapaDecoder(config)}
 
-    @classmethod
-    def expected_blocks(cls, config: LapaConfig) -> dict[str, int]:
-        return {
-            "encoder.spatial.blocks": config.spatial_depth,
-            "encoder.temporal.blocks": config.temporal_depth,
-            "decoder.blocks.blocks": config.spatial_depth,
-        }
-
     def resize_frames(self, frames: Tensor) -> Tensor:
         return pillow_bilinear(frames, self.config.image_size)
 

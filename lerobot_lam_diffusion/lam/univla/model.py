@@ -26,10 +26,6 @@ class UniVlaLam(LatentActionModel):
     def build_modules(cls, config: UniVlaConfig) -> dict[str, nn.Module]:
         return {"encoder": UniVlaEncoder(config), "vq": Quantizer(config), "irrelevant": Irrelevant(config)}
 
-    @classmethod
-    def expected_blocks(cls, config: UniVlaConfig) -> dict[str, int]:
-        return {"encoder.dino.blocks": config.dino_depth, "encoder.blocks": config.enc_blocks}
-
     def resize_frames(self, frames: Tensor) -> Tensor:
         return tensorflow_lanczos3(frames, self.config.image_size)
 
