@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.utils.errors import LamError, first_line, raise_problems, shown
+from lerobot_lam_diffusion.utils.errors import LamError, first_line, one_line, raise_problems, shown
 from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular, write_whole
 
 from .base import LatentActionModel
@@ -34,7 +34,6 @@ ENTRY_POINTS = "lerobot_lam_diffusion.lams"
 _registered: dict[str, type[LatentActionModel]] = {}
 _fingerprints: dict[tuple, str] = {}
 _DTYPES = (torch.float32, torch.bfloat16)
-_LONGEST_LIST = 2000
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
 
 # Families.
@@ -85,7 +84,7 @@ def family_of(folder: Path, architecture: Any) -> type[LatentActionModel]:
 
 
 def read_config(folder: Path) -> Any:
-    """The dimensions of a model folder's LAM, at least a `TokenShape`; no weights are read.
+    """The config of a model folder's LAM; no weights are read.
 
     Raises:
         LamError: the file is absent, of an unknown architecture or not a possible model.
@@ -248,8 +247,7 @@ def _loaded_modules(
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:  # lists missing, unexpected and misshapen tensors
-            found = " ".join(str(error).split())
-            problems.append(f"{part}: {found[:_LONGEST_LIST]}{'…' if len(found) > _LONGEST_LIST else ''}")
+            problems.append(f"{part}: {one_line(error)}")
     raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
     return wanted
 
