@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lerobot_lam_diffusion.utils.errors import LamError
 
-from .config import TokenShape
 from .precision import full_precision
 from .preprocess import check_frames, standardize
 
@@ -297,7 +296,12 @@ def check_axes(name: str, frames: Tensor, ndim: int, expected: str) -> None:
     check_frames(frames)
 
 
-def proposed_stride(lams: Sequence[TokenShape], fps: float) -> int | None:
-    """The frame stride nearest to that of the LAMs' training: the shortest of several, None if unknown."""
+def proposed_stride(lams: Sequence[Any], fps: float) -> int | None:
+    """The frame stride nearest to that of the LAMs' training: the shortest of several, None if unknown.
+
+    Args:
+        lams: Loaded LAMs, or their configs.
+        fps: Frame rate of the dataset.
+    """
     seconds = [lam.stride_seconds for lam in lams if lam.stride_seconds is not None]
     return max(1, round(min(seconds) * fps)) if seconds else None

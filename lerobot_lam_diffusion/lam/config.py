@@ -3,7 +3,7 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
 from lerobot_lam_diffusion.utils.files import UnreadableError, read_json
@@ -14,26 +14,6 @@ _REMEDY = "Correct the file, or fetch the model folder again."
 _UNFIT = "These LAM dimensions do not describe a model"
 _LARGEST = 1 << 16  # far beyond any LAM; the file may be damaged
 _DEEPEST = 128  # blocks, which are built before their weights are read
-
-
-class TokenShape(Protocol):
-    """What a loaded LAM and its config both know without computing anything."""
-
-    @property
-    def num_learned_tokens(self) -> int:
-        """Slots n per frame pair."""
-
-    @property
-    def action_latent_dim(self) -> int:
-        """Width a of one slot."""
-
-    @property
-    def num_codes(self) -> int:
-        """Codebook rows K; 0: there is no codebook, tokens are continuous only."""
-
-    @property
-    def stride_seconds(self) -> float | None:
-        """Seconds between the frames of a training pair, if known."""
 
 
 class ModelConfig:
@@ -69,6 +49,7 @@ class ModelConfig:
 
     @property
     def num_codes(self) -> int:
+        """Codebook rows K; 0: there is no codebook, tokens are continuous only."""
         return self.n_codes
 
     @property
