@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, read_config, resolve_lam, save_lam
-from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
-from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement, copying_decoder
-from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
+from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate, write_card
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear

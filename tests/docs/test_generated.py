@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens.export import FORMATS
 from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS_STORAGE

@@ -7,8 +7,7 @@ from ..base import LatentActionModel
 from ..precision import full_precision
 from ..quantizer import Quantizer
 from ..resize import pillow_bilinear
-from .config import LapaConfig
-from .network import LapaDecoder, LapaEncoder
+from .network import LapaConfig, LapaDecoder, LapaEncoder
 
 
 class LapaLam(LatentActionModel):

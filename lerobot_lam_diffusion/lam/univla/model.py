@@ -9,8 +9,7 @@ from ..base import LamTokens, LatentActionModel
 from ..precision import full_precision
 from ..quantizer import Quantizer
 from ..resize import tensorflow_lanczos3
-from .config import UniVlaConfig
-from .network import Irrelevant, UniVlaEncoder
+from .network import Irrelevant, UniVlaConfig, UniVlaEncoder
 
 
 class UniVlaLam(LatentActionModel):
