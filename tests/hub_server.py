@@ -1,7 +1,8 @@
 """A stand-in of the Hugging Face Hub on this machine: as much of its interface as its client asks for.
 
 It knows dataset repositories with branches, commits, large files (git LFS), private and gated ones, accounts
-that may read or write, and downloads that break off. Tests let the real `huggingface_hub` talk to it.
+that may read or write, and downloads that break off; models can only be read. Tests let the real
+`huggingface_hub` talk to it.
 """
 
 import base64
@@ -305,10 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 _ID = r"([^/]+/[^/]+)"
 _ROUTES = (
-    ("GET", rf"/api/datasets/{_ID}", _Handler.info),
-    ("GET", rf"/api/datasets/{_ID}/revision/([^/]+)", _Handler.info),
-    ("GET", rf"/api/datasets/{_ID}/tree/([^/]+)", _Handler.tree),
-    ("GET HEAD", rf"/datasets/{_ID}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET", rf"/api/(?:datasets|models)/{_ID}", _Handler.info),
+    ("GET", rf"/api/(?:datasets|models)/{_ID}/revision/([^/]+)", _Handler.info),
+    ("GET", rf"/api/(?:datasets|models)/{_ID}/tree/([^/]+)", _Handler.tree),
+    ("GET HEAD", rf"/(?:datasets/)?{_ID}/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", rf"/api/datasets/{_ID}/branch/([^/]+)", _Handler.branch),

@@ -220,14 +220,3 @@ def on_the_fly(lam_folder) -> list[str]:
         f"--policy.lam_model_path={lam_folder}",
         "--policy.lam_camera_key=observation.images.top",
     ]
-
-
-@pytest.mark.slow
-def test_trains_on_the_fly(monkeypatch, flags, lam_folder, tmp_path):
-    """Through the stock loop: extra frames are fetched, the LAM encodes, the checkpoint holds no LAM."""
-    run = tmp_path / "run"
-    train(monkeypatch, *flags, *on_the_fly(lam_folder), "--policy.lam_frame_stride=3", "--steps=2")
-    saved = saved_config(run)
-    assert saved["lam_source"] == f"live:{lam_folder}"
-    assert saved["lam_frame_stride"] == 3
-    assert not [name for name in weights(run) if "encoder.pe" in name or "lam_model" in name]

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
@@ -17,10 +14,9 @@ from lerobot.datasets.utils import BackwardCompatibilityError
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.scripts import precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.tokens import TokenStore
-from tests.conftest import TOP, record_dataset
+from tests.conftest import TOP
 from tests.policies import lam_config, live_config, training_batch
 
 WRIST = "observation.images.wrist"
@@ -218,51 +214,3 @@ def test_a_dataset_in_the_lance_layout_is_named_as_such(lam_folder, tmp_path):
         precompute_lam_tokens.main([*where, f"--lam.path={lam_folder}", f"--output_dir={tmp_path}/o"])
     assert "is in the Lance layout" in str(stopped.value)
     assert "huggingface.co" not in str(stopped.value)
-
-
-def many_episodes(root: Path, pairs: int) -> LeRobotDataset:
-    """Episodes of one and of two frames in turn: a dataset of two such episodes, its rows repeated."""
-    record_dataset(root, (1, 2), use_videos=False)
-    (data,), (episodes,) = (sorted(root.glob(f"{part}/**/*.parquet")) for part in ("data", "meta/episodes"))
-    lengths = np.tile([1, 2], pairs)
-    start = np.cumsum(lengths) - lengths
-    number = np.arange(len(lengths))
-    repeated(data, pairs, {"index": np.arange(lengths.sum()), "episode_index": np.repeat(number, lengths)})
-    bounds = {"dataset_from_index": start, "dataset_to_index": start + lengths, "episode_index": number}
-    repeated(episodes, pairs, bounds)
-    info = json.loads((root / "meta" / "info.json").read_text())
-    info |= {"total_episodes": len(lengths), "total_frames": int(lengths.sum())}
-    (root / "meta" / "info.json").write_text(json.dumps(info))
-    return LeRobotDataset("local/squares", root=root, return_uint8=True)
-
-
-def repeated(path: Path, times: int, columns: dict[str, np.ndarray]) -> None:
-    table = pa.concat_tables([pq.read_table(path)] * times)
-    for name, values in columns.items():
-        at = table.column_names.index(name)
-        field = table.schema.field(at)
-        table = table.set_column(at, field, pa.array(values, field.type))
-    pq.write_table(table, path)
-
-
-@pytest.mark.slow
-def test_ten_thousand_tiny_episodes(tmp_path, lam, lam_folder):
-    """Nothing costs more for an episode than for a frame."""
-    dataset = many_episodes(tmp_path / "data", 5000)
-    assert (dataset.num_episodes, len(dataset)) == (10_000, 15_000)
-    started = time.monotonic()
-    store = precompute_tokens(
-        dataset, lam, tmp_path / "store", camera_key=TOP, lam_path=str(lam_folder), show_progress=False
-    ).store
-    assert time.monotonic() - started < 120
-    started = time.monotonic()
-    store = TokenStore.open(store.path, dataset.meta)
-    index = torch.arange(15_000)
-    found = store.window(index, [-1, 0])
-    assert time.monotonic() - started < 5
-    prev, cur = (torch.stack([as_uint8(dataset[i][TOP])]) for i in (1, 2))
-    token = lam.encode_pairs(prev, cur).quantized[0]
-    expected = torch.zeros(15_000, 2, 64)
-    expected[2::3, 1] = token  # the second frames of the episodes of two
-    assert token.any()
-    assert torch.equal(found, expected)

@@ -118,9 +118,8 @@ def test_training_fills_in_what_the_checkpoint_must_know(both, stores, lams, tmp
         "| | source 1 | source 2 |\n| --- | --- | --- |",
         f"| camera | `{TOP}` | `{WRIST}` |",
         "| LAM | `top` (a folder where it was trained) | `wrist` (a folder where it was trained) |",
-        "2 × 32 elements, encoded in float32 | VQ (codebook rows), 3 × 16 elements",
-        "| trained on tokens from | the token store `store`",
-        "--policy.lam_model_path='[<LAM 1>,<LAM 2>]' ",
+        "| tokens | VQ, 2 × 32, float32 | VQ, 3 × 16, float32 |",
+        "| trained on | store `store` (a folder where it was trained) |",
     ):
         assert row in card, card
 

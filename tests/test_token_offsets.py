@@ -201,5 +201,5 @@ def test_two_cameras_look_ahead_side_by_side(make_store, tmp_path):
 def test_the_card_tells_the_offsets(dataset, store):
     config = lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1, 2, 3])
     text = lam_section(build(config, dataset)[0].config, 10)
-    assert "the next 3 tokens (+1 … +3 frames)" in text
+    assert "| `lam_token_deltas` | [1, 2, 3] |" in text
     assert "--policy.lam_guidance=" in text

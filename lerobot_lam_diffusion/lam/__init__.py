@@ -8,7 +8,7 @@ tokens.quantized  # (B, n·a)
 from lerobot_lam_diffusion.utils.errors import LamError
 
 from .base import LamTokens, LatentActionModel, proposed_stride
-from .config import TokenConfig, TokenShape
+from .config import TokenConfig
 from .loading import fingerprint_of, load_lam, read_config, register_lam, save_lam, write_lam
 from .locating import recorded_path, resolve_lam, shipped_lams
 from .villa_x.config import LamConfig
@@ -19,7 +19,6 @@ __all__ = [
     "LamTokens",
     "LatentActionModel",
     "TokenConfig",
-    "TokenShape",
     "fingerprint_of",
     "load_lam",
     "proposed_stride",

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lerobot_lam_diffusion.utils.errors import LamError
 
-from .config import TokenShape
 from .precision import full_precision
 from .preprocess import check_frames, standardize
 
@@ -66,8 +65,7 @@ class LatentActionModel(ABC):
         architecture: Its name in `model_config.json`.
         config_class: Dataclass of its dimensions, a `TokenConfig`.
         token_parts: Modules that determine a token; the fingerprint covers their weights.
-        fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file if
-            `fdm_is_optional`.
+        fdm_parts: Modules that only predict frames, loaded on request; they may be absent from the file.
         other_parts: Modules that neither a token nor a predicted frame depends on.
     """
 
@@ -76,7 +74,6 @@ class LatentActionModel(ABC):
     token_parts: ClassVar[tuple[str, ...]] = ("encoder", "vq")
     fdm_parts: ClassVar[tuple[str, ...]] = ()
     other_parts: ClassVar[tuple[str, ...]] = ()
-    fdm_is_optional: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,11 +122,6 @@ class LatentActionModel(ABC):
         assert self._batch_encoder is not None
         clips = self.normalize(torch.stack([prev, cur], dim=1)).to(self.dtype)
         return self._batch_encoder(clips).flatten(1).clone()  # a replayed CUDA graph overwrites its output
-
-    @classmethod
-    def expected_blocks(cls, config: Any) -> dict[str, int]:
-        """Prefix of numbered modules → how many there are; checked before any is built."""
-        return {}
 
     def predict_next(self, frames: Tensor, latents: Tensor) -> Tensor:
         """The later frames of pairs, as the FDM predicts them.
@@ -304,7 +296,12 @@ def check_axes(name: str, frames: Tensor, ndim: int, expected: str) -> None:
     check_frames(frames)
 
 
-def proposed_stride(lams: Sequence[TokenShape], fps: float) -> int | None:
-    """The frame stride nearest to that of the LAMs' training: the shortest of several, None if unknown."""
+def proposed_stride(lams: Sequence[Any], fps: float) -> int | None:
+    """The frame stride nearest to that of the LAMs' training: the shortest of several, None if unknown.
+
+    Args:
+        lams: Loaded LAMs, or their configs.
+        fps: Frame rate of the dataset.
+    """
     seconds = [lam.stride_seconds for lam in lams if lam.stride_seconds is not None]
     return max(1, round(min(seconds) * fps)) if seconds else None

@@ -48,20 +48,22 @@ class Translation:
         config: The family's config, without its source.
         rules: Regular expressions and replacements that turn our keys into theirs, in this order.
         computed: Our keys that have no counterpart → function that computes the tensor from theirs.
-        unused: Their keys that have no counterpart → shapes.
+        inputs: Their keys that only `computed` needs → shapes.
+        unused: Regular expression of their keys that nothing needs.
         dropped: Our modules that are not kept.
     """
 
     config: Any
     rules: Sequence[tuple[str, str]]
     computed: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]]
-    unused: Mapping[str, Shape]
+    inputs: Mapping[str, Shape]
+    unused: str
     dropped: tuple[str, ...] = ()
 
     def expected(self, ours: Mapping[str, Tensor]) -> dict[str, Shape]:
-        """Every key of theirs → its shape, by the tensors of our modules."""
+        """Every key of theirs that is needed → its shape, by the tensors of our modules."""
         translated = {self._theirs(key): tuple(ours[key].shape) for key in ours if key not in self.computed}
-        return {**translated, **self.unused}
+        return {**translated, **self.inputs}
 
     def state(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The content of `model.safetensors`."""
@@ -182,8 +184,13 @@ class Shapes:
         return len({name.split(".")[0] for name in names})
 
 
-def check_tensors(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
+def check_tensors(
+    path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Shape], unused: str
+) -> None:
     """Refuse missing, unexpected, misshapen and damaged tensors.
+
+    Args:
+        expected, unused: See `Translation`.
 
     Raises:
         LamError: lists all of them.
@@ -192,7 +199,9 @@ def check_tensors(path: Path, state: Mapping[str, Tensor], expected: Mapping[str
         f"missing key {key}, expected with shape {list(expected[key])}" for key in expected.keys() - state
     ]
     problems += [
-        f"unexpected key {shown(key)} of shape {list(state[key].shape)}" for key in state.keys() - expected
+        f"unexpected key {shown(key)} of shape {list(state[key].shape)}"
+        for key in state.keys() - expected
+        if not re.fullmatch(unused, key)
     ]
     for key in expected.keys() & state:
         tensor, shape = state[key], expected[key]

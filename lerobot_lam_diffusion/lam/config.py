@@ -3,7 +3,7 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from lerobot_lam_diffusion.utils.errors import LamError, raise_problems, shown
 from lerobot_lam_diffusion.utils.files import UnreadableError, read_json
@@ -13,33 +13,15 @@ CONFIG_FILE = "model_config.json"
 _REMEDY = "Correct the file, or fetch the model folder again."
 _UNFIT = "These LAM dimensions do not describe a model"
 _LARGEST = 1 << 16  # far beyond any LAM; the file may be damaged
-
-
-class TokenShape(Protocol):
-    """What a loaded LAM and its config both know without computing anything."""
-
-    @property
-    def num_learned_tokens(self) -> int:
-        """Slots n per frame pair."""
-
-    @property
-    def action_latent_dim(self) -> int:
-        """Width a of one slot."""
-
-    @property
-    def num_codes(self) -> int:
-        """Codebook rows K; 0: there is no codebook, tokens are continuous only."""
-
-    @property
-    def stride_seconds(self) -> float | None:
-        """Seconds between the frames of a training pair, if known."""
+_DEEPEST = 128  # blocks, which are built before their weights are read
 
 
 class ModelConfig:
     """Base of the config dataclasses of all families: checked fields and conversion to and from JSON.
 
     Fields annotated as integers must be positive (or at least 0 if their default is 0 or their metadata set
-    `least` to 0); floats must be positive; `Any` is not checked.
+    `least` to 0), and those named `…_depth` or `…_blocks` at most 128; floats must be positive; `Any` is not
+    checked.
 
     Raises:
         LamError: a value is of the wrong type or out of range; lists all problems.
@@ -67,6 +49,7 @@ class ModelConfig:
 
     @property
     def num_codes(self) -> int:
+        """Codebook rows K; 0: there is no codebook, tokens are continuous only."""
         return self.n_codes
 
     @property
@@ -95,8 +78,9 @@ class ModelConfig:
                 continue
             least = each.metadata.get("least", 0 if each.default == 0 else 1)
             if int in kinds:
-                fits = type(value) is int and least <= value <= _LARGEST
-                expected = f"an integer from {least} to {_LARGEST}"
+                most = _DEEPEST if each.name.endswith(("_depth", "_blocks")) else _LARGEST
+                fits = type(value) is int and least <= value <= most
+                expected = f"an integer from {least} to {most}"
             elif float in kinds:
                 fits = type(value) in (int, float) and 0 < value <= _LARGEST  # not NaN
                 expected = f"a positive number up to {_LARGEST}"

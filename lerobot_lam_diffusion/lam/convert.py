@@ -126,7 +126,7 @@ def convert_lam(
         )
     translation = translator.translate(path, tensors, dims, keep_fdm)
     ours = state_of(meta_modules(lam, translation.config))
-    check_tensors(path, tensors, translation.expected(ours))
+    check_tensors(path, tensors, translation.expected(ours), translation.unused)
     config = dataclasses.replace(
         translation.config,
         source_file=path.name,

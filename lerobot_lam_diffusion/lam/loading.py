@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.utils.errors import LamError, first_line, raise_problems, shown
+from lerobot_lam_diffusion.utils.errors import LamError, first_line, one_line, raise_problems, shown
 from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular, write_whole
 
 from .base import LatentActionModel
@@ -35,7 +34,6 @@ ENTRY_POINTS = "lerobot_lam_diffusion.lams"
 _registered: dict[str, type[LatentActionModel]] = {}
 _fingerprints: dict[tuple, str] = {}
 _DTYPES = (torch.float32, torch.bfloat16)
-_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _REMEDY = "Fetch or write the model folder again: weights and config must belong together."
 
 # Families.
@@ -86,7 +84,7 @@ def family_of(folder: Path, architecture: Any) -> type[LatentActionModel]:
 
 
 def read_config(folder: Path) -> Any:
-    """The dimensions of a model folder's LAM, at least a `TokenShape`; no weights are read.
+    """The config of a model folder's LAM; no weights are read.
 
     Raises:
         LamError: the file is absent, of an unknown architecture or not a possible model.
@@ -131,21 +129,10 @@ def load_lam(
     folder, commit = locate_lam(path, revision)
     family, config = _read_config(folder)
     with open_weights(folder) as weights:
-        modules = _checked_modules(weights, family, config)
-        if fdm and not modules.keys() >= set(family.fdm_parts):
-            raise LamError(
-                f"{folder} holds no FDM, expected one for predicting frames. Convert the original "
-                "checkpoint again with lerobot-lam-convert … --keep_fdm=true."
-            )
+        modules = _loaded_modules(weights, family, config, dtype, device, fdm)
         fingerprint = _fingerprint(weights, family, config)
-        loaded = {name: module for name, module in modules.items() if fdm or name not in family.fdm_parts}
-        for part, module in loaded.items():
-            part_dtype = torch.float32 if part == "vq" else dtype
-            names = module.state_dict()
-            state = {name: weights.finite(f"{part}.{name}", part_dtype).to(device) for name in names}
-            module.load_state_dict(state, assign=True)
     return family(
-        config, loaded, path=folder, revision=commit, fingerprint=fingerprint, dtype=dtype, device=device
+        config, modules, path=folder, revision=commit, fingerprint=fingerprint, dtype=dtype, device=device
     )
 
 
@@ -235,38 +222,34 @@ def meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.M
     return modules
 
 
-def _checked_modules(
-    weights: "Weights", family: type[LatentActionModel], config: Any
+def _loaded_modules(
+    weights: "Weights",
+    family: type[LatentActionModel],
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    fdm: bool,
 ) -> dict[str, nn.Module]:
-    """The modules that the file holds, on the meta device; their keys and shapes are those of the file."""
-    what, found = f"{weights.path} does not fit its {CONFIG_FILE}", weights.shapes
-    parts = {key.split(".")[0] for key in found}
-    absent = set(family.fdm_parts) - parts if family.fdm_is_optional else set()
-
-    # Numbers of blocks first, before any is built: a damaged config may ask for very many.
-    problems = []
-    for prefix, depth in family.expected_blocks(config).items():
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        blocks = {match[1] for key in found if (match := pattern.match(key))}
-        if len(blocks) != depth and prefix.split(".")[0] not in absent:
-            problems.append(
-                f"{prefix} has {depth} blocks by the config, but the weights hold {len(blocks)} blocks"
-            )
-    raise_problems(what, problems, LamError, _REMEDY)
-
-    modules = {name: each for name, each in meta_modules(family, config).items() if name not in absent}
-    expected = {key: list(tensor.shape) for key, tensor in state_of(modules).items()}
-    problems = [f"missing key {key}, expected with shape {expected[key]}" for key in expected.keys() - found]
-    problems += [
-        f"unexpected key {shown(key)} of shape {shown(found[key])}" for key in found.keys() - expected
-    ]
-    for key in expected.keys() & found:
-        if found[key] != expected[key]:
-            problems.append(f"{key} has shape {shown(found[key])}, expected {expected[key]}")
-        if weights.dtypes[key] not in _STORED_DTYPES:
-            problems.append(f"{key} is stored as {weights.dtypes[key]}, expected floating point")
-    raise_problems(what, sorted(problems), LamError, _REMEDY)
-    return modules
+    """The modules with their weights; the FDM only if it is asked for."""
+    modules, keys = meta_modules(family, config), weights.keys
+    parts = {key.split(".")[0] for key in keys}
+    if fdm and not parts >= set(family.fdm_parts):
+        raise LamError(
+            f"{weights.path} holds no FDM, expected one for predicting frames. Fetch a model that has one, "
+            "or convert the original checkpoint again with lerobot-lam-convert … --keep_fdm=true."
+        )
+    wanted = {part: each for part, each in modules.items() if fdm or part not in family.fdm_parts}
+    problems = [f"unexpected part {shown(part)}" for part in sorted(parts - modules.keys())]
+    for part, module in wanted.items():
+        names = [key.removeprefix(f"{part}.") for key in keys if key.startswith(f"{part}.")]
+        part_dtype = torch.float32 if part == "vq" else dtype
+        state = {name: weights.finite(f"{part}.{name}", part_dtype).to(device) for name in names}
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:  # lists missing, unexpected and misshapen tensors
+            problems.append(f"{part}: {one_line(error)}")
+    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
+    return wanted
 
 
 # Which LAM made a token: a hash of everything that determines one, and of nothing else.
@@ -301,7 +284,7 @@ def _fingerprint(weights: "Weights", family: type[LatentActionModel], config: An
 def _hash(weights: "Weights", dimensions: str, token_parts: Sequence[str]) -> str:
     digest = hashlib.sha256(dimensions.encode())
     prefixes = tuple(f"{part}." for part in token_parts)
-    for key in sorted(key for key in weights.shapes if key.startswith(prefixes)):
+    for key in sorted(key for key in weights.keys if key.startswith(prefixes)):
         tensor = weights.tensor(key)
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -313,12 +296,14 @@ def _hash(weights: "Weights", dimensions: str, token_parts: Sequence[str]) -> st
 
 
 class Weights(NamedTuple):
-    """An opened weights file: the shape of each key, and its dtype by safetensors' name ("F32")."""
+    """An opened weights file."""
 
     path: Path
     file: safe_open
-    shapes: dict[str, list[int]]
-    dtypes: dict[str, str]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.file.keys())
 
     def tensor(self, key: str) -> Tensor:
         """A tensor in memory of its own.
@@ -332,10 +317,16 @@ class Weights(NamedTuple):
             raise _unreadable(self.path, error) from error
 
     def finite(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A tensor as `dtype`; one NaN in it would be in every token."""
-        tensor = self.tensor(key).to(dtype)
+        """A floating-point tensor as `dtype`; one NaN in it would be in every token."""
+        stored = self.tensor(key)
+        if not stored.is_floating_point():
+            raise LamError(
+                f"{self.path} is damaged: {shown(key)} is stored as {stored.dtype}, expected floating point. "
+                f"{_REMEDY}"
+            )
+        tensor = stored.to(dtype)
         if not torch.isfinite(tensor).all():
-            raise LamError(f"{self.path} is damaged: {key} holds NaN or Inf as {dtype}. {_REMEDY}")
+            raise LamError(f"{self.path} is damaged: {shown(key)} holds NaN or Inf as {dtype}. {_REMEDY}")
         return tensor
 
 
@@ -355,13 +346,10 @@ def open_weights(folder: Path) -> Iterator[Weights]:
     try:
         check_regular(path)
         file = safe_open(path, framework="pt", backend="pread").__enter__()
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        shapes = {key: each.get_shape() for key, each in slices.items()}
-        dtypes = {key: each.get_dtype() for key, each in slices.items()}
     except (UnreadableError, SafetensorError, OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
     with file:
-        yield Weights(path, file, shapes, dtypes)
+        yield Weights(path, file)
 
 
 def _unreadable(path: Path, error: Exception) -> LamError:

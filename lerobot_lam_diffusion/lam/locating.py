@@ -1,7 +1,6 @@
 """From what a user writes (a folder, a shipped name, a Hub id) to the folder that holds the model."""
 
 import os
-import shlex
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -19,26 +18,15 @@ CHECKPOINT_SUFFIXES = (".pt", ".ckpt", ".pth")
 class Published(NamedTuple):
     """A LAM that is published as a checkpoint on the Hub, and has to be converted first."""
 
-    family: str
     file: str
     licence: str
 
 
 PUBLISHED = {
-    "latent-action-pretraining/LAPA-7B-openx": Published("lapa", "laq_openx.pt", "MIT"),
-    "qwbu/univla-latent-action-model": Published("univla", "lam-stage-2.ckpt", "Apache-2.0"),
+    "latent-action-pretraining/LAPA-7B-openx": Published("laq_openx.pt", "MIT"),
+    "qwbu/univla-latent-action-model": Published("lam-stage-2.ckpt", "Apache-2.0"),
 }
 """Hub repository → its checkpoint. The first one also holds 45 GB of labels."""
-
-
-class LamLocation(NamedTuple):
-    """Attributes:
-    folder: holds `model_config.json` (and should hold `model.safetensors`).
-    revision: resolved commit if it came from the Hub, else None.
-    """
-
-    folder: Path
-    revision: str | None
 
 
 def resolve_lam(path: str | Path, revision: str | None = None) -> Path:
@@ -51,7 +39,7 @@ def resolve_lam(path: str | Path, revision: str | None = None) -> Path:
     Raises:
         LamError: there is no such model.
     """
-    return locate_lam(path, revision).folder
+    return locate_lam(path, revision)[0]
 
 
 def recorded_path(path: str) -> str:
@@ -60,26 +48,27 @@ def recorded_path(path: str) -> str:
     return os.path.abspath(folder) if path not in shipped_lams() and folder.is_dir() else path
 
 
-def locate_lam(path: str | Path, revision: str | None = None) -> LamLocation:
+def locate_lam(path: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """`resolve_lam` together with the commit that a Hub id resolved to."""
     name = str(path)
     if name in shipped_lams():
-        return LamLocation(ASSETS / name, None)
+        return ASSETS / name, None
     try:
         folder = Path(path).expanduser()
-        if folder.is_file():
-            _refuse_checkpoint([folder])
         if folder.exists():
-            return LamLocation(_model_folder(folder), None)
+            return _model_folder(folder), None
     except (OSError, RuntimeError) as error:  # a name too long, no access; a home that does not exist
         raise LamError(
             f"{shown(name)} cannot be looked up ({error}), expected a LAM folder. Correct the path."
         ) from error
     if name in PUBLISHED:
-        raise _to_convert(name, PUBLISHED[name].family)
+        raise LamError(
+            f"{name!r} is a published checkpoint, expected a LAM folder. Convert it once, and use the folder "
+            f"that this writes: lerobot-lam-convert {name} --output_dir=<folder>"
+        )
     if REPO_ID.fullmatch(name):
         snapshot = _download(name, revision)
-        return LamLocation(_model_folder(snapshot), snapshot.name)
+        return _model_folder(snapshot), snapshot.name
     raise LamError(
         f"There is no LAM at {shown(name, 500)}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
         f"a Hub id such as microsoft/villa-x, or a shipped LAM ({', '.join(shipped_lams())}). Correct the "
@@ -96,25 +85,11 @@ def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "lam"):
         if isfile(candidate / CONFIG_FILE):
             return candidate
-    _refuse_checkpoint(sorted(folder.iterdir()) if folder.is_dir() else [])
     raise LamError(
         f"{folder} holds no {CONFIG_FILE}, nor does its folder lam/; expected a LAM folder with "
-        f"{CONFIG_FILE} and {WEIGHTS_FILE}. Point to that folder, or fetch the model again."
-    )
-
-
-def _refuse_checkpoint(files: list[Path]) -> None:
-    """Raise a LamError with the command to run if one of the files is a checkpoint."""
-    for file in files:
-        if file.suffix in CHECKPOINT_SUFFIXES:
-            raise _to_convert(str(file), file.stem)
-
-
-def _to_convert(source: str, name: str) -> LamError:
-    command = f"lerobot-lam-convert {shlex.quote(source)} --output_dir=./data/{shlex.quote(name)}_lam"
-    return LamError(
-        f"{source!r} is a published checkpoint, expected a LAM folder. Convert it once, and use the folder "
-        f"that this writes: {command}"
+        f"{CONFIG_FILE} and {WEIGHTS_FILE}. Point to that folder, or fetch the model again; a published "
+        f"checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}) is converted once, with lerobot-lam-convert "
+        "<checkpoint> --output_dir=<folder>."
     )
 
 

@@ -14,7 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import TokenShape, fingerprint_of, proposed_stride, read_config, recorded_path
+from lerobot_lam_diffusion.lam import fingerprint_of, proposed_stride, read_config, recorded_path
 from lerobot_lam_diffusion.policy.cameras import dataset_camera
 from lerobot_lam_diffusion.policy.lams import check_lams, find_lams, open_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, cached_entries
@@ -31,8 +31,8 @@ from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError, Us
 logger = logging.getLogger(__name__)
 
 
-def resolved_lams(config: DiffusionLamConfig) -> tuple[list[str], list[TokenShape]]:
-    """Fingerprint and token shape of each source's LAM, checked to fit `config` without loading weights."""
+def resolved_lams(config: DiffusionLamConfig) -> tuple[list[str], list[Any]]:
+    """Fingerprint and config of each source's LAM, checked to fit `config` without loading weights."""
     folders = find_lams(config)
     fingerprints = [fingerprint_of(folder) for folder in folders]
     shapes = [read_config(folder) for folder in folders]

@@ -9,7 +9,7 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
+from lerobot_lam_diffusion.utils.errors import TrainingError, one_line, raise_problems
 
 COMPILED = "_orig_mod."
 """`torch.compile` adds it to the name of every parameter of a module, in checkpoints too."""
@@ -43,25 +43,24 @@ def load_weights(
         may_lack: Plain names that `weights` may lack.
 
     Raises:
-        TrainingError: names or shapes do not fit; lists them.
+        TrainingError: names or shapes do not fit.
     """
-    own = {plain(name): (name, tensor) for name, tensor in module.state_dict().items()}
-    given = {plain(name): tensor for name, tensor in weights.items()}
-    problems = [f"{name} is missing" for name in own.keys() - given.keys() - (may_lack or set())]
-    problems += [f"{name} is unexpected" for name in given.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, (_, tensor) in own.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
-    what = f"the weights in {where} do not fit this policy"
-    if any(name.startswith("normalize_inputs.") for name in given):
-        what += (
-            " (they are of a LeRobot before processors: migrate them with python -m "
-            "lerobot.processor.migrate_policy_normalization --pretrained-path=…)"
-        )
-    raise_problems(what, sorted(problems), TrainingError, at_most=12)
-    module.load_state_dict({own[name][0]: tensor for name, tensor in given.items()}, strict=False)
+    own = module.state_dict()
+    names = {plain(name): name for name in own}
+    given = {names.get(plain(name), name): tensor for name, tensor in weights.items()}
+    lacking = {name: own[name] for name in own if plain(name) in (may_lack or set())}
+    try:
+        module.load_state_dict(lacking | given)
+    except RuntimeError as error:  # lists missing, unexpected and misshapen tensors
+        remedy = "name a checkpoint of this policy, and leave out flags that change its network"
+        if any(name.startswith("normalize_inputs.") for name in given):
+            remedy = (
+                "they are of a LeRobot before processors: migrate them with python -m "
+                "lerobot.processor.migrate_policy_normalization --pretrained-path=…"
+            )
+        raise TrainingError(
+            f"the weights in {where} do not fit this policy ({one_line(error)}); {remedy}"
+        ) from error
 
 
 def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_parameters: set[str]) -> None:

@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
 from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise_problems, raise_unfit
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.lam import LatentActionModel, TokenShape
+    from lerobot_lam_diffusion.lam import LatentActionModel
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,11 @@ def local_fingerprint(path: str) -> str | None:
         return None  # deployment will say so
 
 
-def check_lams(
-    config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: "Sequence[TokenShape]"
-) -> None:
+def check_lams(config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: Sequence[Any]) -> None:
     """Check, by fingerprint and token shape, that each source's LAM is the one that the policy expects.
+
+    Args:
+        shapes: Loaded LAMs, or their configs.
 
     Raises:
         UserError: another token shape, another LAM than trained with, or two sources that are the same; all

@@ -70,8 +70,8 @@ class LiveTokens:
         """Conditioning tokens `(B, lam_conditioning_steps, lam_token_dim)` of a dataset batch.
 
         Args:
-            batch: Raw frames for each of the policy's `observation_delta_indices`, padding flags and, to
-                encode repeated pairs only once, `index`.
+            batch: Raw frames for each of the policy's `observation_delta_indices`, padding flags and, for a
+                cache, `index`.
         """
         deltas = self._config.observation_delta_indices
         frames = raw_frames(self._config, batch)
@@ -139,25 +139,16 @@ class LiveLam:
             frame = None
             if index is not None:
                 frame = (index.unsqueeze(1) + torch.tensor(steps, device=index.device)).flatten()[exists]
-            tokens[exists] = self._encode_distinct(prev[exists], cur[exists], frame)
+            tokens[exists] = self._cached(prev[exists], cur[exists], frame)
         return tokens.unflatten(0, (len(frames), len(steps)))
 
-    def _encode_distinct(self, prev: Tensor, cur: Tensor, frame: Tensor | None) -> Tensor:
-        """Encode each pair once. Pairs of one frame may still differ: augmentation changes pixels."""
-        if frame is None:
-            if self.cache is not None:
-                self.cache.disable("the batch has no 'index', which identifies the frames")
-            return self.encode(prev, cur)
-        order = torch.arange(len(frame))
-        _, group = torch.unique(frame.cpu(), return_inverse=True)  # Apple's GPUs have no such reduction
-        first = torch.full_like(order, len(order)).scatter_reduce(0, group, order, "amin")[group]
-        order, first = order.to(prev.device), first.to(prev.device)
-        same = (prev == prev[first]).flatten(1).all(1) & (cur == cur[first]).flatten(1).all(1)
-        distinct, position = torch.unique(torch.where(same, first, order), return_inverse=True)
-        prev, cur, frame = prev[distinct], cur[distinct], frame[distinct]
-        if self.cache is None:
-            return self.encode(prev, cur)[position]
-        return self.cache.tokens(prev, cur, frame, self._encode_pairs)[position]
+    def _cached(self, prev: Tensor, cur: Tensor, frame: Tensor | None) -> Tensor:
+        """`encode`, by way of the cache if there is one."""
+        if self.cache is not None and frame is not None:
+            return self.cache.tokens(prev, cur, frame, self._encode_pairs)
+        if self.cache is not None:
+            self.cache.disable("the batch has no 'index', which identifies the frames")
+        return self.encode(prev, cur)
 
 
 class FrameHistory:

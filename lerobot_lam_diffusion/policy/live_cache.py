@@ -120,7 +120,7 @@ class LiveCache:
                 f"the LAM runs on {prev.device.type}, and --policy.device says {cache.provenance.device}"
             )
         if self._reads:
-            pixels, frames = pixel_digests(prev, cur).cpu(), frames.cpu()
+            pixels, frames = pixel_digests(prev, cur), frames.cpu()
             try:
                 found = cache.read(frames, pixels)
             except OSError as error:  # training needs no cache

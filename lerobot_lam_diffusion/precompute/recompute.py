@@ -96,7 +96,7 @@ def recompute_kept(
         _frames(dataset, cache.provenance.camera_key, frames, lam.device)
         for frames in (index - cache.tables.frame_stride, index)
     )
-    found = cache.read(index, pixel_digests(prev, cur).cpu())
+    found = cache.read(index, pixel_digests(prev, cur))
     same = found.known
     if not same.any():
         raise TokenStoreError(

@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, read_config, resolve_lam, save_lam
-from lerobot_lam_diffusion.lam.fit.card import write_card
 from lerobot_lam_diffusion.lam.fit.data import FitData
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
-from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement, copying_decoder
-from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate
+from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate, write_card
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
 from lerobot_lam_diffusion.lam.loading import open_weights
 from lerobot_lam_diffusion.lam.resize import bilinear
@@ -174,8 +172,8 @@ def _open_refined(path: str, device: str) -> VillaXLam:
             "expected one to refine: name a LAM that lerobot-lam-fit wrote"
         )
     with open_weights(folder) as weights:
-        dtypes = {dtype for key, dtype in weights.dtypes.items() if key.startswith(("encoder.", "vq."))}
-    if dtypes != {"F32"}:
+        dtypes = {weights.tensor(key).dtype for key in weights.keys if key.startswith(("encoder.", "vq."))}
+    if dtypes != {torch.float32}:
         raise UserError(
             f"--refine_decoder={path} is not stored in float32, so its fingerprint would change, expected "
             "float32 weights: refine a LAM that lerobot-lam-fit wrote"

@@ -39,7 +39,6 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import (
-    TokenShape,
     load_lam,
     proposed_stride,
     read_config,
@@ -338,7 +337,7 @@ def extract_share(flags: dict[str, Any], cpus: int, data: Any, rank: int, world_
     _extract(config, process, merge=False, show_progress=False)
 
 
-def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tuple[int, bool]:
+def _kind_of_tokens(config: PrecomputeConfig, lam: Any, fps: float) -> tuple[int, bool]:
     """Frame stride, and whether VQ tokens are wanted; the LAM decides what the user leaves out."""
     use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
     check_kind(lam.num_codes, config.lam.path, use_vq_tokens)
@@ -350,7 +349,7 @@ def _kind_of_tokens(config: PrecomputeConfig, lam: TokenShape, fps: float) -> tu
     return config.frame_stride or _proposed_stride(lam, fps), use_vq_tokens
 
 
-def _proposed_stride(lam: TokenShape, fps: float) -> int:
+def _proposed_stride(lam: Any, fps: float) -> int:
     """The stride where the user names none; printed, since it decides what the tokens mean."""
     stride = proposed_stride([lam], fps)
     if stride is None:

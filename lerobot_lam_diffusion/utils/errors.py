@@ -92,6 +92,12 @@ def first_line(error: object, at_most: int = 200) -> str:
     return line if len(line) <= at_most else f"{line[: at_most - 1]}…"
 
 
+def one_line(error: object, at_most: int = 2000) -> str:
+    """An error's whole message on one line, shortened."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= at_most else f"{line[: at_most - 1]}…"
+
+
 def shown(value: Any, at_most: int = 80) -> str:
     """`repr` for a message, bounded in length and cost even if the value's own `repr` fails or never ends."""
     cut = reprlib.Repr(maxlevel=3, maxstring=at_most, maxlong=at_most, maxother=at_most)

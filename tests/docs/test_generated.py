@@ -12,7 +12,7 @@ import pytest
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
 from lerobot_lam_diffusion import DiffusionLamConfig
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
 from lerobot_lam_diffusion.scripts.help import fields_help
 from lerobot_lam_diffusion.tokens.export import FORMATS

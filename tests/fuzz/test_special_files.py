@@ -121,7 +121,7 @@ def test_weights_that_get_shorter_while_they_are_read(good, tmp_path):
     with open_weights(folder) as weights:
         os.truncate(folder / WEIGHTS_FILE, 6000)
         with pytest.raises(LamError, match="is not a readable safetensors file"):
-            list(map(weights.tensor, weights.shapes))
+            list(map(weights.tensor, weights.keys))
 
 
 def test_messages_are_short_whatever_is_shown():

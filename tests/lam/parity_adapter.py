@@ -3,7 +3,7 @@
 import torch
 
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.lam.villa_x.tables import spatial_table, temporal_table
+from lerobot_lam_diffusion.lam.villa_x.layers import spatial_table, temporal_table
 
 
 def load_model(directory):

@@ -79,8 +79,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(dataset, store, tmp_path):
     del weights["diffusion.lam_projection.weight"]
     weights["diffusion.other"] = torch.zeros(1)
     save_file(weights, tmp_path / "model.safetensors")
-    missing = "diffusion.lam_projection.weight is missing"
-    with refused("2 problems", missing, "diffusion.other is unexpected"):
+    missing = 'Missing key(s) in state_dict: "diffusion.lam_projection.weight"'
+    with refused(missing, 'Unexpected key(s) in state_dict: "diffusion.other"', "name a checkpoint of this"):
         DiffusionLamPolicy.from_pretrained(tmp_path)
 
 

@@ -7,8 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lerobot.policies.factory import make_pre_post_processors
-from lerobot.rollout.inference.sync import SyncInferenceEngine
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
@@ -305,34 +303,6 @@ def test_videos_unlike_training_are_told_of(checkpoints, tmp_path, caplog, datas
     assert "has 5 frames per second, the policy was trained at 10" in told
     assert "is 96 × 48, the LAM's camera observation.images.top 48 × 48" in told
     assert told.count("has other colours than the camera") == 1
-
-
-def test_lerobot_rollout_is_guided(checkpoints, dataset, store):
-    """LeRobot's synchronous inference engine, as `lerobot-rollout` runs it on a robot."""
-    policy = deployed(checkpoints(*NEXT), lam_guidance=f"{store.path}#3")
-    pre, post = make_pre_post_processors(policy.config, dataset_stats=dataset.meta.stats)
-    engine = SyncInferenceEngine(
-        policy=policy,
-        preprocessor=pre,
-        postprocessor=post,
-        dataset_features=dataset.meta.features,
-        ordered_action_keys=["x", "y"],
-        task="wander",
-        device="cpu",
-        robot_type=None,
-    )
-    engine.start()
-    engine.reset()
-    for tick in range(5):
-        frame = {
-            "observation.state": np.zeros(2, np.float32),
-            TOP: dataset[tick][TOP].permute(1, 2, 0).numpy(),
-        }
-        engine.get_action(frame)
-        tokens = torch.stack(list(policy._queues[OBS_LAM_TOKENS]), dim=1)
-        chunk = 4 * (tick // 4)
-        expected = store.window(torch.tensor([STARTS[3] + chunk]), NEXT, ahead=True)
-        assert torch.equal(tokens, expected)
 
 
 def test_a_guide_is_a_plain_lookup():

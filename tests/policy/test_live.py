@@ -7,7 +7,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.rollout.inference.sync import SyncInferenceEngine
 
-from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
+from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from tests.conftest import FPS, TOP, write_lam
@@ -165,7 +165,7 @@ def test_rollouts_sync_engine_computes_the_same_tokens(dataset, store):
     assert len(torch.cat(expected).unique(dim=0)) >= 4
 
 
-# Training on the fly: the same tokens and losses, each pair encoded once, and no trace of the LAM.
+# Training on the fly: the same tokens and losses, and no trace of the LAM.
 
 
 @pytest.mark.parametrize(
@@ -196,23 +196,6 @@ def test_one_batch_two_sources_one_loss(
     assert torch.equal(*tokens)
     assert len(tokens[0].flatten(0, 1).unique(dim=0)) >= 4
     assert losses[0] == losses[1]
-
-
-def test_pairs_that_occur_twice_are_encoded_once(dataset, lam_folder, monkeypatch):
-    config = live_config(lam_folder, lam_temporal_aggregation="concat", n_obs_steps=3)
-    policy, preprocess = build(config, dataset)
-    encoded = []
-    (live,) = policy.live_tokens.lams
-    encode = live.encode
-    monkeypatch.setattr(live, "encode", lambda prev, cur: encoded.append(len(prev)) or encode(prev, cur))
-    batch = preprocess(training_batch(config, dataset, [20, 21, 22]))
-    policy.forward(batch)
-    assert encoded == [4]  # pairs at 19, 20, 21, 22; not the six of three windows of two
-
-    augmented = batch[OBS_LAM_IMAGES][TOP].clone()
-    augmented[1] *= 0.5  # what augmentation does to one item
-    policy.forward({**batch, OBS_LAM_IMAGES: {TOP: augmented}})
-    assert encoded[-1] == 6  # its pixels differ, so its pairs are its own
 
 
 def test_the_lam_is_no_part_of_the_policy(dataset, lam_folder, tmp_path):

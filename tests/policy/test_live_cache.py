@@ -86,7 +86,7 @@ def test_each_pair_is_encoded_once_and_the_losses_are_the_same(live, use_vq):
     assert expected[0] != expected[1]
     for _ in range(3):  # epochs
         assert [loss(kept, one) for one in batches] == expected
-    assert asked == [4, 1]  # pairs at 29 to 32, and the one at 33
+    assert asked == [6, 1]  # three windows of two pairs, and the pair at 33
 
     another_run, _, asked = live(**fields)
     assert [loss(another_run, one) for one in batches] == expected

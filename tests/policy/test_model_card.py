@@ -30,10 +30,10 @@ def test_a_policy_trained_on_a_store_of_the_hub(dataset, store, lam_folder, tmp_
             f"`{lam_folder.name}` (a folder where it was trained)",
             store.provenance.lam.fingerprint,
             f"| camera | `{TOP}` |",
-            "1 frame = 0.1 s at 10 fps",
-            "VQ (codebook rows), 2 × 32 elements, encoded in float32",
-            "latest: 1 token |",
-            f"[{REPO}](https://huggingface.co/datasets/{REPO}), commit `{first}`",
+            "| frame stride | 1 = 0.1 s at 10 fps |",
+            "| tokens | VQ, 2 × 32, float32 |",
+            "| `lam_token_deltas` | [0] |",
+            f"| trained on | store `{REPO}@{first}` |",
         ):
             assert fact in card.text, fact
         assert str(lam_folder.parent) not in card.text
@@ -55,25 +55,21 @@ def test_without_lam_conditioning_it_is_lerobots_card(dataset, monkeypatch):
     assert "lam-tokens" not in card.data.tags
 
 
-def test_sources():
-    def told(**fields):
-        section = lam_section(lam_config(**fields), None)
-        return next(line for line in section.splitlines() if line.startswith("| trained on"))
-
-    local = "(a folder where it was trained)"
-    assert told() == "| trained on tokens from | not recorded |"
-    assert told(lam_source="store:/home/me/data/pusht_lam").endswith(f"the token store `pusht_lam` {local} |")
-    assert told(lam_source="column:observation.lam_tokens").endswith("column `observation.lam_tokens` |")
-    assert told(lam_source="live:microsoft/villa-x").endswith("in training (`microsoft/villa-x`) |")
-
-
-def test_the_command_names_a_lam_that_others_can_reach():
-    assert "--policy.lam_model_path=microsoft/villa-x " in lam_section(
-        lam_config(lam_model_path="microsoft/villa-x", repo_id="user/policy"), None
+def test_no_path_of_the_training_machine_is_told():
+    config = lam_config(
+        repo_id="user/policy",
+        lam_model_path=["microsoft/villa-x", "/home/me/lam"],
+        lam_source="store:/home/me/data/pusht_lam",
+        lam_frame_stride=3,
     )
-    several = lam_config(lam_model_path=["microsoft/villa-x", "/home/me/lam"])
-    assert "--policy.lam_model_path='[microsoft/villa-x,<LAM 2>]' " in lam_section(several, None)
-    section = lam_section(lam_config(lam_model_path="/home/me/lam", lam_frame_stride=3), 30)
-    assert "--policy.lam_model_path=<LAM> " in section
+    section = lam_section(config, 30)
+    local = "(a folder where it was trained)"
+    for fact in (
+        f"| LAM | `microsoft/villa-x` | `lam` {local} |",
+        f"| trained on | store `pusht_lam` {local} |",
+        "| frame stride | 3 = 0.1 s at 30 fps |",
+        "lerobot-eval --policy.path=user/policy --policy.lam_model_path=<LAM> ",
+    ):
+        assert fact in section, fact
     assert "/home" not in section
-    assert "| frame stride | 3 frames = 0.1 s at 30 fps |" in section
+    assert "| LAM | not recorded |" in lam_section(lam_config(), None)

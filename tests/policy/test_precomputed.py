@@ -101,7 +101,7 @@ def test_columns_that_cannot_be_used(with_column, store):
             {"format_version": 99},
             "has format version 99; this lerobot_policy_diffusion_lam reads versions up",
         ),
-        ({"frame_stride": 0}, "frame_stride is 0, expected a positive integer"),
+        ({"frame_stride": 0}, "frame_stride is 0, which no store has"),
         ({"lam": {}}, "is damaged: lam.path is missing"),
     ],
 )

@@ -139,22 +139,6 @@ def test_frames_beyond_the_first_video_file_are_refused(several_files, make_stor
                 policy.forward(preprocessor(batch))
 
 
-@needs_torchcodec
-def test_the_defects_of_lerobots_streaming_are_still_there(several_files):
-    """What we refuse or describe: where one of these fails, LeRobot has fixed it, and our part can go."""
-    here = LeRobotDataset("local/squares", root=several_files.root, video_backend="torchcodec")
-    options = {"root": several_files.root, "max_num_shards": 1, "buffer_size": 1}
-    streamed = StreamingLeRobotDataset("local/squares", delta_timestamps={TOP: [-0.1, 0.0]}, **options)
-    first = [item for item, _ in zip(streamed, range(8), strict=False)]
-    other = [item for item in first if not torch.equal(item[TOP][1], here[item["index"]][TOP])]
-    assert other
-    assert not any(item[f"{TOP}_is_pad"].any() for item in other)
-    some = StreamingLeRobotDataset("local/squares", episodes=[1], **options)
-    assert next(iter(some))["episode_index"] == 0
-    nothing = StreamingLeRobotDataset("local/squares", **{**options, "max_num_shards": 0})
-    assert not list(nothing)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,9 +1,11 @@
-"""How a LAM is fitted: everything but the model's size and the data."""
+"""How a LAM is fitted: everything but the data; and named model sizes."""
 
 from dataclasses import dataclass
 from math import cos, pi
 
 from lerobot_lam_diffusion.utils.errors import LamError, raise_problems
+
+from ..villa_x.config import LamConfig
 
 GROUND, DRAW, QUANTISE = "ground", "draw", "quantise"
 
@@ -80,4 +82,30 @@ class FitRecipe:
 _LEAST = {
     "steps": 1, "batch_size": 2, "warmup_steps": 0, "ground_share": 0, "draw_share": 0, "state_weight": 0,
     "moving_weight": 0, "noise": 0, "token_penalty": 0, "commitment": 0, "codebook_decay": 0,
+}  # fmt: skip
+
+_COMPACT = LamConfig(
+    resolution=96, patch_size=12, d_t=2, mlp_ratio=2.0,
+    encoder_depth=2, encoder_embed_dim=64, encoder_n_heads=4, map_heads=8,
+    num_learned_tokens=2, action_latent_dim=32, n_codes=32,
+    decoder_depth=2, decoder_embed_dim=128, decoder_n_heads=4,
+)  # fmt: skip
+
+PRESETS: dict[str, LamConfig] = {
+    # 0.6 M parameters, 2.6 MB: minutes on a CPU, for simple scenes.
+    "compact": _COMPACT,
+    # 5.8 M parameters, 23 MB: finer patches and more width, for a GPU and real cameras (not yet tried there).
+    "small": LamConfig(
+        resolution=96, patch_size=8, d_t=2, mlp_ratio=4.0,
+        encoder_depth=4, encoder_embed_dim=128, encoder_n_heads=4, map_heads=8,
+        num_learned_tokens=2, action_latent_dim=32, n_codes=32,
+        decoder_depth=4, decoder_embed_dim=256, decoder_n_heads=8,
+    ),
+    # 0.02 M parameters, seconds: for tests and for trying a set-up.
+    "tiny": LamConfig(
+        resolution=32, patch_size=8, d_t=2, mlp_ratio=1.0,
+        encoder_depth=1, encoder_embed_dim=16, encoder_n_heads=2, map_heads=2,
+        num_learned_tokens=2, action_latent_dim=8, n_codes=8,
+        decoder_depth=1, decoder_embed_dim=16, decoder_n_heads=2,
+    ),
 }  # fmt: skip

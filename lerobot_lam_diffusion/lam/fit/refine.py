@@ -1,14 +1,13 @@
 """Fit the FDM of a finished LAM further; encoder and codebook, hence all tokens, stay as they are."""
 
 import copy
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lerobot_lam_diffusion.utils.errors import LamError
@@ -19,6 +18,7 @@ from ..villa_x.decoder import Decoder
 from .data import FitData, moving_pixels
 from .motion_init import init_copying_decoder
 from .recipe import FitRecipe
+from .training import Training
 
 REFINE_CHECKPOINT_FILE = "refine_checkpoint.pt"
 
@@ -58,14 +58,13 @@ def copying_decoder(lam: VillaXLam, data: FitData, width: int, depth: int, seed:
     )
 
 
-class DecoderRefinement:
+class DecoderRefinement(Training):
     """The FDM of a LAM in training.
 
     The loss is the mean absolute error over the moving pixels plus that over all pixels, each relative to the
     error of copying the previous frame. The weight of the second term grows from 0.1 to 1: moving parts are
     learned first, then still parts settle. The layers that map pixels in and out use a tenth of the learning
-    rate; the result is a moving average of the weights. Every step is a function of (seed, step), so a
-    resumed run continues bit for bit.
+    rate; the result is a moving average of the weights.
 
     Args:
         lam: opened with its FDM, which is trained in place.
@@ -76,16 +75,17 @@ class DecoderRefinement:
         LamError: the LAM has no FDM, or nothing moves in the frames.
     """
 
+    title = "refine"
+    checkpoint_file = REFINE_CHECKPOINT_FILE
+
     def __init__(self, lam: VillaXLam, recipe: FitRecipe, data: FitData):
         if lam.decoder is None:
             raise LamError(
                 f"{lam.path} was opened without its FDM, expected it for refining. "
                 "Open it with load_lam(path, fdm=True)."
             )
-        self.lam, self.recipe, self.data = lam, recipe, data
-        self.decoder = lam.decoder
-        self.step = 0
-        self.pairs = data.fit_pairs()
+        super().__init__(recipe, data, lam.device)
+        self.lam, self.decoder = lam, lam.decoder
         self.trained = [p for name, p in self.decoder.named_parameters() if name != "pe"]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -98,37 +98,18 @@ class DecoderRefinement:
         self._tokens: Tensor | None = None
 
     def run(self, output_dir: Path, save_every: int, log: Callable[[str], None] = tqdm.write) -> None:
-        """Take the remaining steps, with a progress bar, saving a checkpoint now and then."""
-        bar = tqdm(total=self.recipe.steps, initial=self.step, desc="refine", unit="step", mininterval=1.0)
-        smooth: dict[str, float] = {}
-        while self.step < self.recipe.steps:
-            for name, value in self.take_step().items():
-                smooth[name] = 0.98 * smooth.get(name, value) + 0.02 * value
-            bar.update()
-            if self.step % save_every == 0 or self.step == self.recipe.steps:
-                self.save(output_dir)
-                numbers = ", ".join(f"{name} {value:.4f}" for name, value in smooth.items())
-                log(f"step {self.step}: {numbers}")
-        bar.close()
+        super().run(output_dir, save_every, log)
         self.decoder.requires_grad_(False).load_state_dict(self.average.state_dict())
         # predict_next truncates to whole levels; half a level more makes that rounding.
         half = standardize(torch.full((3, 1, 1), 0.5)) - standardize(torch.zeros(3, 1, 1))
-        self.decoder.pred_head.bias.view(-1, 3).add_(half.flatten().to(self.lam.device))
+        self.decoder.pred_head.bias.view(-1, 3).add_(half.flatten().to(self.device))
 
     def take_step(self) -> dict[str, float]:
         """One optimiser step; returns both errors as shares of those of copying."""
         recipe = self.recipe
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        rows = torch.randint(len(self.pairs), (recipe.batch_size,), generator=generator)
-        prev, cur = (f.to(self.lam.device) for f in self.data.pair_frames(self.pairs[rows]))
-        terms = self._terms(prev, cur, self._all_tokens()[rows].to(self.lam.device))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["share"] * recipe.rate(self.step)
-        self.optimizer.zero_grad()
-        ((0.1 + 0.9 * self.step / recipe.steps) * terms["all"] + terms["moving"]).backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.step += 1
+        rows = torch.randint(len(self.pairs), (recipe.batch_size,), generator=self._generator(self.step))
+        terms = self._terms(*self._frames(self.pairs[rows]), self._all_tokens()[rows].to(self.device))
+        self._descend((0.1 + 0.9 * self.step / recipe.steps) * terms["all"] + terms["moving"])
         # A short memory at first: the first weights are those of no training.
         decay = min(_AVERAGE_DECAY, self.step / (self.step + 10))
         with torch.no_grad():
@@ -136,37 +117,12 @@ class DecoderRefinement:
                 mean.lerp_(parameter, 1 - decay)
         return {name: term.item() for name, term in terms.items()}
 
-    def save(self, output_dir: Path) -> None:
-        """Write the checkpoint atomically."""
-        state = {
-            "setting": self._setting(),
-            "step": self.step,
-            "decoder": self.decoder.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial = output_dir / f".{REFINE_CHECKPOINT_FILE}.partial"
-        torch.save(state, partial)
-        os.replace(partial, output_dir / REFINE_CHECKPOINT_FILE)
+    def state(self) -> dict[str, Any]:
+        return {"decoder": self.decoder.state_dict(), "average": self.average.state_dict()}
 
-    def resume(self, output_dir: Path) -> None:
-        """Continue from the checkpoint of `output_dir`.
-
-        Raises:
-            LamError: it belongs to another LAM, other settings or data.
-        """
-        path = output_dir / REFINE_CHECKPOINT_FILE
-        state = torch.load(path, map_location=self.lam.device, weights_only=True)
-        if state["setting"] != self._setting():
-            raise LamError(
-                f"{path} belongs to a refinement of another LAM, other settings or data:\n  "
-                f"{state['setting']}\nexpected\n  {self._setting()}\nResume with the settings it began with, "
-                "or refine into another folder."
-            )
-        self.step = state["step"]
+    def load_state(self, state: dict[str, Any]) -> None:
         self.decoder.load_state_dict(state["decoder"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
     def _terms(self, prev: Tensor, cur: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         patches = self.decoder(standardize(prev), tokens)
@@ -178,8 +134,7 @@ class DecoderRefinement:
     @torch.no_grad()
     def _copy_errors(self) -> tuple[float, float]:
         """Mean absolute error of copying, in the normalised scale: over all pixels, over the moving ones."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 - 1)
-        rows = torch.randint(len(self.pairs), (_COPY_PAIRS,), generator=generator)
+        rows = torch.randint(len(self.pairs), (_COPY_PAIRS,), generator=self._generator(-1))
         total = moving_total = torch.zeros((), dtype=torch.double)
         pixels = moving_pixels_ = 0
         for later in self.pairs[rows].split(_ENCODE_PAIRS):
@@ -203,7 +158,6 @@ class DecoderRefinement:
             self._tokens = torch.cat([tokens.of_kind(True).cpu() for tokens in encoded])
         return self._tokens
 
-    def _setting(self) -> str:
+    def _setting(self) -> dict[str, Any]:
         size = [self.lam.config.decoder_embed_dim, self.lam.config.decoder_depth]
-        setting = {"lam": self.lam.fingerprint, "recipe": asdict(self.recipe), "size": size}
-        return json.dumps({**setting, "data": self.data.summary()})
+        return {"lam": self.lam.fingerprint, "size": size}

@@ -1,6 +1,6 @@
 """LAPA's latent action quantiser (LAQ)."""
 
-from .config import LapaConfig
 from .model import LapaLam
+from .network import LapaConfig
 
 __all__ = ["LapaConfig", "LapaLam"]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import Dims, Shape, Shapes, Translation
-from .config import LapaConfig
+from ..checkpoint import Dims, Shapes, Translation
+from .network import LapaConfig
 
 DIMS = ("image_size", "code_seq_len")
 """Fields of `Dims` that these checkpoints do not contain."""
@@ -42,6 +42,9 @@ RULES = (
 )
 
 BIAS = "spatial_rel_pos_bias.net"
+
+# Self-attention has the parameters of attention to a context, and does not use them.
+UNUSED = r"(enc|dec)_(spatial|temporal)_transformer\.layers\.\d+\.1\.(context_norm\.(gamma|beta)|null_kv)"
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,28 +85,13 @@ def translate(path: Path, state: Mapping[str, Tensor], dims: Dims, keep_fdm: boo
 def translation_of(config: LapaConfig, keep_fdm: bool = False) -> Translation:
     """The translation of a LAQ of these dimensions."""
     computed = {"encoder.bias": partial(relative_bias, config)}
-    return Translation(config, RULES, computed, _unused(config), () if keep_fdm else ("decoder",))
-
-
-def _unused(c: LapaConfig) -> dict[str, Shape]:
-    D = c.dim
-    shapes: dict[str, Shape] = {
+    D = config.dim
+    inputs = {
         f"{BIAS}.0.0.weight": (D, 2), f"{BIAS}.0.0.bias": (D,),
         f"{BIAS}.1.0.weight": (D, D), f"{BIAS}.1.0.bias": (D,),
-        f"{BIAS}.2.weight": (c.heads, D), f"{BIAS}.2.bias": (c.heads,),
+        f"{BIAS}.2.weight": (config.heads, D), f"{BIAS}.2.bias": (config.heads,),
     }  # fmt: skip
-    # Self-attention has the parameters of attention to a context, and does not use them.
-    depths = {
-        "enc_spatial": c.spatial_depth,
-        "enc_temporal": c.temporal_depth,
-        "dec_spatial": c.spatial_depth,
-    }
-    for name, depth in depths.items():
-        for block in range(depth):
-            prefix = f"{name}_transformer.layers.{block}.1"
-            shapes[f"{prefix}.context_norm.gamma"] = shapes[f"{prefix}.context_norm.beta"] = (D,)
-            shapes[f"{prefix}.null_kv"] = (c.heads, 0, c.dim_head)
-    return shapes
+    return Translation(config, RULES, computed, inputs, UNUSED, () if keep_fdm else ("decoder",))
 
 
 @torch.no_grad()

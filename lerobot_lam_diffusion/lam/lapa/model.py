@@ -7,8 +7,7 @@ from ..base import LatentActionModel
 from ..precision import full_precision
 from ..quantizer import Quantizer
 from ..resize import pillow_bilinear
-from .config import LapaConfig
-from .network import LapaDecoder, LapaEncoder
+from .network import LapaConfig, LapaDecoder, LapaEncoder
 
 
 class LapaLam(LatentActionModel):
@@ -23,14 +22,6 @@ class LapaLam(LatentActionModel):
     @classmethod
     def build_modules(cls, config: LapaConfig) -> dict[str, nn.Module]:
         return {"encoder": LapaEncoder(config), "vq": Quantizer(config), "decoder": LapaDecoder(config)}
-
-    @classmethod
-    def expected_blocks(cls, config: LapaConfig) -> dict[str, int]:
-        return {
-            "encoder.spatial.blocks": config.spatial_depth,
-            "encoder.temporal.blocks": config.temporal_depth,
-            "decoder.blocks.blocks": config.spatial_depth,
-        }
 
     def resize_frames(self, frames: Tensor) -> Tensor:
         return pillow_bilinear(frames, self.config.image_size)

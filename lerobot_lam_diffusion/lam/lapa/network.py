@@ -1,13 +1,15 @@
-"""LAPA's networks: patches of two frames → tokens, and a frame with a token → the later frame.
+"""LAPA's dimensions and networks: patches of two frames → tokens, and a frame with a token → the later frame.
 
 The modules follow the specification of the published weights, not their keys: `convert.py` translates those.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import LapaConfig
+from ..config import ConvertedConfig
 
 LOGIT_SCALE = 8.0  # of normalised queries and keys, whatever the width of a head
 
@@ -20,6 +22,76 @@ HEADS: dict[int, tuple[tuple[int, int], tuple[tuple[int, int], int, int] | None]
     256: ((3, 3), None),
 }
 """Tokens of a pair → first kernel (stride 2, padding 1); kernel, stride and padding of the second."""
+
+
+def tokens_of_grid(code_seq_len: int, grid_size: int) -> int | None:
+    """How many tokens the head `code_seq_len` makes of a grid of patches; None: there is no such head."""
+    half = (grid_size - 1) // 2 + 1
+    tokens = {
+        1: max(0, half - 3) ** 2,
+        2: max(0, half - 2) * max(0, half - 3),
+        4: max(0, half - 2) ** 2,
+        16: ((half - 1) // 2 + 1) ** 2,
+        64: half**2,
+        256: half**2,
+    }
+    return tokens.get(code_seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LapaConfig(ConvertedConfig):
+    """Dimensions; the defaults are those of the published weights.
+
+    Args:
+        image_size: Side R of the square that frames are resized to, in pixels; a multiple of `patch_size`.
+        patch_size: Side P of a patch, in pixels.
+        dim: Width D of the transformers.
+        spatial_depth: Blocks of the spatial encoder, and of the decoder.
+        temporal_depth: Blocks of the temporal encoder.
+        heads, dim_head: Attention heads and their width.
+        ff_dim: Hidden width of the MLPs.
+    """
+
+    num_learned_tokens: int = 4
+    action_latent_dim: int = 32
+    n_codes: int = 8
+    stride_seconds: float | None = 0.6
+    image_size: int = 256
+    patch_size: int = 32
+    dim: int = 1024
+    spatial_depth: int = 8
+    temporal_depth: int = 8
+    heads: int = 16
+    dim_head: int = 64
+    ff_dim: int = 2730
+
+    def problems(self) -> list[str]:
+        if problems := self.not_multiples(("image_size", "patch_size")):
+            return problems
+        tokens = tokens_of_grid(self.num_learned_tokens, self.grid_size)
+        if tokens is None:
+            return [f"code_seq_len is {self.num_learned_tokens}, expected 1, 2, 4, 16, 64 or 256"]
+        if tokens != self.num_learned_tokens:
+            return [
+                f"code_seq_len is {self.num_learned_tokens}, but {self.grid_size} × {self.grid_size} patches "
+                f"(image_size {self.image_size}, patch_size {self.patch_size}) give {tokens} tokens: set "
+                "image_size and code_seq_len to those of the training"
+            ]
+        return []
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side, G."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def patch_values(self) -> int:
+        """Values in one patch, 3·P·P."""
+        return 3 * self.patch_size**2
 
 
 class LapaEncoder(nn.Module):

@@ -1,6 +1,6 @@
 """UniVLA's latent action model, stage 2 (task-centric)."""
 
-from .config import UniVlaConfig
 from .model import UniVlaLam
+from .network import UniVlaConfig
 
 __all__ = ["UniVlaConfig", "UniVlaLam"]

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.utils.errors import LamError
 
-from ..checkpoint import Dims, Shape, Shapes, Translation
-from .config import UniVlaConfig
-from .network import interpolated_positions, position_table
+from ..checkpoint import Dims, Shapes, Translation
+from .network import UniVlaConfig, interpolated_positions, position_table
 
 DIMS = ("image_size", "num_heads", "dino_num_heads")
 """Fields of `Dims` that these checkpoints do not contain."""
@@ -33,6 +32,9 @@ RULES = (
     (r"\.mlp\.0\.", ".ffn.0."),
     (r"\.mlp\.2\.", ".ffn.3."),
 )
+
+
+UNUSED = r"dino_encoder\.mask_token|(patch_up|action_up|action_up_uncontrol|decoder)\..+"  # the FDM
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,12 +84,11 @@ def translate(path: Path, state: Mapping[str, Tensor], dims: Dims, keep_fdm: boo
         dino_num_heads=dims.dino_num_heads or defaults.dino_num_heads,
         dino_registers=shapes.size("dino_encoder.register_tokens", 1),
     )
-    table = shapes.side("dino_encoder.pos_embed", 1)
-    return translation_of(config, table, shapes.depth("decoder.transformer_blocks"))
+    return translation_of(config, 1 + shapes.side("dino_encoder.pos_embed", 1) ** 2)
 
 
-def translation_of(config: UniVlaConfig, table_side: int, dec_blocks: int) -> Translation:
-    """The translation of a LAM of these dimensions, with DINOv2's positions for `table_side`² patches."""
+def translation_of(config: UniVlaConfig, positions: int = 1 + 37**2) -> Translation:
+    """The translation of a LAM of these dimensions, whose DINOv2 has a table of so many positions."""
     c = config
     computed = {
         "encoder.latents": _latents,
@@ -96,41 +97,14 @@ def translation_of(config: UniVlaConfig, table_side: int, dec_blocks: int) -> Tr
             tensors["dino_encoder.pos_embed"], c.grid_size
         ),
     }
-    return Translation(c, RULES, computed, _unused(c, 1 + table_side**2, dec_blocks))
+    latents = (1, 1, c.num_learned_tokens, c.dino_dim)
+    inputs = {
+        "action_latent": latents,
+        "action_latent_controllable": latents,
+        "dino_encoder.pos_embed": (1, positions, c.dino_dim),
+    }
+    return Translation(c, RULES, computed, inputs, UNUSED)
 
 
 def _latents(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name][0, 0] for name in ("action_latent_controllable", "action_latent")])
-
-
-def _unused(c: UniVlaConfig, table: int, dec_blocks: int) -> dict[str, Shape]:
-    d, D, a, n = c.dino_dim, c.model_dim, c.action_latent_dim, c.num_learned_tokens
-    shapes: dict[str, Shape] = {
-        "action_latent": (1, 1, n, d), "action_latent_controllable": (1, 1, n, d),
-        "dino_encoder.mask_token": (1, d), "dino_encoder.pos_embed": (1, table, d),
-    }  # fmt: skip
-
-    def linear(key: str, inputs: int, outputs: int) -> None:
-        shapes[f"{key}.weight"], shapes[f"{key}.bias"] = (outputs, inputs), (outputs,)
-
-    def norm(key: str) -> None:
-        shapes[f"{key}.weight"] = shapes[f"{key}.bias"] = (D,)
-
-    # The FDM.
-    linear("patch_up", d, D)
-    linear("action_up", a, D)
-    linear("action_up_uncontrol", a, D)
-    norm("decoder.ffn.0")
-    linear("decoder.ffn.1", D, D)
-    norm("decoder.ffn.2")
-    for number in range(dec_blocks):
-        prefix = f"decoder.transformer_blocks.{number}"
-        for name in ("to_q", "to_k", "to_v"):
-            shapes[f"{prefix}.spatial_attn.{name}.weight"] = (D, D)
-        linear(f"{prefix}.spatial_attn.to_out.0", D, D)
-        norm(f"{prefix}.norm1")
-        norm(f"{prefix}.norm2")
-        linear(f"{prefix}.ffn.0", D, 4 * D)
-        linear(f"{prefix}.ffn.3", 4 * D, D)
-    linear("decoder.out", D, d)
-    return shapes

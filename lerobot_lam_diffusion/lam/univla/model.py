@@ -9,8 +9,7 @@ from ..base import LamTokens, LatentActionModel
 from ..precision import full_precision
 from ..quantizer import Quantizer
 from ..resize import tensorflow_lanczos3
-from .config import UniVlaConfig
-from .network import Irrelevant, UniVlaEncoder
+from .network import Irrelevant, UniVlaConfig, UniVlaEncoder
 
 
 class UniVlaLam(LatentActionModel):
@@ -25,10 +24,6 @@ class UniVlaLam(LatentActionModel):
     @classmethod
     def build_modules(cls, config: UniVlaConfig) -> dict[str, nn.Module]:
         return {"encoder": UniVlaEncoder(config), "vq": Quantizer(config), "irrelevant": Irrelevant(config)}
-
-    @classmethod
-    def expected_blocks(cls, config: UniVlaConfig) -> dict[str, int]:
-        return {"encoder.dino.blocks": config.dino_depth, "encoder.blocks": config.enc_blocks}
 
     def resize_frames(self, frames: Tensor) -> Tensor:
         return tensorflow_lanczos3(frames, self.config.image_size)

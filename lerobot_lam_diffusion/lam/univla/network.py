@@ -1,18 +1,67 @@
-"""UniVLA's encoder: spatio-temporal blocks over a pair's DINOv2 features, with latent rows prepended.
+"""UniVLA's dimensions and encoder: spatio-temporal blocks over a pair's DINOv2 features, after latent rows.
 
 The modules follow the specification of the published weights, not their keys: `convert.py` translates those.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attend, attend_pair, split_heads
+from ..config import ConvertedConfig
 from ..quantizer import Quantizer
-from .config import UniVlaConfig
-from .dino import Dino
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniVlaConfig(ConvertedConfig):
+    """Dimensions; the defaults are those of the published stage-2 weights.
+
+    Args:
+        image_size: Side R of the square that frames are resized to, in pixels; a multiple of
+            `dino_patch_size`.
+        model_dim, num_heads, enc_blocks: Width D, attention heads and blocks of the LAM's own encoder.
+        irrelevant_codes: Codebook rows of the task-irrelevant slots.
+        dino_patch_size, dino_dim, dino_depth, dino_num_heads, dino_registers: The DINOv2 tower.
+    """
+
+    num_learned_tokens: int = 4
+    action_latent_dim: int = 128
+    n_codes: int = 16
+    stride_seconds: float | None = 0.9
+    image_size: int = 224
+    model_dim: int = 768
+    num_heads: int = 12
+    enc_blocks: int = 12
+    irrelevant_codes: int = 16
+    dino_patch_size: int = 14
+    dino_dim: int = 768
+    dino_depth: int = 12
+    dino_num_heads: int = 12
+    dino_registers: int = field(default=4, metadata={"least": 0})
+
+    def problems(self) -> list[str]:
+        problems = self.not_multiples(
+            ("image_size", "dino_patch_size"), ("model_dim", "num_heads"), ("dino_dim", "dino_num_heads")
+        )
+        if self.model_dim % 2:
+            problems.append(f"model_dim is {self.model_dim}, expected an even number (sines and cosines)")
+        return problems
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side, G."""
+        return self.image_size // self.dino_patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def num_latents(self) -> int:
+        """Latent rows in front of the patches: task-centric, then task-irrelevant ones."""
+        return 2 * self.num_learned_tokens
 
 
 class UniVlaEncoder(nn.Module):
@@ -91,6 +140,60 @@ class TemporalAttention(SpatialAttention):
         """(B, 2, S, D) → same shape."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.q(x[:, 1]), self.k(x), self.v(x)))
         return self.out(attend_pair(q, k, v))
+
+
+class Dino(nn.Module):
+    """The DINOv2 tower, a vision transformer with registers; only the patches' features leave it."""
+
+    def __init__(self, config: UniVlaConfig):
+        super().__init__()
+        d, P = config.dino_dim, config.dino_patch_size
+        self.patches = nn.Conv2d(3, d, kernel_size=P, stride=P)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, d))
+        self.registers = nn.Parameter(torch.empty(1, config.dino_registers, d))
+        # Interpolated from the published table to this image size, once, at conversion.
+        self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches, d))
+        self.blocks = nn.ModuleList([DinoBlock(config) for _ in range(config.dino_depth)])
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(F, 3, R, R), normalised → (F, N, d), patches row-major."""
+        patches = self.patches(frames).flatten(2).transpose(1, 2)
+        first = self.cls_token + self.positions[:, :1]
+        count = len(frames)
+        x = torch.cat(
+            [
+                first.expand(count, -1, -1),
+                self.registers.expand(count, -1, -1),
+                patches + self.positions[:, 1:],
+            ],
+            dim=1,
+        )
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, -patches.shape[1] :]
+
+
+class DinoBlock(nn.Module):
+    """Pre-norm attention and MLP, each with a learned elementwise scale."""
+
+    def __init__(self, config: UniVlaConfig):
+        super().__init__()
+        d = config.dino_dim
+        self.heads = config.dino_num_heads
+        self.norm1 = nn.LayerNorm(d, eps=1e-6)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.proj = nn.Linear(d, d)
+        self.scale1 = nn.Parameter(torch.empty(d))
+        self.norm2 = nn.LayerNorm(d, eps=1e-6)
+        self.fc1 = nn.Linear(d, 4 * d)
+        self.fc2 = nn.Linear(4 * d, d)
+        self.scale2 = nn.Parameter(torch.empty(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.scale1 * self.proj(attend(q, k, v))
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class Irrelevant(nn.Module):

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from ..attention import attend, split_heads
 from .config import LamConfig
-from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm
-from .tables import spatial_table
+from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm, spatial_table
 
 
 class Decoder(nn.Module):

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import attend, attend_pair, split_heads
 from .config import LamConfig
-from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm
-from .tables import spatial_table, temporal_table
+from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm, spatial_table, temporal_table
 
 
 class Encoder(nn.Module):

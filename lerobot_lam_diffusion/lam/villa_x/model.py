@@ -23,17 +23,12 @@ class VillaXLam(LatentActionModel):
     architecture = "IgorModel"
     config_class = LamConfig
     fdm_parts = ("decoder",)
-    fdm_is_optional = False
 
     config: LamConfig
 
     @classmethod
     def build_modules(cls, config: LamConfig) -> dict[str, nn.Module]:
         return {"encoder": Encoder(config), "vq": Quantizer(config), "decoder": Decoder(config)}
-
-    @classmethod
-    def expected_blocks(cls, config: LamConfig) -> dict[str, int]:
-        return {"encoder.layers": config.encoder_depth, "decoder.layers": config.decoder_depth}
 
     def resize_frames(self, frames: Tensor) -> Tensor:
         return bilinear(frames, self.config.resolution)

@@ -12,8 +12,7 @@ from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.codebook import kmeans
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.objective import FitModel
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
-from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import probe
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
 from lerobot_lam_diffusion.tokens import TokenStore

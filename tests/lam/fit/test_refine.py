@@ -5,8 +5,7 @@ import torch
 
 from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.data import FitData
-from lerobot_lam_diffusion.lam.fit.presets import PRESETS
-from lerobot_lam_diffusion.lam.fit.recipe import FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.refine import DecoderRefinement, copying_decoder
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
 from lerobot_lam_diffusion.utils.errors import LamError
