@@ -73,6 +73,7 @@ class Training(ABC):
         while self.step < steps:
             for name, value in self.take_step().items():
                 smooth[name] = 0.98 * smooth.get(name, value) + 0.02 * value
+            bar.set_postfix({name: f"{value:.3f}" for name, value in smooth.items()}, refresh=False)
             bar.update()
             if self.step % save_every == 0 or self.step == steps:
                 self.save(output_dir)
