@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lerobot_lam_diffusion.demo.record import record_pusht
-from tests.benchmarks.study import closed_loop, conveyor, lams
+from tests.benchmarks.study import closed_loop, conveyor, lams, pendulum
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
 from tests.benchmarks.study.offline import STUDIES
 from tests.benchmarks.study.policies import Budget, run
@@ -123,27 +123,43 @@ def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_closed_loop_acts_in_the_arena_with_live_tokens(tmp_path, monkeypatch):
-    """Keypoints as input, then pictures; the token is computed from rendered frames either way."""
-    root = tmp_path / "near"
-    record_pusht(root, "local/near", 3, near_goal=True, first_seed=20_000)
-    small = {"HELD_OUT": 1, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
+@pytest.mark.parametrize("number", [6, 8, 11], ids=["keypoints", "pictures", "pendulum"])
+def test_closed_loop_acts_in_the_arena_with_live_tokens(number, tmp_path, monkeypatch):
+    """Whatever the policy sees, the token is computed from rendered frames."""
+    small = {"HELD_OUT": 2, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
     for name, value in small.items():
         monkeypatch.setattr(closed_loop, name, value)
-    for number, first in {6: "stock", 8: "stock with 1 observation"}.items():
-        study = dataclasses.replace(closed_loop.STUDIES[number], longest=6, budget=TINY)
-        monkeypatch.setitem(closed_loop.STUDIES, number, study)
-        command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--steps=2", "--seeds", "0"]
-        command.append(f"--study={number}")
-        closed_loop.main(command)
-        closed_loop.main(command)  # nothing is left to do
-        results = closed_loop.results_of(number, tmp_path)
-        assert [row["condition"] for row in results.rows] == [f"{name}, 2 steps" for name in study.conditions]
-        assert all(len(row["success"]) == len(row["coverage"]) == 2 for row in results.rows)
-        assert all(len(row["error"]) == 1 for row in results.rows)
-        table = closed_loop_table(results, number)
-        assert table.count("\n") == len(study.conditions) + 1
-        assert f"| {first}, 2 steps | 1 | 0.00 [0.00," in table
+    monkeypatch.setattr(pendulum, "EPISODES", 4)
+    root, study = tmp_path / "demonstrations", closed_loop.STUDIES[number]
+    if isinstance(study.task, closed_loop.PushT):
+        record_pusht(root, "local/near", 4, near_goal=True, first_seed=20_000)
+    study = dataclasses.replace(study, task=dataclasses.replace(study.task, longest=6), budget=TINY)
+    monkeypatch.setitem(closed_loop.STUDIES, number, study)
+    command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--seeds", "0", f"--study={number}"]
+    closed_loop.main(command)
+    closed_loop.main(command)  # nothing is left to do
+    results = closed_loop.results_of(number, tmp_path)
+    assert [row["condition"] for row in results.rows] == [f"{name}, 2 steps" for name in study.conditions]
+    assert all(len(row["success"]) == len(row["coverage"]) == 2 for row in results.rows)
+    assert all(len(row["error"]) == 2 for row in results.rows)
+    table = closed_loop_table(results, number)
+    assert table.count("\n") == len(study.conditions) + 1
+    solved = sum(results.rows[0]["success"]) / 2
+    assert f"| {next(iter(study.conditions))}, 2 steps | 1 | {solved:.2f} [" in table
+
+
+def test_the_pendulum_is_held_only_by_who_knows_its_velocity():
+    def held(torque) -> float:
+        arena = pendulum.Pendulums(50)
+        for step in range(pendulum.LONGEST):
+            if step % 2 == 0:  # as the policies decide
+                actions = torch.tensor([[torque(one)] for one in arena.all])
+            arena.step(actions)
+        return float(arena.solved.mean())
+
+    assert held(lambda one: one.expert()) > 0.6
+    for gain in (5, 8, 15, 40):
+        assert held(lambda one, gain=gain: float(np.clip(-gain * one.angle, -2, 2))) < 0.2
 
 
 def test_closed_loop_refuses_a_condition_of_another_study(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_a_fit_is_not_resumed_on_other_frames(arguments, tmp_path, monkeypatch):
     assert complaint(arguments(save_every=4)) == "130"
     other = record_dataset(tmp_path / "other", seed=1)  # of the same lengths
     told = complaint(arguments(save_every=4, resume="true", dataset__root=other.root))
-    assert "belongs to a fit of other settings or data" in told
+    assert "belongs to another LAM, other settings or data" in told
 
 
 def test_rows_beyond_the_last_episode_are_no_frames(arguments, dataset, tmp_path):
