@@ -1,24 +1,33 @@
-"""Record LeRobot datasets without a page of the encoder's settings and a progress bar for each episode."""
+"""Record LeRobot datasets without what the video encoder and FFmpeg print of each episode."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 
 @contextmanager
-def quiet_recording() -> Iterator[None]:
-    """Only errors of the AV1 encoder are printed, and no bars of `datasets`; afterwards all is as before."""
-    svt_log, bars_were_disabled = os.environ.get("SVT_LOG"), are_progress_bars_disabled()
-    os.environ["SVT_LOG"] = "1"
+def quiet_recording() -> Iterator[TextIO]:
+    """Nothing is printed by C libraries, whose errors LeRobot raises, and no bars of `datasets` are shown.
+
+    Yields:
+        Where a progress bar may be written meanwhile: standard error.
+    """
+    bars_were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    silenced = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silenced, 2)
+    os.close(silenced)
     try:
-        yield
+        with os.fdopen(os.dup(stderr), "w") as terminal:
+            yield terminal
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         if not bars_were_disabled:
             enable_progress_bars()
-        if svt_log is None:
-            del os.environ["SVT_LOG"]
-        else:
-            os.environ["SVT_LOG"] = svt_log

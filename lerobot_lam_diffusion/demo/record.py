@@ -72,14 +72,15 @@ def record_pusht(
     root = Path(root)
     refuse_existing(root, "--root")
     summary = RecordSummary(root)
-    with quiet_recording(), whole_or_nothing(root) as partial:
+    with quiet_recording() as terminal, whole_or_nothing(root) as partial:
         # The backend is for reading back only; naming it spares LeRobot's probe of torchcodec.
         dataset = LeRobotDataset.create(repo_id, FPS, FEATURES, root=partial, video_backend="pyav")
         try:
             plans = _plan(num_episodes, near_goal, first_seed, summary)
-            for demonstration in tqdm(
-                plans, "record", num_episodes, unit="episode", disable=not show_progress
-            ):
+            bar = tqdm(
+                plans, "record", num_episodes, unit="episode", disable=not show_progress, file=terminal
+            )
+            for demonstration in bar:
                 for frame in replay(demonstration):
                     dataset.add_frame(frame)
                 dataset.save_episode()
