@@ -1,4 +1,4 @@
-"""Record LeRobot datasets without what the video encoder and FFmpeg print of each episode."""
+"""Record LeRobot datasets without what the AV1 encoder, FFmpeg and `datasets` print of each episode."""
 
 import os
 import sys
@@ -11,10 +11,10 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 
 @contextmanager
 def quiet_recording() -> Iterator[TextIO]:
-    """Nothing is printed by C libraries, whose errors LeRobot raises, and no bars of `datasets` are shown.
+    """Standard error of the whole process, C libraries included, goes nowhere; exceptions are raised as ever.
 
     Yields:
-        Where a progress bar may be written meanwhile: standard error.
+        What standard error was before: a progress bar may be written there meanwhile.
     """
     bars_were_disabled = are_progress_bars_disabled()
     disable_progress_bars()

@@ -22,7 +22,7 @@ from draccus.utils import DecodingError, DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
 from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line
+from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line, one_line
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.lam import LatentActionModel
@@ -215,7 +215,7 @@ def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
     path, text = [], str(error)
     if isinstance(error, DecodingError):
         path, text = [*error.key_path], error.message
-    text = " ".join(text.split())
+    text = one_line(text)
     text = re.sub("`(.+?)`", lambda name: f"--{'.'.join([*path, name[1]])}", text)
     if path and "--" not in text:
         text = f"--{'.'.join(path)}: {text}"

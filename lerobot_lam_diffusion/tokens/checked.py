@@ -58,8 +58,8 @@ def recall(place: Path, stamp: str) -> Any:
 
 def note(place: Path, stamp: str, value: Any) -> None:
     """Keep a JSON value for `recall`."""
-    _noted[place] = (stamp, value)
     try:
         write_whole(place, json.dumps([stamp, value]))
     except OSError as error:
+        _noted[place] = (stamp, value)
         logger.debug("%s cannot be kept for the next process: %s", place, error)

@@ -259,10 +259,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     folder.mkdir(parents=True, exist_ok=True)
     data = study.task.demonstrations(args.root, folder, args.first_seed)
-    results, budget = (
-        results_of(args.study, args.work_dir),
-        replace(study.budget, steps=args.steps or study.budget.steps),
-    )
+    results = results_of(args.study, args.work_dir)
+    budget = replace(study.budget, steps=args.steps or study.budget.steps)
     for seed in args.seeds:
         for condition in args.conditions or study.conditions:
             name = f"{condition}, {budget.steps} steps"

@@ -153,6 +153,8 @@ def of_other_episodes(tokens: Tokens, data: Recorded) -> Tokens:
     has_token = torch.arange(len(data.episode)) - data.start[data.episode] >= tokens.store.frame_stride
     for side in (data.train_frames, data.held_out_frames):
         pool = side[has_token[side]]
+        if len(data.episode[pool].unique()) < 2:
+            raise ValueError("tokens of other episodes need two episodes on each side of the split")
         chosen = pool[torch.randint(len(pool), (len(side),), generator=generator)]
         while (same := data.episode[chosen] == data.episode[side]).any():
             chosen[same] = pool[torch.randint(len(pool), (int(same.sum()),), generator=generator)]
