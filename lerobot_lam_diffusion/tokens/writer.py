@@ -155,4 +155,10 @@ def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, ...], num_rows: in
     numel = math.prod(shape)
     if not numel:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
+    try:
+        return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
+    except RuntimeError as error:
+        raise OSError(
+            f"{path} cannot be mapped into memory ({first_line(error)}). If its file system maps no files, "
+            "choose an --output_dir on another one"
+        ) from error

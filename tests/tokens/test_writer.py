@@ -77,6 +77,16 @@ def test_an_empty_folder_onto_which_nothing_can_be_renamed(write_random, tmp_pat
     assert len(write_random(tmp_path / "store", LENGTHS).values) == 9
 
 
+def test_a_file_system_that_maps_no_files_is_told(write_random, tmp_path, monkeypatch):
+    def unmapped(*_, **__):
+        raise RuntimeError("unable to mmap 9 bytes from file: No such device (19)")
+
+    monkeypatch.setattr(torch, "from_file", unmapped)
+    with pytest.raises(OSError, match=r"cannot be mapped into memory .*choose an --output_dir on another"):
+        write_random(tmp_path / "store", LENGTHS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_current_folder_and_a_link_to_a_folder_are_filled(write_random, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
