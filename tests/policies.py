@@ -2,20 +2,38 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy, make_pre_post_processors
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.utils.errors import UserError
 
+
+class NarrowResNet(ResNet):
+    """ResNet-18 with an eighth of its channels: drawing 11 million weights takes longer than most tests."""
+
+    def __init__(self, weights: None = None, **options: Any) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], **options)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> torch.nn.Sequential:
+        return super()._make_layer(block, planes // 8, *args, **options)
+
+
+torchvision.models.resnet_narrow = NarrowResNet  # LeRobot looks a backbone up here, by its name
+
 SMALL = {
     "device": "cpu",
+    "vision_backbone": "resnet_narrow",
     "pretrained_backbone_weights": None,
     "push_to_hub": False,
     "down_dims": (16, 32),
@@ -55,13 +73,16 @@ def build(config: DiffusionConfig, dataset: LeRobotDataset, seed: int = 0) -> An
 
 def training_batch(config: DiffusionConfig, dataset: LeRobotDataset, rows: list[int]) -> dict[str, Any]:
     """A collated batch of these rows with the windows that the policy asks for, float images."""
-    windowed = LeRobotDataset(
-        dataset.repo_id,
-        root=dataset.root,
-        delta_timestamps=resolve_delta_timestamps(config, dataset.meta),
-        video_backend="pyav",
-    )
+    windows = {key: tuple(window) for key, window in resolve_delta_timestamps(config, dataset.meta).items()}
+    windowed = _windowed(dataset.repo_id, dataset.root, tuple(windows.items()))
     return torch.utils.data.default_collate([windowed[row] for row in rows])
+
+
+@cache
+def _windowed(repo_id: str, root: Path, windows: tuple[tuple[str, tuple[float, ...]], ...]) -> LeRobotDataset:
+    """Opening a dataset takes longer than a training step."""
+    deltas = {key: list(window) for key, window in windows}
+    return LeRobotDataset(repo_id, root=root, delta_timestamps=deltas, video_backend="pyav")
 
 
 def teach(policy: Any, batch: dict[str, Any], steps: int = 50) -> None:
