@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lerobot_lam_diffusion.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,36 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """
     with whole_or_nothing(path, replace=True) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock whose file is `path`; the kernel releases that of a process that dies.
+
+    Yields:
+        Whether it is held: not on a file system without locks, where nobody waits for anybody.
+
+    Raises:
+        Timeout: without `wait`, another process holds it.
+        OSError: its file cannot be made or opened.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not wait:
+                raise
+            logger.info("Waiting for another process, which holds %s.", path)
+            lock.acquire(poll_interval=0.2)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
+            raise
+        logger.warning("%s cannot be locked (%s); continuing without a lock.", path.parent, error)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def remove_whole(folder: Path) -> None:

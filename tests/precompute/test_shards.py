@@ -158,13 +158,6 @@ def test_a_shard_in_the_place_of_another_is_refused(folder):
         folder.read(1)
 
 
-@pytest.mark.parametrize("values", [VALUES[:3], VALUES[:7, :1], VALUES[:7].int()])
-def test_values_of_another_shape_or_dtype_are_refused(folder, values):
-    folder.write(0, values, {})
-    with pytest.raises(ShardError, match=r"holds \(.*, expected \(7, 2\) torch.uint8"):
-        folder.read(0)
-
-
 @given(data=st.data())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_is_noticed_or_harmless(folder, data):
