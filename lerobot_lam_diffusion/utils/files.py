@@ -133,8 +133,6 @@ def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
         FileExistsError: `path` is a file or a folder that is not empty.
         NotADirectoryError, PermissionError: nothing can be made there.
     """
-    if path.is_symlink() and not path.exists():
-        raise FileExistsError(f"{path} is a link to nowhere; choose another {flag} or remove it first")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "exists already and is not empty" if path.is_dir() else "exists already"
         raise FileExistsError(f"{path} {what}; choose another {flag} or remove it first")

@@ -15,7 +15,6 @@ import pytest
 from lerobot_lam_diffusion.precompute import cluster as engines
 from lerobot_lam_diffusion.precompute.cluster import merge_task, submit
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
-from lerobot_lam_diffusion.precompute.shards import ShardError
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import extract_share, main
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError
@@ -172,17 +171,6 @@ def test_a_merge_before_all_tasks_have_ended_is_refused(flags, tmp_path):
     with pytest.raises(ExtractionError, match=r"has \d of 5 shards; run the extraction's command again"):
         merge_task(flags["output_dir"])
     assert not (tmp_path / "store").exists()
-
-
-def test_damaged_shards_are_made_again_by_their_tasks(flags, single, tmp_path):
-    run_tasks(flags, range(2), 2)
-    tensors = unfinished_folder(tmp_path / "store") / "00001.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ShardError, match=r"00001\.safetensors is damaged"):
-        merge_task(flags["output_dir"])
-    run_tasks(flags, range(2), 2)
-    merge_task(flags["output_dir"])
-    assert same_values(tmp_path / "store", single)
 
 
 # --- what would be submitted

@@ -107,14 +107,6 @@ def test_frames_that_have_changed_since_are_refused(tmp_path):
         ShardFolder.begin(tmp_path, changed)
 
 
-@given(content=st.binary(max_size=200))
-def test_any_bytes_are_a_clear_error(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("plan") / PLAN_FILE
-    path.write_bytes(content)
-    with pytest.raises(ExtractionError, match=r"is damaged.*Remove the folder"):
-        ShardFolder.open(path.parent)
-
-
 def test_a_truncated_plan_is_refused(folder):
     path = folder.path / PLAN_FILE
     content = path.read_bytes()
