@@ -104,7 +104,6 @@ class CacheEntry:
         """
         with contextlib.ExitStack() as stack:
             try:
-                self._lock_file.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self._lock_file, wait=True))
             except OSError as error:
                 if self.is_finished:  # a shared cache that may only be read
@@ -180,7 +179,6 @@ class CacheEntry:
             Bytes that were freed; None: a process holds it, or it was used since.
         """
         try:
-            self._lock_file.parent.mkdir(parents=True, exist_ok=True)
             with locked(self._lock_file, wait=False):
                 if older_than is not None and self.last_used() >= older_than:
                     return None

@@ -168,7 +168,10 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
     for source, table, frames in read_frames(meta):
         tokens = np.zeros((len(table), store.token_dim), np.float32)  # of rows past the last episode: zeros
         tokens[: len(frames)] = store.window(torch.arange(frames.start, frames.stop), [0])[:, 0].numpy()
-        table = table.append_column(arrow.field(key), _as_column(tokens, arrow.field(key).type))
+        column = pa.array(tokens.reshape(-1))
+        if store.token_dim > 1:  # LeRobot keeps vectors of one number as numbers
+            column = pa.FixedSizeListArray.from_arrays(column, type=arrow.field(key).type)
+        table = table.append_column(arrow.field(key), column)
         known = table.schema.metadata or {}
         if HUGGINGFACE in known:  # what `datasets` reads the types from
             known = {**known, HUGGINGFACE: arrow.metadata[HUGGINGFACE]}
@@ -180,11 +183,6 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
             rows = {key: tokens[: len(frames)][episodes == episode]}
             stats[int(episode)] = compute_episode_stats(rows, features)[key]
     return stats
-
-
-def _as_column(tokens: np.ndarray, kind: pa.DataType) -> pa.Array:
-    values = pa.array(tokens.reshape(-1))
-    return values if pa.types.is_floating(kind) else pa.FixedSizeListArray.from_arrays(values, type=kind)
 
 
 def _write_episodes(meta: Any, root: Path, key: str, stats: dict[int, Stats]) -> None:

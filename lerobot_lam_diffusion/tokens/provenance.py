@@ -249,7 +249,8 @@ def _decode(kind: type, document: Any, prefix: str = "") -> Any:
             assert isinstance(field.type, type)
             value = _decode(field.type, value, f"{name}.")
         elif not _has_type(value, field.type):
-            raise ValueError(f"{name} is {shown(value)}, expected {_type_name(field.type)}")
+            expected = field.type.__name__ if isinstance(field.type, type) else field.type
+            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
         values[field.name] = value
     return kind(**values)
 
@@ -263,10 +264,6 @@ def _has_type(value: Any, expected: Any) -> bool:
     if expected == dict[str, str]:
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, expected)
-
-
-def _type_name(expected: Any) -> str:
-    return expected.__name__ if isinstance(expected, type) else str(expected)
 
 
 def _check_values(provenance: Provenance) -> None:

@@ -81,7 +81,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock whose file is `path`; the kernel releases that of a process that dies.
+    """Hold a lock on the file `path`, made with its folders; the kernel frees that of a process that dies.
 
     Yields:
         Whether it is held: not on a file system without locks, where nobody waits for anybody.

@@ -66,8 +66,6 @@ def die_at_write(kill_at: int, cache: Path, root: Path, lam_folder: Path, told: 
 
 def hold(cache: Path, holding, let_go) -> None:
     """A process that builds until it is told to stop."""
-    lock = entry_in(cache)._lock_file
-    lock.parent.mkdir(exist_ok=True)
-    with locked(lock, wait=True):
+    with locked(entry_in(cache)._lock_file, wait=True):
         holding.set()
         let_go.wait(60)
