@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -33,6 +32,7 @@ from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
 from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
+from tests.parquet import change_column, data_file
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
@@ -136,12 +136,10 @@ def record_more(root: Path, of: LeRobotDataset, lengths: Sequence[int] = (6, 5))
 def with_rows_beyond(dataset: LeRobotDataset, root: Path) -> Path:
     """A copy with four rows beyond its last episode, as an interrupted recording leaves them."""
     shutil.copytree(dataset.root, root)
-    (path,) = (root / "data").rglob("*.parquet")
-    table = pq.read_table(path).slice(0, 4)
-    for name, values in (("index", range(60, 64)), ("episode_index", [5] * 4)):
-        at = table.column_names.index(name)
-        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
-    pq.write_table(table, path.with_name("file-001.parquet"))
+    beyond = data_file(root).with_name("file-001.parquet")
+    pq.write_table(pq.read_table(data_file(root)).slice(0, 4), beyond)
+    change_column(beyond, "index", range(60, 64))
+    change_column(beyond, "episode_index", [5] * 4)
     return root
 
 

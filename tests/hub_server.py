@@ -1,8 +1,7 @@
 """A stand-in of the Hugging Face Hub on this machine: as much of its interface as its client asks for.
 
-It knows dataset repositories with branches, commits, large files (git LFS), private and gated ones, accounts
-that may read or write, and downloads that break off; models can only be read. Tests let the real
-`huggingface_hub` talk to it.
+It knows dataset repositories with branches, commits, large files (git LFS), private and gated ones, and
+accounts that may read or write; models can only be read. Tests let the real `huggingface_hub` talk to it.
 """
 
 import base64
@@ -50,9 +49,7 @@ class Repo:
 class HubServer(ThreadingHTTPServer):
     """Attributes:
     repos: `owner/name` → repository.
-    cuts: Path of a file → after how many bytes its next downloads break off, in order.
     fails: Status that every request is answered with, while it is set.
-    dies: Whether a download that breaks off is the last one (`fails` is 503 from then on).
     log: Requests, `GET /api/…`.
     """
 
@@ -62,9 +59,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}
-        self.cuts: dict[str, list[int]] = {}
         self.fails: int | None = None
-        self.dies = False
         self.log: list[str] = []
 
     @property
@@ -214,23 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = repo.commits[sha].get(path)
         if data is None:
             raise _RefusedError(404, "EntryNotFound", "Entry not found")
-        begin, status, headers = (
-            0,
-            200,
-            {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": sha},
-        )
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if asked:
-            begin, status = int(asked[1]), 206
-            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-        cuts = self.server.cuts.get(path)
-        if self.command == "GET" and cuts:
-            headers["Content-Length"] = str(len(data) - begin)
-            self._send(status, data[begin : begin + cuts.pop(0)], headers)
-            self.close_connection = True
-            self.server.fails = 503 if self.server.dies else None
-            return
-        self._send(status, data[begin:], headers)
+        self._send(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": sha})
 
     def create(self, body: bytes) -> None:
         self._owner()

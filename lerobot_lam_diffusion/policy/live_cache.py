@@ -26,8 +26,8 @@ from lerobot_lam_diffusion.precompute.dataset import (
     codebook_of,
     dataset_info,
     describe_tokens,
-    episode_bounds,
 )
+from lerobot_lam_diffusion.tokens.dataset_check import episode_bounds
 from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.utils.errors import TokenStoreError

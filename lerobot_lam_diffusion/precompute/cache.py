@@ -12,16 +12,15 @@ with the finished shards.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_lam_diffusion.precompute.shards import ShardFolder
@@ -30,9 +29,7 @@ from lerobot_lam_diffusion.tokens.pairs import is_pair_cache
 from lerobot_lam_diffusion.tokens.provenance import Provenance
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import ExtractionError, TokenStoreError
-from lerobot_lam_diffusion.utils.files import NOT_SUPPORTED, remove_partial, remove_whole
-
-logger = logging.getLogger(__name__)
+from lerobot_lam_diffusion.utils.files import locked, remove_partial, remove_whole
 
 LOCKS = ".locks"
 NAME_FORMAT = 2  # to be raised where the same identity would stand for other tokens
@@ -107,7 +104,7 @@ class CacheEntry:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._locked(wait=True))
+                stack.enter_context(locked(self._lock_file, wait=True))
             except OSError as error:
                 if self.is_finished:  # a shared cache that may only be read
                     return self._opened(dataset_meta)
@@ -127,7 +124,7 @@ class CacheEntry:
         if not self._lock_file.exists():
             return False
         try:
-            with self._locked(wait=False):
+            with locked(self._lock_file, wait=False):
                 return False
         except Timeout:
             return True
@@ -182,7 +179,7 @@ class CacheEntry:
             Bytes that were freed; None: a process holds it, or it was used since.
         """
         try:
-            with self._locked(wait=False):
+            with locked(self._lock_file, wait=False):
                 if older_than is not None and self.last_used() >= older_than:
                     return None
                 freed = self.num_bytes()
@@ -200,36 +197,6 @@ class CacheEntry:
             raise ExtractionError(
                 f"{error}. It is in the cache: remove {self.folder}, and it is built again"
             ) from error
-
-    @contextlib.contextmanager
-    def _locked(self, wait: bool) -> Iterator[None]:
-        """Hold the lock.
-
-        On a file system without locks nobody waits: processes that build the same store share its shards.
-
-        Raises:
-            Timeout: without `wait`, another process holds it.
-            OSError: its file cannot be made or opened.
-        """
-        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._lock_file, fallback_to_soft=False)
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if not wait:
-                    raise
-                logger.info("Waiting for another process to finish the token store %s.", self.folder)
-                lock.acquire(poll_interval=0.2)
-        except (OSError, NotImplementedError) as error:
-            if not isinstance(error, NotImplementedError) and error.errno not in NOT_SUPPORTED:
-                raise
-            if wait:
-                logger.warning("%s cannot be locked (%s); continuing without a lock.", self.cache, error)
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def _lock_file(self) -> Path:

@@ -8,7 +8,6 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from huggingface_hub import is_offline_mode
@@ -29,6 +28,7 @@ from lerobot_lam_diffusion.tokens.binding import dataset_digest
 from lerobot_lam_diffusion.tokens.dataset_check import (
     absent_files,
     check_metadata,
+    episode_bounds,
     refuse_absent,
     refuse_other_frames,
 )
@@ -114,7 +114,7 @@ def open_readable(
         try:
             return open_whole(meta, episodes=episodes, **options), {}
         except DatasetError as error:
-            if _is_unanswered(error):
+            if not _hub_lacks_files(error):
                 raise DatasetError(
                     f"{error}, or skip what is missing without asking the Hub: HF_HUB_OFFLINE=1"
                 ) from error
@@ -128,18 +128,13 @@ def open_readable(
     return open_whole(meta, episodes=episodes, **options), unreadable
 
 
-def _is_unanswered(error: DatasetError) -> bool:
-    """Whether the Hub may have what is missing: it was not reached, or refused. Offline it is not asked."""
+def _hub_lacks_files(error: DatasetError) -> bool:
+    """Whether the Hub answered that it has no such files, or is not to be asked. Else it may have them."""
     cause = error.__cause__ or error.__context__
-    if is_offline_mode() or isinstance(cause, RemoteEntryNotFoundError | RevisionNotFoundError):
-        return False
-    if isinstance(cause, RepositoryNotFoundError):
-        return isinstance(cause, GatedRepoError)
-    if isinstance(cause, FileNotFoundError):
-        return isinstance(cause, LocalEntryNotFoundError)
-    # Whatever the transport raises; LeRobot's own RuntimeError says that the repository has no version.
-    is_version = isinstance(cause, RuntimeError) and "codebase version" in str(cause)
-    return isinstance(cause, OSError | RuntimeError | httpx.HTTPError) and not is_version
+    has_no_version = isinstance(cause, RuntimeError) and "codebase version" in str(cause)  # LeRobot's own
+    answers = FileNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError
+    is_answer = isinstance(cause, answers) and not isinstance(cause, LocalEntryNotFoundError | GatedRepoError)
+    return is_offline_mode() or has_no_version or is_answer
 
 
 def check_dataset(dataset: Any) -> None:
@@ -172,13 +167,6 @@ def check_dataset(dataset: Any) -> None:
         episode = opened[position]
         frame = row - ends[position] + stop[episode]
         refuse_other_frames(where, rows.slice(first, len(row)), frame, episode, first)
-
-
-def episode_bounds(meta: Any) -> tuple[Tensor, Tensor]:
-    """First frame and end of every episode of a dataset, int64 `(E,)` each."""
-    start = torch.tensor(meta.episodes["dataset_from_index"], dtype=torch.int64)
-    stop = torch.tensor(meta.episodes["dataset_to_index"], dtype=torch.int64)
-    return start, stop
 
 
 def dataset_info(meta: Any, camera_key: str) -> DatasetInfo:

@@ -241,18 +241,17 @@ def encode_video(
     Raises:
         DatasetError: as `DemonstrationVideo.chunks`; or it has no pair of frames.
     """
-    resize, frames = ResizeOnDevice(lam), 0
+    resize = ResizeOnDevice(lam)
 
     def small_chunks() -> Iterator[Tensor]:
-        nonlocal frames
         for chunk in video.chunks(fps):
-            frames += len(chunk)
             advance(len(chunk))
             yield resize(chunk)
 
     encoder = PairEncoder(lam, batch_size, use_vq_tokens)
     pairs = rebatch(episode_pairs(small_chunks(), 0, frame_stride), batch_size)
     values = [encoder(batch) for batch in pairs]
+    frames = video.look.frames
     if not values:
         raise DatasetError(
             f"{video.name} has {frames} frame{'' if frames == 1 else 's'} at {fps:g} fps, too few for one "

@@ -29,16 +29,16 @@ class PairEncoder:
     """
 
     def __init__(self, lam: Any, batch_size: int, use_vq_tokens: bool) -> None:
-        self._lam = lam
-        self._batch_size = batch_size
+        self.lam = lam
+        self.batch_size = batch_size
         self._use_vq_tokens = use_vq_tokens
 
     def __call__(self, batch: PairBatch) -> Tensor:
         """Values of the batch's pairs, `(B, n)` or `(B, n·a)`, on the CPU."""
         count = len(batch.rows)
-        pad = (0, 0, 0, 0, 0, 0, 0, self._batch_size - count)
-        prev, cur = (F.pad(frames, pad).to(self._lam.device) for frames in (batch.prev, batch.cur))
-        tokens = self._lam.encode_pairs(prev, cur)
+        pad = (0, 0, 0, 0, 0, 0, 0, self.batch_size - count)
+        prev, cur = (F.pad(frames, pad).to(self.lam.device) for frames in (batch.prev, batch.cur))
+        tokens = self.lam.encode_pairs(prev, cur)
         values = tokens.stored(self._use_vq_tokens)
         return values[:count].cpu()
 

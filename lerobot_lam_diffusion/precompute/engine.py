@@ -20,7 +20,6 @@ from lerobot_lam_diffusion.precompute.dataset import (
     codebook_of,
     dataset_info,
     describe_tokens,
-    episode_bounds,
 )
 from lerobot_lam_diffusion.precompute.encode import PairEncoder, find_batch_size
 from lerobot_lam_diffusion.precompute.extend import known_episodes
@@ -37,6 +36,7 @@ from lerobot_lam_diffusion.precompute.shards import (
     cut_into_shards,
     refuse_another,
 )
+from lerobot_lam_diffusion.tokens.dataset_check import episode_bounds
 from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_folder
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -186,10 +186,8 @@ def precompute_tokens(
                     readable,
                     plan,
                     lambda: EpisodeFrames(dataset, camera_key, video_backend),
-                    lam,
                     PairEncoder(lam, batch_size, use_vq_tokens),
                     collector,
-                    batch_size=batch_size,
                     num_workers=workers,
                     num_encoders=process.cores if lam.device.type == "cpu" and workers else 0,
                     skip_unreadable=skip_unreadable,

@@ -34,14 +34,6 @@ class DecodeError(UserError):
     """Frames that cannot be read. Its message ends with a remedy, to which a command may add its flags."""
 
 
-def file_of(dataset: Any, camera_key: str, episode: int) -> Path:
-    """The file with a camera's frames of an episode."""
-    meta = dataset.meta
-    if camera_key in meta.video_keys:
-        return dataset.root / meta.get_video_file_path(episode, camera_key)
-    return dataset.root / meta.get_data_file_path(episode)
-
-
 def backend_of(dataset: Any) -> str:
     """The video backend that the dataset was opened with."""
     return dataset._video_backend
@@ -157,8 +149,15 @@ class EpisodeFrames:
         first_row = self._first_rows[episode] if self._first_rows else first
         return range(first_row, first_row + end - first)
 
+    def _path(self, episode: int) -> Path:
+        """The file with the frames of an episode."""
+        meta = self._dataset.meta
+        if self._decoder == "images":
+            return self._dataset.root / meta.get_data_file_path(episode)
+        return self._dataset.root / meta.get_video_file_path(episode, self._camera_key)
+
     def _error(self, episode: int, start: int, stop: int, error: Exception) -> DecodeError:
-        path = file_of(self._dataset, self._camera_key, episode)
+        path = self._path(episode)
         reason = why_absent(path)
         cause = f"it {reason}" if reason else first_line(error)
         remedy = "Fetch or repair the file"
@@ -178,7 +177,7 @@ class EpisodeFrames:
 
     def _decode_video(self, episode: int, rows: range) -> Tensor:
         timestamps = self._timestamps(episode, rows)
-        path = file_of(self._dataset, self._camera_key, episode)
+        path = self._path(episode)
         if self._decoder == "torchcodec":
             return decode_video_frames_torchcodec(
                 path, timestamps, self._dataset.tolerance_s, decoder_cache=self._decoders, return_uint8=True
@@ -198,9 +197,11 @@ class EpisodeFrames:
             self._video = None
 
     def _refuse_early_end(self, episode: int, rows: range, ends: dict[Path, float | None]) -> None:
-        path = file_of(self._dataset, self._camera_key, episode)
+        path = self._path(episode)
         (last,) = self._timestamps(episode, rows[-1:])
-        end = ends[path] if path in ends else ends.setdefault(path, end_of(path))
+        if path not in ends:
+            ends[path] = end_of(path)
+        end = ends[path]
         if end is not None and last > end + self._dataset.tolerance_s:
             raise ValueError(
                 f"it ends at {end:.3f} s, and by meta/episodes the episode's last frame is at {last:.3f} s"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,17 @@ from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.precompute.dataset import decoder_version
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, backend_of, decoder_of
 from lerobot_lam_diffusion.precompute.pairs import episode_pairs
-from lerobot_lam_diffusion.precompute.recompute import refuse_other_tokens
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.episode_hashes import episode_hashes
-from lerobot_lam_diffusion.tokens.provenance import VQ
+from lerobot_lam_diffusion.tokens.pairs import PairCache
+from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
-if TYPE_CHECKING:
-    from lerobot_lam_diffusion.tokens.pairs import PairCache
-
 
 def store_of_live_cache(
-    cache: "PairCache", dataset: Any, folder: Path, lam: Any, show_progress: bool = True
+    cache: PairCache, dataset: Any, folder: Path, lam: Any, show_progress: bool = True
 ) -> tuple[TokenStore, int]:
     """Write a token store of the episodes that the dataset was opened with.
 
@@ -49,7 +46,7 @@ def store_of_live_cache(
     refuse_existing(folder)
     tables, camera = cache.tables, cache.provenance.camera_key
     check_binding(tables, dataset.meta)
-    refuse_other_tokens(tables, lam)
+    refuse_other_lam(str(cache.path), cache.provenance.lam, lam)
     reader = EpisodeFrames(dataset, camera)
     opened = range(len(tables.episode_from)) if dataset.episodes is None else sorted(set(dataset.episodes))
     blocks: list[Tensor] = []

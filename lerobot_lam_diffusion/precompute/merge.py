@@ -1,12 +1,11 @@
 """Merge: the finished shards of an extraction become its store."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
 from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder, nothing_readable
@@ -14,11 +13,9 @@ from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, unfinished_fold
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
-from lerobot_lam_diffusion.utils.files import remove_partial, remove_whole
+from lerobot_lam_diffusion.utils.files import locked, remove_partial, remove_whole
 
 LOCK_FILE = ".merge.lock"
-
-logger = logging.getLogger(__name__)
 
 
 def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
@@ -38,23 +35,17 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         ShardError: shards were damaged, and are unfinished now; extract again.
         OSError: the disk is full or not writable.
     """
-    lock = FileLock(shards.path / LOCK_FILE, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        with locked(shards.path / LOCK_FILE, wait=False) as is_locked:
+            if (output_dir / PROVENANCE_FILE).is_file():
+                return None
+            if is_locked:
+                remove_partial(output_dir)
+            store = _write(shards, output_dir)
+            remove_whole(shards.path)
+            return store
     except Timeout:
         return None
-    except (OSError, NotImplementedError) as error:
-        logger.warning("%s cannot be locked (%s); merging without a lock.", shards.path, error)
-    try:
-        if (output_dir / PROVENANCE_FILE).is_file():
-            return None
-        if lock.is_locked:
-            remove_partial(output_dir)
-        store = _write(shards, output_dir)
-        remove_whole(shards.path)
-        return store
-    finally:
-        lock.release()
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:

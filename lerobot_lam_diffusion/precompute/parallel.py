@@ -1,10 +1,14 @@
 """Threads that work ahead of one consumer. Decoders release the GIL, and nothing needs pickling."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import torch
+
+_DONE: Any = object()
 
 
 def work_ahead[T, R](
@@ -34,21 +38,29 @@ def work_ahead[T, R](
     stopped = threading.Event()
     usual_threads = torch.get_num_threads()
 
+    def put(result: object) -> None:
+        """Wait for room; once nobody takes any more, the result is dropped."""
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                results.put(result, timeout=0.1)
+                return
+
     def run() -> None:
         torch.set_num_threads(1)  # of this thread's tensor operations: the workers are the parallelism
         try:
             worker = make_worker()
-            while not stopped.is_set():
+            while True:
                 with lock:
                     task = _DONE if stopped.is_set() else next(remaining, _DONE)
                 if task is _DONE:
-                    break
-                for result in worker(task):  # type: ignore[arg-type]
-                    if not _put(results, result, stopped):
+                    put(_DONE)
+                    return
+                for result in worker(task):
+                    put(result)
+                    if stopped.is_set():
                         return
-            _put(results, _DONE, stopped)
         except BaseException as error:
-            _put(results, _Failure(error), stopped)
+            put(error)
         finally:
             torch.set_num_threads(usual_threads)  # later threads start with what was set last
 
@@ -59,8 +71,8 @@ def work_ahead[T, R](
         running = num_workers
         while running:
             result = results.get()
-            if isinstance(result, _Failure):
-                raise result.error
+            if isinstance(result, BaseException):
+                raise result
             if result is _DONE:
                 running -= 1
             else:
@@ -69,22 +81,3 @@ def work_ahead[T, R](
         stopped.set()
         for thread in threads:
             thread.join()
-
-
-_DONE: object = object()
-
-
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-def _put(results: queue.Queue, item: object, stopped: threading.Event) -> bool:
-    """Put `item`, or give up once nobody takes any more."""
-    while not stopped.is_set():
-        try:
-            results.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False

@@ -42,11 +42,9 @@ def extract(
     positions: Sequence[int],
     plan: Plan,
     make_frames: Callable[[], EpisodeFrames],
-    lam: Any,
     encoder: PairEncoder,
     collector: ShardCollector,
     *,
-    batch_size: int,
     num_workers: int,
     num_encoders: int,
     skip_unreadable: bool,
@@ -72,7 +70,7 @@ def extract(
     first_rows = plan.first_rows
 
     def make_worker() -> Callable[[int], Iterator[PairBatch | SkippedEpisode]]:
-        frames, resize = make_frames(), ResizeOnDevice(lam)
+        frames, resize = make_frames(), ResizeOnDevice(encoder.lam)
 
         def small_chunks(position: int) -> Iterator[Tensor]:
             for chunk in frames.chunks(plan.episodes[position]):
@@ -96,7 +94,6 @@ def extract(
         return pairs_of
 
     skipped: deque[SkippedEpisode] = deque()
-
     waited = 0.0
 
     def readable() -> Iterator[PairBatch]:
@@ -116,11 +113,11 @@ def extract(
         yield batch.rows, encoder(batch)
 
     ahead = work_ahead(positions, make_worker, num_workers, CHUNKS_AHEAD * max(1, num_workers))
-    batches = rebatch(readable(), batch_size)
+    batches = rebatch(readable(), encoder.batch_size)
     encoded = 0
     results = work_ahead(batches, lambda: encode, num_encoders, max(1, num_encoders))
     # Set the precision once for all threads; on exit, the encoders stop before their inputs.
-    with full_precision(lam.device), closing(ahead), closing(batches), closing(results):
+    with full_precision(encoder.lam.device), closing(ahead), closing(batches), closing(results):
         for rows, values in results:
             collector.add(rows, values)
             while skipped:

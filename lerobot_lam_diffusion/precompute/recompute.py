@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.lam.pixels import pixel_digests
 from lerobot_lam_diffusion.lam.preprocess import as_uint8
-from lerobot_lam_diffusion.precompute.frames import DecodeError
+from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.pairs import PairCache
 from lerobot_lam_diffusion.tokens.provenance import VQ, refuse_other_lam
@@ -68,9 +68,13 @@ def recompute_sample(
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
         UserError: it is not known which camera to look at, or a frame cannot be read.
     """
-    refuse_other_tokens(store, lam)
+    _refuse_other_tokens(store, lam)
     camera = _camera(store, dataset, camera_key)
-    index = _sample(store, dataset, num_samples, seed)
+    index = _sample(store.frames_with_tokens(), store, dataset, num_samples, seed)
+    if not len(index):
+        raise TokenStoreError(
+            f"{store.path} holds no tokens of these episodes, shorter than its stride or not covered"
+        )
     prev, cur = (
         _frames(dataset, camera, frames, lam.device) for frames in (index - store.frame_stride, index)
     )
@@ -86,12 +90,11 @@ def recompute_kept(
     Raises:
         TokenStoreError: the tokens were made by another LAM, or none was made from the dataset's pixels.
     """
-    refuse_other_tokens(cache.tables, lam)
-    kept = torch.cat([_opened(frames, cache.tables, dataset) for frames, _, _ in cache.scan()])
-    if not len(kept):
+    refuse_other_lam(str(cache.path), cache.provenance.lam, lam)
+    kept = torch.cat([frames for frames, _, _ in cache.scan()])
+    index = _sample(kept, cache.tables, dataset, num_samples, seed)
+    if not len(index):
         raise TokenStoreError(f"{cache.path} holds no tokens to compare yet: train on with it first")
-    chosen = random.Random(seed).sample(range(len(kept)), min(num_samples, len(kept)))
-    index = kept[sorted(chosen)]
     prev, cur = (
         _frames(dataset, cache.provenance.camera_key, frames, lam.device)
         for frames in (index - cache.tables.frame_stride, index)
@@ -110,18 +113,17 @@ def recompute_kept(
 
 def _frames(dataset: Any, camera: str, index: Tensor, device: torch.device) -> Tensor:
     """Frames of absolute indices by LeRobot's own random access, uint8 `(B, 3, H, W)`."""
-    return torch.stack([as_uint8(_item(dataset, camera, i)[camera]) for i in index.tolist()]).to(device)
-
-
-def _item(dataset: Any, camera: str, index: int) -> dict[str, Any]:
     relative = dataset.absolute_to_relative_idx
-    try:
-        return dataset[index if relative is None else relative[index]]
-    except Exception as error:  # decoders raise almost anything on damaged files
-        raise DecodeError(
-            f"frame {index} of dataset {dataset.repo_id!r} at {dataset.root} cannot be read "
-            f"({first_line(error)}); fetch or repair the file"
-        ) from error
+    frames = []
+    for i in index.tolist():
+        try:
+            frames.append(as_uint8(dataset[i if relative is None else relative[i]][camera]))
+        except Exception as error:  # decoders raise almost anything on damaged files
+            raise DecodeError(
+                f"frame {i} of dataset {dataset.repo_id!r} at {dataset.root} cannot be read "
+                f"({first_line(error)}); fetch or repair the file"
+            ) from error
+    return torch.stack(frames).to(device)
 
 
 def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0) -> Agreement:
@@ -140,7 +142,7 @@ def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0
     )
 
 
-def refuse_other_tokens(store: TokenStore, lam: Any) -> None:
+def _refuse_other_tokens(store: TokenStore, lam: Any) -> None:
     """Refuse tokens that another LAM made.
 
     Raises:
@@ -158,38 +160,18 @@ def refuse_other_tokens(store: TokenStore, lam: Any) -> None:
 
 
 def _camera(store: TokenStore, dataset: Any, camera_key: str | None) -> str:
-    cameras = list(dataset.meta.camera_keys)
-    if store.provenance is not None:
-        camera = store.provenance.camera_key
-        if camera_key not in (None, camera):
-            raise TokenStoreError(f"{store.path} was made of {camera}; leave out --camera_key={camera_key}")
-        return camera
-    if camera_key is None and len(cameras) == 1:
-        return cameras[0]
-    if camera_key is None or camera_key not in cameras:
-        found = "does not tell its camera" if camera_key is None else f"cannot be of {camera_key!r}"
-        raise TokenStoreError(f"{store.path} {found}; pass --camera_key as one of {cameras}")
-    return camera_key
+    if store.provenance is None:
+        return choose_camera(dataset.meta, camera_key)
+    camera = store.provenance.camera_key
+    if camera_key not in (None, camera):
+        raise TokenStoreError(f"{store.path} was made of {camera}; leave out --camera_key={camera_key}")
+    return camera
 
 
-def _sample(store: TokenStore, dataset: Any, num_samples: int, seed: int) -> Tensor:
-    """Random absolute indices of frames in the opened episodes that have a token, ascending."""
-    if dataset.episodes is None:
-        positions = random.Random(seed).sample(range(store.num_tokens), min(num_samples, store.num_tokens))
-        index = store.frames_at(torch.tensor(sorted(positions)), skip=store.frame_stride)[0]
-    else:
-        frames = _opened(store.frames_with_tokens(), store, dataset)
-        index = frames[sorted(random.Random(seed).sample(range(len(frames)), min(num_samples, len(frames))))]
-    if not len(index):
-        raise TokenStoreError(
-            f"{store.path} holds no tokens of these episodes, shorter than its stride or not covered"
-        )
-    return index
-
-
-def _opened(frames: Tensor, tables: TokenStore, dataset: Any) -> Tensor:
-    """Those of the absolute indices that lie in episodes that the dataset was opened with."""
-    if dataset.episodes is None:
-        return frames
-    episode = torch.searchsorted(tables.episode_from, frames, right=True) - 1
-    return frames[torch.isin(episode, torch.tensor(dataset.episodes))]
+def _sample(frames: Tensor, tables: TokenStore, dataset: Any, num_samples: int, seed: int) -> Tensor:
+    """Random ones of the frames that lie in the opened episodes, as absolute indices, ascending."""
+    if dataset.episodes is not None:
+        episode = torch.searchsorted(tables.episode_from, frames, right=True) - 1
+        frames = frames[torch.isin(episode, torch.tensor(dataset.episodes))]
+    chosen = random.Random(seed).sample(range(len(frames)), min(num_samples, len(frames)))
+    return frames[sorted(chosen)]

@@ -24,14 +24,10 @@ def end_of(path: Path) -> float | None:
     Raises:
         av.error.FFmpegError: no video there.
     """
-    container = av.open(str(path))
-    try:
+    with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        if stream.duration is None or stream.time_base is None:
-            return None
-        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-    finally:
-        container.close()
+        start, duration, time_base = stream.start_time or 0, stream.duration, stream.time_base
+    return None if duration is None or time_base is None else float((start + duration) * time_base)
 
 
 type _Frame = tuple[float, av.VideoFrame]  # with its time in seconds

@@ -40,7 +40,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_PREFIX, OBS_STATE
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.column import ORIGINS_FILE, column_info, origin_document, read_origins
-from lerobot_lam_diffusion.tokens.dataset_check import absent_files, read_frames, video_files
+from lerobot_lam_diffusion.tokens.dataset_check import absent_files, read_frames, refuse_absent, video_files
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
 from lerobot_lam_diffusion.utils.files import refuse_existing, spread_mode, whole_or_nothing
@@ -97,6 +97,7 @@ def add_column(
     raise_problems(
         f"the tokens of {store.name} cannot become a column", _problems(store, meta, key), DatasetError
     )
+    refuse_absent(meta, absent_files(meta))
     with whole_or_nothing(output) as partial:
         partial.mkdir()
         _write_dataset(store, meta, partial, key)
@@ -129,12 +130,6 @@ def _problems(store: TokenStore, meta: Any, key: str) -> list[str]:
     elif "image" in key or key in (OBS_STATE, OBS_ENV_STATE):
         problems.append(
             f"--column={key!r} is a name by which LeRobot knows cameras or states; choose another"
-        )
-    absent = list(absent_files(meta))
-    if absent:
-        problems.append(
-            f"{len(absent)} files of dataset {meta.repo_id!r} are not in {meta.root}, the first: "
-            f"{absent[0]}. Download or restore them"
         )
     return problems
 
@@ -170,12 +165,13 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
     """Write the data files with the column; the column's statistics for each episode."""
     arrow = get_hf_features_from_features(features).arrow_schema
     stats: dict[int, Stats] = {}
-    orphans = 0
     for source, table, frames in read_frames(meta):
-        tokens = np.zeros((len(table), store.token_dim), np.float32)
+        tokens = np.zeros((len(table), store.token_dim), np.float32)  # of rows past the last episode: zeros
         tokens[: len(frames)] = store.window(torch.arange(frames.start, frames.stop), [0])[:, 0].numpy()
-        orphans += len(table) - len(frames)
-        table = table.append_column(arrow.field(key), _as_column(tokens, arrow.field(key).type))
+        column = pa.array(tokens.reshape(-1))
+        if store.token_dim > 1:  # LeRobot keeps vectors of one number as numbers
+            column = pa.FixedSizeListArray.from_arrays(column, type=arrow.field(key).type)
+        table = table.append_column(arrow.field(key), column)
         known = table.schema.metadata or {}
         if HUGGINGFACE in known:  # what `datasets` reads the types from
             known = {**known, HUGGINGFACE: arrow.metadata[HUGGINGFACE]}
@@ -186,19 +182,7 @@ def _write_data(store: TokenStore, meta: Any, root: Path, key: str, features: di
         for episode in np.unique(episodes):
             rows = {key: tokens[: len(frames)][episodes == episode]}
             stats[int(episode)] = compute_episode_stats(rows, features)[key]
-    if orphans:
-        logger.warning(
-            "The data files of %s hold %d rows beyond the last episode, which LeRobot never reads: their "
-            "tokens are zeros.",
-            meta.root,
-            orphans,
-        )
     return stats
-
-
-def _as_column(tokens: np.ndarray, kind: pa.DataType) -> pa.Array:
-    values = pa.array(tokens.reshape(-1))
-    return values if pa.types.is_floating(kind) else pa.FixedSizeListArray.from_arrays(values, type=kind)
 
 
 def _write_episodes(meta: Any, root: Path, key: str, stats: dict[int, Stats]) -> None:

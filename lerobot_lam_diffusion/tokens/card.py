@@ -107,7 +107,7 @@ def _section(
         parts += ["## What they look like", *([verdict] if verdict else [])]
         parts += [f"![{_alt(picture.alt)}]({picture.name})" for picture in pictures]
     if store.codebook is not None:
-        parts += ["## Codebook use", _usage(store, every_code=not pictures)]
+        parts += ["## Codebook use", _usage(store)]
     return "\n\n".join(parts)
 
 
@@ -127,8 +127,7 @@ def _commands(provenance: Provenance, where: str) -> str:
     )
 
 
-def _usage(store: TokenStore, every_code: bool) -> str:
-    """Tables in place of pictures, or beside them."""
+def _usage(store: TokenStore) -> str:
     counts = store.code_counts()
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     rows = []
@@ -136,14 +135,7 @@ def _usage(store: TokenStore, every_code: bool) -> str:
         most = int(shares[slot].argmax())
         used = f"{int((counts[slot] > 0).sum())} of {counts.shape[1]}"
         rows.append((f"{slot}", used, f"{perplexity:.1f}", f"{most} ({shares[slot, most]:.1f} %)"))
-    tables = [_table(("slot", "codes in use", "perplexity", "most frequent code"), rows)]
-    if every_code:
-        order = shares.sum(0).argsort(descending=True, stable=True)[:32].tolist()
-        names = ("code", *(f"slot {slot}" for slot in range(len(shares))))
-        tables.append(
-            _table(names, [(f"{code}", *(f"{share:.1f} %" for share in shares[:, code])) for code in order])
-        )
-    return "\n\n".join(tables)
+    return _table(("slot", "codes in use", "perplexity", "most frequent code"), rows)
 
 
 def _table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.column import TokenColumn
 from lerobot_lam_diffusion.tokens.dataset_check import read_frames
-from lerobot_lam_diffusion.tokens.layout import not_finite, unknown_hashes
+from lerobot_lam_diffusion.tokens.layout import not_finite
 from lerobot_lam_diffusion.tokens.provenance import VQ
 from lerobot_lam_diffusion.tokens.store import BLOCK_ROWS, TokenStore
 from lerobot_lam_diffusion.utils.errors import DatasetError, raise_problems
@@ -25,25 +25,11 @@ def open_column(column: TokenColumn, meta: Any) -> TokenStore:
     Raises:
         TokenStoreError: a row is not n·a numbers, or the rows are not those of the dataset's frames.
     """
-    start, stop = (
-        torch.tensor(list(meta.episodes[f"dataset_{end}_index"]), dtype=torch.int64) for end in ("from", "to")
-    )
     values = torch.zeros(meta.total_frames, column.token_dim)
     for path, table, frames in read_frames(meta, [column.key]):
         values[frames.start : frames.stop] = _tokens(path, table, column)[: len(frames)]
-    return TokenStore(
-        path=Path(meta.root),
-        provenance=column.provenance,
-        kind=column.kind,
-        frame_stride=column.frame_stride,
-        token_dim=column.token_dim,
-        values=values,
-        codebook=None,
-        episode_from=start,
-        episode_to=stop,
-        episode_row=start,
-        episode_hash=unknown_hashes(len(start)),
-    )
+    root = Path(meta.root)
+    return TokenStore.in_memory(root, meta, values, column.kind, column.frame_stride, column.provenance)
 
 
 def _tokens(path: Path, table: pa.Table, column: TokenColumn) -> Tensor:
@@ -79,8 +65,7 @@ def check_values(column: TokenColumn, store: TokenStore, codebook: Tensor | None
     problem = not_finite(store.values, "token")
     if problem:
         raise DatasetError(f"{name}: {problem}. Add the column again with lerobot-lam-tokens add-column")
-    missing = torch.ones(store.num_frames, dtype=torch.bool)
-    missing[store.frames_with_tokens()] = False
+    missing = store.missing_rows()
     zero = ~store.values.any(1)
     filled, empty = missing & ~zero, ~missing & zero
     if codebook is not None and not codebook.any(1).all():

@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_lam_diffusion.tokens.binding import dataset_digest, has_digest, same_frames, video_info
-from lerobot_lam_diffusion.tokens.provenance import (
-    FORMAT,
-    DatasetInfo,
-    Provenance,
-)
+from lerobot_lam_diffusion.tokens.provenance import FORMAT, NOT_RECORDED, DatasetInfo, Provenance
 from lerobot_lam_diffusion.utils.errors import TokenStoreError
 from lerobot_lam_diffusion.utils.files import DOCUMENT_BYTES, UnreadableError, read_json
 
@@ -31,15 +27,8 @@ COLUMN_FORMAT = "lerobot_lam_diffusion.token_column"
 COLUMN_FORMAT_VERSION = 2  # a provenance version; the fields in `info` have not changed since
 ORIGINS_FILE = Path("meta/lam_tokens.json")
 IDENTITY = (
-    "lam",
-    "camera_key",
-    "frame_stride",
-    "stride_seconds",
-    "context",
-    "token_kind",
-    "dtype",
-    "storage_dtype",
-)
+    "lam", "camera_key", "frame_stride", "stride_seconds", "context", "token_kind", "dtype", "storage_dtype",
+)  # fmt: skip
 AS_EXTRACTED = "its rows are as they were extracted"
 
 
@@ -101,8 +90,7 @@ def read_column(meta: Any, key: str) -> TokenColumn | None:
     camera = info.get("camera_key")
     digest = dataset_digest(meta, camera if isinstance(camera, str) else "")
     here = DatasetInfo(meta.repo_id, None, meta.total_frames, meta.total_episodes, meta.fps, digest)
-    unsaid = {"versions": {}, "tensors_sha256": "", "max_error": 0.0, "device": "unknown", "skipped": {}}
-    unsaid["decoder"] = "unknown"
+    unsaid = {**NOT_RECORDED, "versions": {}, "tensors_sha256": ""}
     document = {**unsaid, **info, "format": FORMAT, "dataset": dataclasses.asdict(here)}
     provenance = Provenance.from_document(document, where)
     column = TokenColumn(key, provenance, None)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from lerobot_lam_diffusion.utils.errors import DatasetError, first_line
 
@@ -50,12 +52,12 @@ def _contradiction(meta: Any) -> str | None:
         for name in ("chunk_index", "file_index", "from_timestamp")
     ]
     wanted += ["length"] if "length" in meta.episodes.column_names else []
-    columns = {name: _numbers(meta, name) for name in wanted}
-    unusable = [name for name, values in columns.items() if values is None]
-    if unusable:
-        return f"meta/episodes lacks a number in {', '.join(unusable)}"
-    number, start, stop = (np.asarray(columns[name]) for name in BOUNDARIES)
-    length = np.asarray(columns.get("length", stop - start))
+    try:
+        columns = {name: episode_column(meta, name) for name in wanted}
+    except KeyError as error:
+        return f"meta/episodes lacks a number in {error.args[0]}"
+    number, start, stop = (columns[name] for name in BOUNDARIES)
+    length = columns.get("length", stop - start)
     begin = np.concatenate([[0], stop[:-1]])  # where the episode before it ends
     wrong = (number != np.arange(len(number))) | (start != begin) | (stop != begin + length) | (length <= 0)
     if wrong.any():
@@ -73,16 +75,25 @@ def _contradiction(meta: Any) -> str | None:
     return None
 
 
-def _numbers(meta: Any, name: str) -> np.ndarray | None:
-    """A column of `meta/episodes`, or None where it is absent or does not hold a number for each episode."""
-    if name not in meta.episodes.column_names:
-        return None
+def episode_bounds(meta: Any) -> tuple[Tensor, Tensor]:
+    """First frame and end of every episode of a dataset, int64 `(E,)` each."""
+    start = torch.tensor(meta.episodes["dataset_from_index"], dtype=torch.int64)
+    stop = torch.tensor(meta.episodes["dataset_to_index"], dtype=torch.int64)
+    return start, stop
+
+
+def episode_column(meta: Any, name: str) -> np.ndarray:
+    """A column of numbers of `meta/episodes`, `(E,)`.
+
+    Raises:
+        KeyError: it is absent, or does not hold a number for each episode.
+    """
     try:
         values = meta.episodes.data.column(name).to_numpy()  # 100 x as fast as by item
-    except (ValueError, TypeError, pa.ArrowInvalid):
-        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise KeyError(name) from error
     if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        return None
+        raise KeyError(name)
     return values
 
 
@@ -129,7 +140,7 @@ def absent_files(meta: Any, episodes: Collection[int] | None = None) -> Absent:
     wanted = set(range(len(meta.episodes)) if episodes is None else episodes)
     absent: Absent = {}
     recorded = _recorded_episodes(Path(meta.root))
-    for path, needed_by in data_files(meta).items():
+    for path, needed_by in _files(meta, "data", meta.data_path).items():
         lacking = [episode for episode in needed_by if episode in wanted and episode not in recorded]
         if lacking:
             why = why_absent(Path(meta.root) / path) or "has none of their rows"
@@ -159,26 +170,39 @@ def refuse_absent(meta: Any, absent: Absent, why_not_fetched: str = "") -> None:
     )
 
 
-def data_files(meta: Any) -> dict[Path, list[int]]:
-    """Data files that `meta/episodes` names, relative to the dataset's root → the episodes in them."""
-    return _files(meta, "data", meta.data_path)
-
-
 def video_files(meta: Any) -> dict[Path, list[int]]:
     """Video files of all cameras, relative to the dataset's root → the episodes in them."""
-    found: dict[Path, list[int]] = {}
-    for key in meta.video_keys:
-        found |= _files(meta, f"videos/{key}", meta.video_path, video_key=key)
-    return found
+    return {path: episodes for key in meta.video_keys for path, episodes in files_of(meta, key).items()}
+
+
+def files_of(meta: Any, video_key: str) -> dict[Path, list[int]]:
+    """Video files of a camera → the episodes in them, in the order in which episodes come to them."""
+    return _files(meta, f"videos/{video_key}", meta.video_path, video_key=video_key)
 
 
 def _files(meta: Any, prefix: str, template: str, **names: str) -> dict[Path, list[int]]:
-    chunks, files = (list(meta.episodes[f"{prefix}/{part}_index"]) for part in ("chunk", "file"))
-    found: dict[Path, list[int]] = defaultdict(list)
-    for episode, (chunk, file) in enumerate(zip(chunks, files, strict=True)):
-        path = template.format(chunk_index=int(chunk), file_index=int(file), **names)
-        found[Path(path)].append(episode)
-    return dict(sorted(found.items()))
+    chunks, files = (episode_column(meta, f"{prefix}/{part}_index").tolist() for part in ("chunk", "file"))
+    found: dict[tuple[float, float], list[int]] = defaultdict(list)
+    for episode, numbers in enumerate(zip(chunks, files, strict=True)):
+        found[numbers].append(episode)
+    return {
+        Path(template.format(chunk_index=int(chunk), file_index=int(file), **names)): episodes
+        for (chunk, file), episodes in found.items()
+    }
+
+
+def image_bytes(image: Any, root: Path, beside: list[Path]) -> bytes:
+    """An image of a data file as it is encoded, or the file that it names, which is added to `beside`.
+
+    Raises:
+        OSError: there is no image, or its file cannot be read.
+    """
+    if not isinstance(image, dict):
+        raise FileNotFoundError("a row has no image")
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    beside.append(root / str(image.get("path")))
+    return beside[-1].read_bytes()
 
 
 def parquet_files(root: Path) -> list[Path]:
@@ -200,7 +224,7 @@ def read_frames(meta: Any, columns: Collection[str] | None = None) -> Iterator[t
     Raises:
         DatasetError: a row is labelled as another frame, or frames are missing.
     """
-    first, ends = 0, np.asarray(_numbers(meta, "dataset_to_index"))
+    first, ends = 0, episode_column(meta, "dataset_to_index")
     wanted = None if columns is None else ["index", "episode_index", *columns]
     for path in parquet_files(Path(meta.root)):
         table = pq.ParquetFile(path).read(columns=wanted)

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.checked import note, place_of, recall, stamp_of
-from lerobot_lam_diffusion.tokens.layout import HASH_BYTES
+from lerobot_lam_diffusion.tokens.dataset_check import episode_column, files_of, image_bytes, parquet_files
+from lerobot_lam_diffusion.tokens.layout import HASH_BYTES, unknown_hashes
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "episode hashes 2"  # to be changed where the same frames would get another hash
 LOGGED_BYTES = 1 << 30  # reading that much takes seconds
-_ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256
 
 
 def episode_hashes(meta: Any, camera_key: str) -> Tensor:
@@ -47,7 +47,8 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
         uint8 `(E, 16)`; zeros where an episode's files are not on this machine, or cannot be read.
     """
     root = Path(meta.root)
-    files = _files(root, camera_key)
+    folders = [root / "meta" / "episodes", root / "data", root / "videos" / camera_key]
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     stamp = f"{FORMAT}: {stamp_of(files, root)}"
     place = place_of("episodes", root, camera_key)
     known = _table(recall(place, stamp), meta.total_episodes)
@@ -56,9 +57,11 @@ def episode_hashes(meta: Any, camera_key: str) -> Tensor:
     size = sum(file.stat().st_size for file in files)
     if size > LOGGED_BYTES:
         logger.info("Reading %.1f GB of %s once, to recognise its frames later.", size / 1e9, root)
-    passing: list[Any] = []
-    table = _hash_all(meta, camera_key, passing)
-    if not passing:
+    hasher = _Hasher(meta, camera_key)
+    table = unknown_hashes(meta.total_episodes)
+    for episode, digest in hasher.hashes().items():
+        table[episode] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    if not hasher.passing:
         note(place, stamp, table.numpy().tobytes().hex())
     return table
 
@@ -82,12 +85,6 @@ def codec_name(decoder: av.Codec) -> str:
     return "libdav1d" if name == "av1" else name
 
 
-def _files(root: Path, camera_key: str) -> list[Path]:
-    """All files that decide which frames there are."""
-    folders = [root / "meta" / "episodes", root / "data", root / "videos" / camera_key]
-    return sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-
-
 def _table(noted: Any, num_episodes: int) -> Tensor | None:
     """Hashes as they were noted."""
     try:
@@ -99,65 +96,99 @@ def _table(noted: Any, num_episodes: int) -> Tensor | None:
     return torch.frombuffer(table, dtype=torch.uint8).view(num_episodes, HASH_BYTES)
 
 
-def _hash_all(meta: Any, camera_key: str, passing: list[Any]) -> Tensor:
-    """Hashes of all episodes.
+class _Hasher:
+    """Reads a camera's files.
 
-    Args:
-        passing: Receives what forbids to keep them: errors that may pass, as of a network file system, and
+    Attributes:
+        passing: What forbids to note the hashes: errors that may pass, as of a network file system, and
             images in files of their own, which no stamp covers.
     """
-    table = torch.zeros(meta.total_episodes, HASH_BYTES, dtype=torch.uint8)
-    if camera_key in meta.video_keys:
-        hashes = _hash_videos(meta, camera_key, passing)
-    else:
-        hashes = _hash_images(meta, camera_key, passing)
-    for episode, digest in hashes.items():
-        table[episode] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    return table
 
+    def __init__(self, meta: Any, camera_key: str) -> None:
+        self._meta = meta
+        self._camera_key = camera_key
+        self._root = Path(meta.root)
+        self.passing: list[Any] = []
 
-def _hash_videos(meta: Any, camera_key: str, passing: list[Any]) -> dict[int, bytes]:
-    rows = _rows(meta, ["timestamp"], passing)
-    by_file: dict[Path, list[int]] = defaultdict(list)
-    template, root = meta.video_path, Path(meta.root)
-    chunks, numbers, starts = (
-        list(meta.episodes[f"videos/{camera_key}/{name}"])
-        for name in ("chunk_index", "file_index", "from_timestamp")
-    )
-    for episode in range(meta.total_episodes):
-        where = {"chunk_index": int(chunks[episode]), "file_index": int(numbers[episode])}
-        by_file[root / template.format(video_key=camera_key, **where)].append(episode)
+    def hashes(self) -> dict[int, bytes]:
+        """Hashes of the episodes that can be read."""
+        if self._camera_key in self._meta.video_keys:
+            return self._of_videos()
+        hashes = {}
+        for episode, images in self._rows(self._camera_key).items():
+            if images.any(1).all():  # else an image is not on this machine
+                content = b"images" + images.tobytes() + _numbers(np.arange(len(images)))
+                hashes[episode] = hashlib.sha256(content).digest()[:HASH_BYTES]
+        return hashes
 
-    def hash_file(item: tuple[Path, list[int]]) -> dict[int, bytes]:
-        path, episodes = item
-        try:
-            video = _Packets(path)
-        except (OSError, ValueError, av.FFmpegError, IndexError) as error:  # nothing is known
-            _note_error(error, passing)
+    def _of_videos(self) -> dict[int, bytes]:
+        rows = self._rows("timestamp")
+        starts = episode_column(self._meta, f"videos/{self._camera_key}/from_timestamp")
+
+        def hash_file(item: tuple[Path, list[int]]) -> dict[int, bytes]:
+            path, episodes = item
+            try:
+                video = _Packets(self._root / path)
+            except (OSError, ValueError, av.FFmpegError, IndexError) as error:  # nothing is known
+                self._note_error(error)
+                return {}
+            return {
+                episode: video.hash(starts[episode] + rows[episode].astype(np.float64))
+                for episode in episodes
+                if episode in rows
+            }
+
+        hashes: dict[int, bytes] = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for part in pool.map(hash_file, files_of(self._meta, self._camera_key).items()):
+                hashes |= part
+        return hashes
+
+    def _rows(self, name: str) -> dict[int, np.ndarray]:
+        """A column of each episode whose rows are all present; images as their SHA-256, uint8 `(T, 32)`."""
+        parts = []
+        for file in parquet_files(self._root):
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["index", name]):
+                    column = batch.column(name)
+                    values = column.to_numpy() if name == "timestamp" else self._image_digests(column)
+                    parts.append((batch.column("index").to_numpy(), values))
+            except (OSError, pa.ArrowException, KeyError) as error:  # what is unread stays unknown
+                self._note_error(error)
+        if not parts:
             return {}
-        return {
-            episode: video.hash(
-                [starts[episode] + float(t) for t in rows[episode]["timestamp"]], rows[episode]
-            )
-            for episode in episodes
-            if episode in rows
-        }
+        index, values = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        first, end = (episode_column(self._meta, f"dataset_{side}_index") for side in ("from", "to"))
+        rows = {}
+        for episode, at in enumerate(np.searchsorted(index, first).tolist()):
+            here = slice(at, at + int(end[episode] - first[episode]))
+            if np.array_equal(index[here], np.arange(first[episode], end[episode])):
+                rows[episode] = values[here]
+        return rows
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return {
-            episode: digest
-            for part in pool.map(hash_file, by_file.items())
-            for episode, digest in part.items()
-        }
+    def _image_digests(self, column: pa.Array) -> np.ndarray:
+        """SHA-256 of each image, uint8 `(rows, 32)`; zeros for one that is not on this machine."""
+        digests = []
+        for image in column.to_pylist():
+            try:
+                digests.append(hashlib.sha256(image_bytes(image, self._root, self.passing)).digest())
+            except FileNotFoundError:
+                digests.append(bytes(32))
+        return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 32)
+
+    def _note_error(self, error: Exception) -> None:
+        """An absent or damaged file stays so while it looks the same; other errors may pass."""
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            self.passing.append(error)
 
 
 class _Packets:
     """The packets of a video file, in the order in which they are stored."""
 
     def __init__(self, path: Path) -> None:
-        self.digests: list[bytes] = []
-        self.seconds: list[float] = []
-        self.keyframes: list[int] = []
+        self._digests: list[bytes] = []
+        self._keyframes: list[int] = []
+        seconds: list[float] = []
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             codec = stream.codec_context
@@ -169,110 +200,31 @@ class _Packets:
                 codec.color_range,
                 codec.colorspace,
             )
-            self.codec = repr(looks).encode() + bytes(codec.extradata or b"")
+            self._codec = repr(looks).encode() + bytes(codec.extradata or b"")
             for packet in container.demux(stream):
                 if packet.size and packet.pts is not None:
                     if packet.is_keyframe:
-                        self.keyframes.append(len(self.digests))
-                    self.digests.append(hashlib.sha256(packet).digest())
-                    self.seconds.append(float(packet.pts * packet.time_base))
-        if not self.digests:
+                        self._keyframes.append(len(self._digests))
+                    self._digests.append(hashlib.sha256(packet).digest())
+                    seconds.append(float(packet.pts * packet.time_base))
+        if not self._digests:
             raise ValueError("no frames")
-        self._by_time = sorted(range(len(self.seconds)), key=self.seconds.__getitem__)
-        self._times = np.array([self.seconds[packet] for packet in self._by_time])
+        self._by_time = np.argsort(seconds, kind="stable")
+        self._times = np.array(seconds)[self._by_time]
 
-    def hash(self, seconds: list[float], rows: dict[str, np.ndarray]) -> bytes:
+    def hash(self, seconds: np.ndarray) -> bytes:
         """Hash of the rows that show the frames nearest to `seconds`."""
-        times = np.array(seconds)
-        after = np.clip(np.searchsorted(self._times, times), 1, max(1, len(self._times) - 1))
-        before = after - 1
-        after = np.minimum(after, len(self._times) - 1)
-        nearest = np.where(times - self._times[before] <= self._times[after] - times, before, after)
-        shown = np.array(self._by_time)[nearest]
-        first = (
-            self.keyframes[max(0, bisect_right(self.keyframes, int(shown.min())) - 1)]
-            if self.keyframes
-            else 0
-        )
-        digest = hashlib.sha256(b"video" + self.codec)
-        digest.update(b"".join(self.digests[first : int(shown.max()) + 1]))
-        digest.update((shown - first).astype("<i8").tobytes())
-        digest.update(rows["index"].astype("<i8").tobytes())
+        after = np.searchsorted(self._times, seconds).clip(max=len(self._times) - 1)
+        before = (after - 1).clip(min=0)
+        nearest = np.where(seconds - self._times[before] <= self._times[after] - seconds, before, after)
+        shown = self._by_time[nearest]
+        keyframe = bisect_right(self._keyframes, int(shown.min())) - 1
+        first = self._keyframes[keyframe] if keyframe >= 0 else 0
+        digest = hashlib.sha256(b"video" + self._codec)
+        digest.update(b"".join(self._digests[first : int(shown.max()) + 1]))
+        digest.update(_numbers(shown - first) + _numbers(np.arange(len(shown))))
         return digest.digest()[:HASH_BYTES]
 
 
-def _hash_images(meta: Any, camera_key: str, passing: list[Any]) -> dict[int, bytes]:
-    rows = _rows(meta, [camera_key], passing, root=Path(meta.root))
-    hashes = {}
-    for episode, columns in rows.items():
-        if not columns[camera_key].any(1).all():
-            continue  # an image is not on this machine
-        digest = hashlib.sha256(b"images")
-        digest.update(columns[camera_key].tobytes())
-        digest.update(columns["index"].astype("<i8").tobytes())
-        hashes[episode] = digest.digest()[:HASH_BYTES]
-    return hashes
-
-
-def _note_error(error: Exception, passing: list[Any]) -> None:
-    """An absent or damaged file stays so while it looks the same; other errors may pass."""
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        passing.append(error)
-
-
-def _rows(
-    meta: Any, names: list[str], passing: list[Any], root: Path | None = None
-) -> dict[int, dict[str, np.ndarray]]:
-    """Columns of each episode whose rows are all present, plus `index` relative to the episode's start.
-
-    Args:
-        root: The dataset's root if the columns are images; each is returned as its SHA-256, uint8 `(32,)`.
-    """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ["index", *names]}
-    for file in sorted((Path(meta.root) / "data").glob("*/*.parquet")):
-        try:
-            read = pq.ParquetFile(file)
-            for batch in read.iter_batches(_ROWS_AT_ONCE if root else 1 << 16, columns=[*columns]):
-                for name in columns:
-                    column = batch.column(name)
-                    is_picture = root is not None and name != "index"
-                    columns[name].append(
-                        _picture_digests(column, root, passing)
-                        if is_picture and root
-                        else column.to_numpy(zero_copy_only=False)
-                    )
-        except (OSError, pa.ArrowException, KeyError) as error:  # what is unread stays unknown
-            _note_error(error, passing)
-            continue
-    joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
-    if len(joined) < len(columns) or len({len(column) for column in joined.values()}) != 1:
-        return {}
-    found = {}
-    first, end = (np.asarray(list(meta.episodes[f"dataset_{side}_index"])) for side in ("from", "to"))
-    starts = np.searchsorted(joined["index"], first)
-    for episode, (start, length) in enumerate(zip(starts.tolist(), (end - first).tolist(), strict=True)):
-        if start + length <= len(joined["index"]) and joined["index"][start] == first[episode]:
-            part = {name: column[start : start + length] for name, column in joined.items()}
-            found[episode] = part | {"index": part["index"] - first[episode]}
-    return found
-
-
-def _picture_digests(column: pa.Array, root: Path, passing: list[Any]) -> np.ndarray:
-    """SHA-256 of each picture, uint8 `(rows, 32)`; zeros for one that is not on this machine."""
-    digests = []
-    for picture in column.to_pylist():
-        try:
-            digests.append(hashlib.sha256(_picture(picture, root, passing)).digest())
-        except FileNotFoundError:
-            digests.append(bytes(32))
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 32)
-
-
-def _picture(picture: Any, root: Path, passing: list[Any]) -> bytes:
-    """A picture's encoded bytes, or those of the file that it names."""
-    if not isinstance(picture, dict):
-        return repr(picture).encode()
-    if picture.get("bytes") is not None:
-        return picture["bytes"]
-    passing.append(picture.get("path"))
-    return (root / str(picture.get("path"))).read_bytes()
+def _numbers(values: np.ndarray) -> bytes:
+    return values.astype("<i8").tobytes()

@@ -13,7 +13,6 @@ files keep their size and times.
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lerobot_lam_diffusion.tokens.checked import note, place_of, recall, stamp_of
+from lerobot_lam_diffusion.tokens.dataset_check import episode_column, files_of, image_bytes, parquet_files
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +52,18 @@ def frames_digest(meta: Any, camera_key: str) -> str | None:
 
 
 def _digest(meta: Any, camera_key: str) -> str | None:
-    from lerobot.datasets.io_utils import load_episodes  # imports all of LeRobot's datasets
-
     root = Path(meta.root)
-    episodes = meta.episodes if meta.episodes is not None else load_episodes(root)
     is_video = camera_key in meta.video_keys
-    names = [name for name in _BOUNDARIES if name in episodes.column_names]
-    columns = {name: _column(episodes, name, "<i8") for name in names}
+    names = [name for name in _BOUNDARIES if name in meta.episodes.column_names]
+    columns = {name: episode_column(meta, name).astype("<i8") for name in names}
     videos: list[Path] = []
     if is_video:
-        place = f"videos/{camera_key}/"
-        pairs = np.stack([_column(episodes, f"{place}{name}_index", "<i8") for name in ("chunk", "file")], 1)
-        numbers, first, which = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # files in the order in which episodes come to them
-        columns["file"] = np.argsort(order)[which.reshape(-1)].astype("<i8")
-        columns["from"] = _column(episodes, f"{place}from_timestamp", "<f8")
-        videos = [
-            root / meta.video_path.format(video_key=camera_key, chunk_index=chunk, file_index=file)
-            for chunk, file in numbers[order].tolist()
-        ]
+        files = files_of(meta, camera_key)
+        columns["file"] = np.empty(len(meta.episodes), "<i8")
+        for number, episodes in enumerate(files.values()):
+            columns["file"][episodes] = number
+        columns["from"] = episode_column(meta, f"videos/{camera_key}/from_timestamp").astype("<f8")
+        videos = [root / file for file in files]
     content = _content(root, camera_key, videos, is_video, int(meta.total_frames))
     if content is None:
         return None
@@ -81,23 +74,16 @@ def _digest(meta: Any, camera_key: str) -> str | None:
     return digest.hexdigest()
 
 
-def _column(episodes: Any, name: str, dtype: str) -> np.ndarray:
-    return np.asarray(episodes.with_format("arrow")[name].to_numpy()).astype(dtype)
-
-
 def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, rows: int) -> str | None:
-    """Digest of what the data and video files hold, as noted or found; None: some are missing."""
-    data = sorted((root / "data").glob("*/*.parquet"))
-    try:
-        stamp = f"{SCHEME}:{is_video}:{rows}:{stamp_of((*data, *videos), root)}"
-    except FileNotFoundError:
-        return None
+    """Digest of what the data and video files hold, as noted or found; None: rows are missing."""
+    data = parquet_files(root)
+    stamp = f"{SCHEME}:{is_video}:{rows}:{stamp_of((*data, *videos), root)}"
     place = place_of("frames", root, camera_key)
     known = recall(place, stamp)
     if known is not None:
         return str(known)
     columns = [hashlib.sha256() for _ in ROWS]
-    pictures = hashlib.sha256()
+    images = hashlib.sha256()
     beside: list[Path] = []  # image files that data files name: no stamp covers them, so no note is kept
     found = 0
     for file in data:
@@ -107,27 +93,18 @@ def _content(root: Path, camera_key: str, videos: list[Path], is_video: bool, ro
         for name, column in zip(ROWS, columns, strict=True):
             column.update(table[name].to_numpy().astype(_AS_READ.get(name, "<i8")).tobytes())
         if not is_video:
-            for picture in _pictures(parquet, camera_key, root, beside):
-                pictures.update(len(picture).to_bytes(8, "little") + picture)
+            for batch in parquet.iter_batches(batch_size=64, columns=[camera_key]):
+                for image in batch.column(0).to_pylist():
+                    content = image_bytes(image, root, beside)
+                    images.update(len(content).to_bytes(8, "little") + content)
     if found != rows:
         return None
-    total = hashlib.sha256(b"".join(part.digest() for part in (*columns, pictures)))
+    total = hashlib.sha256(b"".join(part.digest() for part in (*columns, images)))
     for file in videos:
         total.update(_file_digest(file))
     if not beside:
         note(place, stamp, total.hexdigest())
     return total.hexdigest()
-
-
-def _pictures(parquet: pq.ParquetFile, camera_key: str, root: Path, beside: list[Path]) -> Iterator[bytes]:
-    """The encoded images of a data file, in order, a few at a time; files that it names go to `beside`."""
-    for batch in parquet.iter_batches(batch_size=64, columns=[camera_key]):
-        for picture in pa.Table.from_batches([batch])[camera_key].to_pylist():
-            if picture.get("bytes") is not None:
-                yield picture["bytes"]
-            else:
-                beside.append(root / picture["path"])
-                yield beside[-1].read_bytes()
 
 
 def _file_digest(path: Path) -> bytes:

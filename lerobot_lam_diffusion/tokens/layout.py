@@ -51,17 +51,15 @@ def find_folder(path: Path) -> Path:
         TokenStoreError: nothing there, or a file is missing.
     """
     folder = path.parent if path.name in (TENSORS_FILE, PROVENANCE_FILE) else path
-    if isfile(folder):
-        raise TokenStoreError(
-            f"no token store at {path}: it is a file; expected the folder that lerobot-lam-precompute made, "
-            "or a .pt file"
-        )
     absent = [name for name in (TENSORS_FILE, PROVENANCE_FILE) if not isfile(folder / name)]
     if not absent:
         return folder
     try:
         unfinished = unfinished_folder(folder)
-        is_unfinished, exists = unfinished.is_dir(), folder.exists()
+        is_unfinished = unfinished.is_dir()
+        found = "is a file" if folder.exists() else "does not exist"
+        if folder.is_dir():
+            found = f"has no {' and no '.join(absent)}"
     except (OSError, RuntimeError, ValueError) as error:  # too long, no access; a circle of links; a NUL
         raise TokenStoreError(
             f"no token store at {shown(str(path), 500)}: it cannot be looked up ({error}). Correct the path, "
@@ -72,7 +70,6 @@ def find_folder(path: Path) -> Path:
             f"no token store at {path} yet: its extraction is unfinished ({unfinished}); run the same "
             "lerobot-lam-precompute command again to go on"
         )
-    found = "does not exist" if not exists else f"has no {' and no '.join(absent)}"
     raise TokenStoreError(
         f"no token store at {path}: {folder} {found}. Expected a folder with {TENSORS_FILE} and "
         f"{PROVENANCE_FILE}, as lerobot-lam-precompute --output_dir={folder} makes it"

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import logging
 import os
 import re
 from pathlib import Path
@@ -22,8 +21,6 @@ from lerobot_lam_diffusion.tokens.layout import (
 )
 from lerobot_lam_diffusion.utils.errors import HubError, TokenStoreError, shown
 from lerobot_lam_diffusion.utils.hub import REPO_ID, fetch
-
-logger = logging.getLogger(__name__)
 
 KIND = "dataset"  # the Hub's kind of repository that holds a store
 
@@ -48,12 +45,9 @@ def locate_store(path: str | Path) -> tuple[Path, str | None]:
         local = Path(path)
         with contextlib.suppress(RuntimeError):  # a home that does not exist: then nor does the path
             local = local.expanduser()
-        if not _may_be_hub_id(text):
-            return local, None
-        if os.path.lexists(local):
-            logger.debug("%s is a folder here; hf://%s would be the Hub's.", text, text)
-            return local, None
-        if unfinished_folder(local).is_dir():
+        repo_id = text.partition("@")[0]
+        may_be_hub_id = REPO_ID.fullmatch(repo_id) and not repo_id.endswith(_FILES)
+        if not may_be_hub_id or os.path.lexists(local) or unfinished_folder(local).is_dir():
             return local, None
         return _fetched(text, text)
     name = text[url.end() :]
@@ -65,21 +59,10 @@ def locate_store(path: str | Path) -> tuple[Path, str | None]:
     return _fetched(name, f"hf://datasets/{name}")
 
 
-def parse_hub_id(hub_id: str) -> tuple[str, str | None]:
-    """`user/name@revision` as repository and revision."""
-    repo_id, _, revision = hub_id.partition("@")
-    return repo_id, revision or None
-
-
-def _may_be_hub_id(text: str) -> bool:
-    repo_id = text.partition("@")[0]
-    return bool(REPO_ID.fullmatch(repo_id)) and not repo_id.endswith(_FILES)
-
-
 def _fetched(hub_id: str, written: str) -> tuple[Path, str]:
-    repo_id, revision = parse_hub_id(hub_id)
+    repo_id, _, revision = hub_id.partition("@")
     try:
-        folder = fetch(repo_id, revision, (TENSORS_FILE, PROVENANCE_FILE), KIND)
+        folder = fetch(repo_id, revision or None, (TENSORS_FILE, PROVENANCE_FILE), KIND)
     except HubError as error:
         here = "" if _URL.match(written) else "there is no such folder here, and "
         raise TokenStoreError(

@@ -57,6 +57,7 @@ class PairCache:
     Attributes:
         path: Its folder.
         tables: What the tokens are, their codebook and the dataset's episodes.
+        is_writable: Whether this process may keep tokens here.
     """
 
     def __init__(self, path: Path, tables: TokenStore) -> None:
@@ -72,8 +73,8 @@ class PairCache:
                 f"{path / PAIRS_FILE} has {size} bytes, expected {expected}: it was truncated or altered. "
                 f"Remove the folder {path}; training builds it again"
             )
-        self._writable = os.access(path / PAIRS_FILE, os.W_OK)
-        self._file = (path / PAIRS_FILE).open("r+b" if self._writable else "rb", buffering=0)
+        self.is_writable = os.access(path / PAIRS_FILE, os.W_OK)
+        self._file = (path / PAIRS_FILE).open("r+b" if self.is_writable else "rb", buffering=0)
 
     def __reduce__(self) -> tuple:
         return (PairCache.open, (self.path,))  # a copy has a file of its own
@@ -125,11 +126,6 @@ class PairCache:
                 "as training with --policy.lam_live_cache makes them"
             )
         return cls(folder, TokenStore.load(folder / TABLES))
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether this process may keep tokens here."""
-        return self._writable
 
     @property
     def num_pairs(self) -> int:

@@ -24,6 +24,8 @@ VQ_STORAGE = ("uint8", "uint16")
 CONTINUOUS_STORAGE = ("float32", "float16", "bfloat16", "int8")
 UNKNOWN_DEVICE = "unknown"
 UNKNOWN_DECODER = "unknown"
+NOT_RECORDED = {"max_error": 0.0, "device": UNKNOWN_DEVICE, "decoder": UNKNOWN_DECODER, "skipped": {}}
+"""Fields as they are where nothing is known of them: in format version 1, and in a column's info."""
 DOCUMENT_BYTES = 1 << 23  # it lists each episode that could not be read
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 PAIR_CONTEXT = "pair"
@@ -226,9 +228,7 @@ def _upgraded(document: dict) -> dict:
     num_codes = lam.get("num_codes") if isinstance(lam, dict) else None
     wide = isinstance(num_codes, int) and num_codes > 256
     storage = VQ_STORAGE[wide] if document.get("token_kind") == VQ else "float32"
-    added = {"storage_dtype": storage, "max_error": 0.0, "device": UNKNOWN_DEVICE, "skipped": {}}
-    added["decoder"] = UNKNOWN_DECODER
-    return {**document, **added}
+    return {**document, **NOT_RECORDED, "storage_dtype": storage}
 
 
 def _decode(kind: type, document: Any, prefix: str = "") -> Any:
@@ -249,7 +249,8 @@ def _decode(kind: type, document: Any, prefix: str = "") -> Any:
             assert isinstance(field.type, type)
             value = _decode(field.type, value, f"{name}.")
         elif not _has_type(value, field.type):
-            raise ValueError(f"{name} is {shown(value)}, expected {_type_name(field.type)}")
+            expected = field.type.__name__ if isinstance(field.type, type) else field.type
+            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
         values[field.name] = value
     return kind(**values)
 
@@ -263,10 +264,6 @@ def _has_type(value: Any, expected: Any) -> bool:
     if expected == dict[str, str]:
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, expected)
-
-
-def _type_name(expected: Any) -> str:
-    return expected.__name__ if isinstance(expected, type) else str(expected)
 
 
 def _check_values(provenance: Provenance) -> None:

@@ -55,7 +55,7 @@ def push_store(
             else.
     """
     import httpx
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     if store.provenance is None:
         raise TokenStoreError(
@@ -73,7 +73,10 @@ def push_store(
         info = api.dataset_info(repo_id, revision=revision)
         present = {sibling.rfilename for sibling in info.siblings or []}
         _refuse_other(repo_id, present)
-        existing = _existing_card(repo_id, info.sha) if CARD_FILE in present else None
+        existing = None
+        if CARD_FILE in present:
+            path = hf_hub_download(repo_id, CARD_FILE, repo_type=KIND, revision=info.sha)
+            existing = Path(path).read_text(encoding="utf-8")
         verdict, pictures = illustrate() if illustrate is not None else ("", [])
         named = None if revision == DEFAULT_BRANCH else revision
         card = make_card(store, repo_id, named, pictures=pictures, verdict=verdict, existing=existing)
@@ -112,10 +115,3 @@ def _refuse_other(repo_id: str, present: set[str]) -> None:
             f"{repo_id} exists already and holds no token store but {', '.join(others[:3])}"
             f"{', …' if len(others) > 3 else ''}. A store has a repository of its own: name another --repo_id"
         )
-
-
-def _existing_card(repo_id: str, commit: str | None) -> str:
-    from huggingface_hub import hf_hub_download
-
-    path = hf_hub_download(repo_id, CARD_FILE, repo_type=KIND, revision=commit)
-    return Path(path).read_text(encoding="utf-8")

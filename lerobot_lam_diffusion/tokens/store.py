@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lerobot_lam_diffusion.tokens.binding import check_binding
+from lerobot_lam_diffusion.tokens.dataset_check import episode_bounds
 from lerobot_lam_diffusion.tokens.layout import (
     EPISODE_HASH,
     TENSORS_FILE,
@@ -122,26 +123,36 @@ class TokenStore:
         return cls._map(folder)
 
     @classmethod
-    def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
-        """Open a user's `.pt` file; an episode's first `frame_stride` rows always count as missing."""
-        values, kind, frame_stride = read_pt(path, dataset_meta)
-        starts = torch.tensor(dataset_meta.episodes["dataset_from_index"], dtype=torch.int64)
-        store = cls(
+    def in_memory(
+        cls,
+        path: Path,
+        dataset_meta: Any,
+        values: Tensor,
+        kind: str,
+        frame_stride: int,
+        provenance: Provenance | None = None,
+    ) -> "TokenStore":
+        """Tokens float32 `(N, n·a)`, a row for each frame of a dataset, as a store."""
+        start, stop = episode_bounds(dataset_meta)
+        return cls(
             path=path,
-            provenance=None,
+            provenance=provenance,
             kind=kind,
             frame_stride=frame_stride,
             token_dim=values.shape[1],
             values=values,
             codebook=None,
-            episode_from=starts,
-            episode_to=torch.tensor(dataset_meta.episodes["dataset_to_index"], dtype=torch.int64),
-            episode_row=starts,
-            episode_hash=unknown_hashes(len(starts)),
+            episode_from=start,
+            episode_to=stop,
+            episode_row=start,
+            episode_hash=unknown_hashes(len(start)),
         )
-        missing = torch.ones(len(store.values), dtype=torch.bool)
-        missing[store.frames_with_tokens()] = False
-        if filled := int(store.values[missing].any(1).sum()):
+
+    @classmethod
+    def _of_pt(cls, path: Path, dataset_meta: Any) -> "TokenStore":
+        """Open a user's `.pt` file; an episode's first `frame_stride` rows always count as missing."""
+        store = cls.in_memory(path, dataset_meta, *read_pt(path, dataset_meta))
+        if filled := int(store.values[store.missing_rows()].any(1).sum()):
             logger.warning(
                 "%s: %d frames at episode starts have no frame %d before them, but hold non-zero tokens; "
                 "they count as missing (zero).",
@@ -300,6 +311,12 @@ class TokenStore:
     def frames_with_tokens(self) -> Tensor:
         """Absolute indices of the frames that have a token, ascending, int64."""
         return self.frames_at(torch.arange(self.num_tokens), skip=self.frame_stride)[0]
+
+    def missing_rows(self) -> Tensor:
+        """Which rows of a store of all episodes are those of frames without a token, bool `(N,)`."""
+        missing = torch.ones(len(self.values), dtype=torch.bool)
+        missing[self.frames_with_tokens()] = False
+        return missing
 
     def frames_at(self, position: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
         """Which frames are at the given positions among all frames that this store covers.

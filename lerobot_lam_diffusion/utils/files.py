@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lerobot_lam_diffusion.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,36 @@ def write_whole(path: Path, content: bytes | str) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock on the file `path`, made with its folders; the kernel frees that of a process that dies.
+
+    Yields:
+        Whether it is held: not on a file system without locks, where nobody waits for anybody.
+
+    Raises:
+        Timeout: without `wait`, another process holds it.
+        OSError: its file cannot be made or opened.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not wait:
+                raise
+            logger.info("Waiting for another process, which holds %s.", path)
+            lock.acquire(poll_interval=0.2)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
+            raise
+        logger.warning("%s cannot be locked (%s); continuing without a lock.", path.parent, error)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
 def remove_whole(folder: Path) -> None:
     """Remove a folder so that nobody ever sees half of it; one that is not there is no error."""
     removed = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
@@ -101,8 +133,6 @@ def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
         FileExistsError: `path` is a file or a folder that is not empty.
         NotADirectoryError, PermissionError: nothing can be made there.
     """
-    if path.is_symlink() and not path.exists():
-        raise FileExistsError(f"{path} is a link to nowhere; choose another {flag} or remove it first")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "exists already and is not empty" if path.is_dir() else "exists already"
         raise FileExistsError(f"{path} {what}; choose another {flag} or remove it first")

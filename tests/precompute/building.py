@@ -15,6 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
+from lerobot_lam_diffusion.utils.files import locked
 from tests.conftest import TOP
 from tests.precompute.interrupted import on_writes
 
@@ -45,7 +46,7 @@ def open_cached(cache: Path, root: Path, lam_folder: Path, told: Path | None = N
 
     handler = logging.Handler()
     handler.emit = lambda record: note(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("lerobot_lam_diffusion.precompute.cache")
+    log = logging.getLogger("lerobot_lam_diffusion.utils.files")
     log.setLevel("INFO")
     log.addHandler(handler)
     try:
@@ -65,6 +66,6 @@ def die_at_write(kill_at: int, cache: Path, root: Path, lam_folder: Path, told: 
 
 def hold(cache: Path, holding, let_go) -> None:
     """A process that builds until it is told to stop."""
-    with entry_in(cache)._locked(wait=True):
+    with locked(entry_in(cache)._lock_file, wait=True):
         holding.set()
         let_go.wait(60)

@@ -152,7 +152,7 @@ def test_of_several_processes_one_builds(server, cache, dataset, lam_folder, sto
 @pytest.mark.slow
 def test_a_builder_that_is_killed_leaves_its_work_to_the_next(server, cache, dataset, lam_folder, tmp_path):
     entry, safe = building.entry_in(cache), 0
-    for kill_at in (4, 23, 11):
+    for kill_at in (3, 22, 10):
         args = (kill_at, cache, dataset.root, lam_folder, tmp_path / "killed")
         process = server.Process(target=building.die_at_write, args=args)
         process.start()

@@ -15,7 +15,6 @@ import pytest
 from lerobot_lam_diffusion.precompute import cluster as engines
 from lerobot_lam_diffusion.precompute.cluster import merge_task, submit
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
-from lerobot_lam_diffusion.precompute.shards import ShardError
 from lerobot_lam_diffusion.scripts.precompute_lam_tokens import extract_share, main
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError
@@ -174,17 +173,6 @@ def test_a_merge_before_all_tasks_have_ended_is_refused(flags, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_damaged_shards_are_made_again_by_their_tasks(flags, single, tmp_path):
-    run_tasks(flags, range(2), 2)
-    tensors = unfinished_folder(tmp_path / "store") / "00001.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ShardError, match=r"00001\.safetensors is damaged"):
-        merge_task(flags["output_dir"])
-    run_tasks(flags, range(2), 2)
-    merge_task(flags["output_dir"])
-    assert same_values(tmp_path / "store", single)
-
-
 # --- what would be submitted
 
 
@@ -338,14 +326,3 @@ def test_failed_tasks_on_ray_are_named(ray_of_two_cores, flags, tmp_path):
     flags["dataset"]["root"] = str(tmp_path / "nowhere")
     with pytest.raises(ExtractionError, match=r"1 of 1 tasks failed, see task_00000\.log in"):
         submit(replace(RAY, tasks=1), extract_share, flags, tmp_path / "store")
-
-
-@pytest.mark.slow
-def test_a_task_that_no_node_of_ray_can_run_is_refused(ray_of_two_cores, flags, tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    too_large = (
-        r"no node of this Ray cluster can run a task of 8 cores, 32 GB .*nodes: 2 cores.*cpus_per_task"
-    )
-    with pytest.raises(ExtractionError, match=too_large):
-        submit(ClusterConfig(engine="ray", tasks=2), extract_share, flags, tmp_path / "store")
-    assert not (tmp_path / "store.shards").exists()

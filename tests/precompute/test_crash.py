@@ -6,9 +6,7 @@ import signal
 import socket
 
 import pytest
-import torch
 
-from lerobot_lam_diffusion.precompute.shards import ShardError, ShardFolder
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.layout import PROVENANCE_FILE, TENSORS_FILE, unfinished_folder
 from tests.conftest import EPISODE_LENGTHS, TOP
@@ -89,19 +87,6 @@ def test_killed_at_every_write_a_run_goes_on_where_it_was(server, where, undistu
     assert len(set(safe)) == len(EPISODE_LENGTHS) + 1
 
 
-def test_continuous_tokens_survive_too(server, where, tmp_path):
-    options = {"use_vq_tokens": False}
-    whole = interrupted.extract(*where, tmp_path / "whole", **options)
-    args = (14, *where, tmp_path / "store", options)
-    process = server.Process(target=interrupted.die_at_write, args=args)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    resumed = interrupted.extract(*where, tmp_path / "store", **options)
-    assert 0 < resumed.encoded < PAIRS
-    torch.testing.assert_close(resumed.store.values, whole.store.values, atol=2e-4, rtol=0)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_stopped_command_says_how_to_go_on(server, where, undisturbed, tmp_path, number):
     root, lam = where
@@ -135,23 +120,6 @@ def test_a_file_that_may_not_grow_loses_nothing(where, tmp_path):
     assert "00000.safetensors" not in left
     assert not [name for name in left if "partial" in name]
     assert interrupted.extract(*where, tmp_path / "store", use_vq_tokens=False).store.num_tokens == PAIRS
-
-
-def test_a_shard_that_was_altered_is_made_again(server, where, undisturbed, tmp_path):
-    output_dir = tmp_path / "store"
-    process = server.Process(target=interrupted.die_at_write, args=(30, *where, output_dir, {}))
-    process.start()
-    process.join(60)
-    tensors = unfinished_folder(output_dir) / "00001.safetensors"
-    content = bytearray(tensors.read_bytes())
-    content[-1] ^= 1
-    tensors.write_bytes(content)
-    with pytest.raises(ShardError, match=r"00001\.safetensors is damaged.*Run the extraction again"):
-        interrupted.extract(*where, output_dir)
-    assert sorted(finished_shards(output_dir)) == [0, 2, 3, 4]
-    summary = interrupted.extract(*where, output_dir)
-    assert summary.encoded == EPISODE_LENGTHS[1] - 1
-    assert same_bytes(summary.store, undisturbed)
 
 
 def free_port() -> int:
@@ -191,29 +159,3 @@ def test_one_of_three_processes_dies_and_the_next_launch_goes_on(server, where, 
     assert 0 < len(finished_shards(output_dir)) < len(EPISODE_LENGTHS)
     assert launch(server, 2, where, output_dir) == [0, 0]
     assert same_bytes(TokenStore.open(output_dir), undisturbed)
-
-
-def test_a_job_array_makes_the_same_store_whoever_comes_last(where, undisturbed, tmp_path):
-    from lerobot_lam_diffusion.precompute.processes import Process
-
-    encoded = []
-    for index in (2, 0, 1):
-        process = Process(shard_index=index, num_shards=3)
-        summary = interrupted.extract(*where, tmp_path / "store", process=process)
-        encoded.append(summary.encoded)
-        assert (summary.store is None) == (index != 1)
-    assert sum(encoded) == PAIRS
-    assert min(encoded) >= 7
-    assert same_bytes(summary.store, undisturbed)
-
-
-def test_merging_where_shards_are_missing_is_refused(where, tmp_path):
-    from lerobot_lam_diffusion.precompute.merge import merge_shards
-    from lerobot_lam_diffusion.precompute.processes import Process
-
-    interrupted.extract(*where, tmp_path / "store", process=Process(shard_index=0, num_shards=2))
-    folder = unfinished_folder(tmp_path / "store")
-    with pytest.raises(ShardError, match="is damaged"):
-        merge_shards(ShardFolder.open(folder), tmp_path / "store")
-    assert folder.exists()
-    assert not (tmp_path / "store").exists()

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import httpx
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -14,8 +13,9 @@ from lerobot.datasets.utils import MISSING_VERSION_TAG_MESSAGE
 from lerobot_lam_diffusion.precompute import dataset as module
 from lerobot_lam_diffusion.precompute.dataset import check_dataset, open_readable, open_whole
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
-from tests.conftest import TOP, record_dataset
+from tests.conftest import TOP, record_dataset, with_rows_beyond
 from tests.hub_server import connect, serve
+from tests.parquet import change_column, data_file
 
 LENGTHS = (5, 6, 8, 3, 4, 6, 7, 7, 5, 9)
 
@@ -35,18 +35,6 @@ def root(recorded, tmp_path) -> Path:
 
 def meta_of(root: Path) -> LeRobotDatasetMetadata:
     return LeRobotDatasetMetadata("local/x", root=root)
-
-
-def data_file(root: Path) -> Path:
-    return next((root / "data").rglob("*.parquet"))
-
-
-def put(path: Path, **columns: list) -> None:
-    table = pq.read_table(path)
-    for name, values in columns.items():
-        at = table.column_names.index(name)
-        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
-    pq.write_table(table, path)
 
 
 @pytest.fixture
@@ -118,10 +106,7 @@ def test_a_missing_data_file_is_named(root):
 
 @pytest.mark.parametrize("column", ["index", "episode_index"])
 def test_rows_that_are_other_frames(root, column):
-    path = data_file(root)
-    values = pq.read_table(path)[column].to_pylist()
-    values[5:19] = values[18:4:-1]
-    put(path, **{column: values})
+    change_column(data_file(root), column, lambda rows: rows[:5] + rows[18:4:-1] + rows[19:])
     with pytest.raises(DatasetError, match=r"row \d+ of the data files .* is called frame \d+ \(index\)"):
         open_whole(meta_of(root), root=root)
 
@@ -134,10 +119,7 @@ def test_rows_that_are_missing(root):
         open_whole(meta_of(root), root=root)
 
 
-def test_rows_beyond_the_last_episode_and_any_frame_index_are_lerobots_own_business(root):
-    path = data_file(root)
-    put(path, frame_index=list(range(60)))
-    beyond = path.with_name("file-001.parquet")
-    pq.write_table(pq.read_table(path).slice(0, 4), beyond)
-    put(beyond, index=[60, 61, 62, 63], episode_index=[10] * 4)
+def test_rows_beyond_the_last_episode_and_any_frame_index_are_lerobots_own_business(dataset, tmp_path):
+    root = with_rows_beyond(dataset, tmp_path / "data")
+    change_column(root / "data" / "chunk-000" / "file-000.parquet", "frame_index", range(60))
     check_dataset(open_whole(meta_of(root), root=root))

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -20,6 +19,7 @@ from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset
+from tests.parquet import change_column, data_file, episodes_file
 
 LENGTHS = (6, 5, 6, 4)
 RENAMED = "observation.images.renamed"
@@ -27,18 +27,6 @@ RENAMED = "observation.images.renamed"
 
 def opened(root: Path) -> LeRobotDataset:
     return LeRobotDataset("local/squares", root=root, video_backend="pyav", return_uint8=True)
-
-
-def parquet(root: Path, folder: str) -> Path:
-    return next((root / folder).rglob("*.parquet"))
-
-
-def change(file: Path, name: str, edit: Callable[[list], list]) -> None:
-    """Edit a column of a parquet file."""
-    table = pq.read_table(file)
-    place = table.column_names.index(name)
-    values = pa.array(edit(table[name].to_pylist()), table.schema.field(name).type)
-    pq.write_table(table.set_column(place, table.schema.field(name), values), file)
 
 
 def swapped(values: list, rng: random.Random) -> list:
@@ -57,30 +45,27 @@ def remove_episodes(root: Path, rng: random.Random) -> None:
 def exchange_episodes(root: Path, rng: random.Random) -> None:
     """Two episodes show one another's pictures."""
     if list((root / "videos").rglob("*.mp4")):
-        change(parquet(root, "meta/episodes"), f"videos/{TOP}/from_timestamp", lambda v: swapped(v, rng))
+        change_column(episodes_file(root), f"videos/{TOP}/from_timestamp", lambda v: swapped(v, rng))
     else:
-        change(parquet(root, "data"), TOP, lambda v: swapped(v, rng))
+        change_column(data_file(root), TOP, lambda v: swapped(v, rng))
 
 
 def shift_offset(root: Path, rng: random.Random) -> None:
     if not list((root / "videos").rglob("*.mp4")):
-        return change(parquet(root, "data"), TOP, lambda pictures: pictures[1:] + pictures[:1])
+        return change_column(data_file(root), TOP, lambda pictures: pictures[1:] + pictures[:1])
 
     def edit(offsets: list) -> list:
         at = rng.randrange(len(offsets) - 1)
         offsets[at] += rng.choice([0.1, 0.2])
         return offsets
 
-    change(parquet(root, "meta/episodes"), f"videos/{TOP}/from_timestamp", edit)
+    change_column(episodes_file(root), f"videos/{TOP}/from_timestamp", edit)
 
 
 def shift_timestamps(root: Path, rng: random.Random) -> None:
     """The first episode is shown from a later frame on, and its last frame is held."""
-    change(
-        parquet(root, "data"),
-        "timestamp",
-        lambda v: [*v[1 : LENGTHS[0]], v[LENGTHS[0] - 1], *v[LENGTHS[0] :]],
-    )
+    end = LENGTHS[0]
+    change_column(data_file(root), "timestamp", lambda v: [*v[1:end], v[end - 1], *v[end:]])
 
 
 def encode_again(root: Path, rng: random.Random) -> None:
@@ -107,20 +92,20 @@ def other_pixels(root: Path, rng: random.Random) -> None:
         shutil.rmtree(root / "videos")
         shutil.copytree(other.root / "videos", root / "videos")
     else:
-        pictures = pq.read_table(parquet(other.root, "data"))[TOP].to_pylist()
-        change(parquet(root, "data"), TOP, lambda old: pictures[: len(old)])
+        pictures = pq.read_table(data_file(other.root))[TOP].to_pylist()
+        change_column(data_file(root), TOP, lambda old: pictures[: len(old)])
     shutil.rmtree(other.root)
 
 
 def drop_statistics(root: Path, rng: random.Random) -> None:
-    file = parquet(root, "meta/episodes")
+    file = episodes_file(root)
     table = pq.read_table(file)
     pq.write_table(table.drop_columns([n for n in table.column_names if n.startswith("stats/")]), file)
     (root / "meta" / "stats.json").unlink(missing_ok=True)
 
 
 def add_column(root: Path, rng: random.Random) -> None:
-    file = parquet(root, "data")
+    file = data_file(root)
     table = pq.read_table(file)
     if "extra" in table.column_names:
         return
@@ -133,14 +118,14 @@ def add_column(root: Path, rng: random.Random) -> None:
 def renumber_files(root: Path, rng: random.Random) -> None:
     for video in (root / "videos").rglob("file-000.mp4"):
         video.rename(video.with_name("file-007.mp4"))
-        change(parquet(root, "meta/episodes"), f"videos/{TOP}/file_index", lambda v: [7] * len(v))
+        change_column(episodes_file(root), f"videos/{TOP}/file_index", lambda v: [7] * len(v))
 
 
 def rename_camera(root: Path, rng: random.Random) -> None:
     """Another camera bears the name of the LAM's, whose own pictures are now called otherwise."""
     if list((root / "videos").rglob("*.mp4")) and not (root / "videos" / RENAMED).exists():
         (root / "videos" / TOP).rename(root / "videos" / RENAMED)
-        file = parquet(root, "meta/episodes")
+        file = episodes_file(root)
         table = pq.read_table(file)
         pq.write_table(table.rename_columns([n.replace(TOP, RENAMED) for n in table.column_names]), file)
         for name in ("info.json", "stats.json"):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from lerobot.datasets.dataset_tools import delete_episodes
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file, save_file
 
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known, episode_hashes
 from lerobot_lam_diffusion.utils.errors import ExtractionError
+from lerobot_lam_diffusion.utils.files import sha256_of
 from tests.conftest import TOP, record_dataset, record_more, write_lam
+from tests.parquet import change_column, episodes_file
 
 LENGTHS = (9, 7, 8)
 
@@ -107,16 +110,9 @@ def test_hashes_follow_from_frames_and_their_order(tmp_path, dataset):
 
 
 def test_a_shifted_episode_has_another_hash(tmp_path, dataset):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     root = shutil.copytree(dataset.root, tmp_path / "shifted")
-    (file,) = (root / "meta" / "episodes").rglob("*.parquet")
-    table = pq.read_table(file)
     name = f"videos/{TOP}/from_timestamp"
-    offsets = table[name].to_pylist()
-    offsets[1] += 0.1  # one frame later
-    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(offsets)), file)
+    change_column(episodes_file(root), name, lambda start: [start[0], start[1] + 0.1, *start[2:]])
     here, there = episode_hashes(opened(root).meta, TOP), episode_hashes(dataset.meta, TOP)
     assert (here != there).any(1).tolist() == [False, True, False, False, False]
 
@@ -134,20 +130,12 @@ def test_tokens_that_were_made_otherwise_are_refused(tmp_path, extract, dataset,
 
 
 def test_a_store_that_does_not_know_its_frames_is_refused(tmp_path, extract, dataset, store):
-    from safetensors.torch import load_file, save_file
-
     old = shutil.copytree(store.path, tmp_path / "old")
     tensors = load_file(old / "lam_tokens.safetensors")
     del tensors["episode_hash"]
     save_file(tensors, old / "lam_tokens.safetensors")
     document = json.loads((old / "lam_tokens.json").read_text())
-    document |= {"format_version": 2, "tensors_sha256": _sha256(old / "lam_tokens.safetensors")}
+    document |= {"format_version": 2, "tensors_sha256": sha256_of(old / "lam_tokens.safetensors")}
     (old / "lam_tokens.json").write_text(json.dumps(document))
     with pytest.raises(ExtractionError, match=r"before stores knew each episode's frames"):
         extract(dataset, extend=[TokenStore.open(old)])
-
-
-def _sha256(path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()

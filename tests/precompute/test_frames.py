@@ -4,8 +4,6 @@ from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -15,6 +13,7 @@ from lerobot_lam_diffusion.precompute import frames as frames_module
 from lerobot_lam_diffusion.precompute.frames import DecodeError, EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
 from tests.conftest import TOP, record_dataset
+from tests.parquet import change_column, data_file, episodes_file
 
 WRIST = "observation.images.wrist"
 LENGTHS = (7, 4, 6)
@@ -91,16 +90,13 @@ def test_image_transforms_of_training_do_not_reach_the_lam(two_cameras):
 def images_in(root, change) -> LeRobotDataset:
     """A dataset of images, each changed by `change` in the data files."""
     recorded = record_dataset(root, (3, 2), use_videos=False)
-    (path,) = (root / "data").rglob("*.parquet")
-    table = pq.read_table(path)
-    stored = []
-    for number, image in enumerate(table[TOP].to_pylist()):
+
+    def stored(number, image):
         file = BytesIO()
         change(number, Image.open(BytesIO(image["bytes"]))).save(file, "PNG")
-        stored.append({**image, "bytes": file.getvalue()})
-    at = table.column_names.index(TOP)
-    field = table.schema.field(at)
-    pq.write_table(table.set_column(at, field, pa.array(stored, field.type)), path)
+        return {**image, "bytes": file.getvalue()}
+
+    change_column(data_file(root), TOP, lambda images: [stored(*each) for each in enumerate(images)])
     return LeRobotDataset(recorded.repo_id, root=root)
 
 
@@ -134,11 +130,7 @@ def test_images_of_different_sizes(tmp_path):
 
 def test_an_episode_beyond_the_end_of_its_video_is_found_before_decoding(tmp_path):
     dataset = record_dataset(tmp_path / "data", (6, 5))
-    (path,) = (tmp_path / "data" / "meta" / "episodes").rglob("*.parquet")
-    table = pq.read_table(path)
-    name = f"videos/{TOP}/from_timestamp"
-    at = table.column_names.index(name)
-    pq.write_table(table.set_column(at, name, pa.array([0.0, 60.0])), path)
+    change_column(episodes_file(dataset.root), f"videos/{TOP}/from_timestamp", [0.0, 60.0])
     frames = EpisodeFrames(reopened(dataset), TOP)
     frames.check([0])
     with pytest.raises(DecodeError, match=r"it ends at 1.100 s, and by meta/episodes .* is at 60.400 s"):

@@ -51,11 +51,6 @@ def files(store, tmp_path) -> StoreFiles:
     return StoreFiles(store, tmp_path / "copy")
 
 
-@pytest.fixture
-def continuous_files(continuous_store, tmp_path) -> StoreFiles:
-    return StoreFiles(continuous_store, tmp_path / "copy")
-
-
 @pytest.fixture(scope="session")
 def partial_store(dataset, make_store) -> TokenStore:
     """Episodes 1 and 3 of `dataset` only. Not to be changed."""

@@ -5,7 +5,6 @@ import os
 import shutil
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,7 +29,8 @@ from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.check_column import check_values, open_column
 from lerobot_lam_diffusion.tokens.column import read_column
 from lerobot_lam_diffusion.utils.errors import DatasetError, UserError
-from tests.conftest import TOP, record_dataset
+from tests.conftest import TOP, record_dataset, with_rows_beyond
+from tests.parquet import change_column, data_file, episodes_file
 
 STATISTICS = {"min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99"}
 
@@ -274,7 +274,7 @@ def test_a_dataset_that_is_not_whole(dataset, store, tmp_path):
     copy = shutil.copytree(dataset.root, tmp_path / "copy")
     next(copy.rglob("*.mp4")).unlink()
     meta = LeRobotDatasetMetadata("local/x", root=copy)
-    refused(UserError, r"1 files of dataset .* the first: videos/", store, meta, tmp_path / "x")
+    refused(DatasetError, r"is not whole: videos/.* is not there", store, meta, tmp_path / "x")
 
 
 def test_nothing_is_left_where_the_disk_is_full(dataset, store, tmp_path, monkeypatch):
@@ -286,16 +286,6 @@ def test_nothing_is_left_where_the_disk_is_full(dataset, store, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def changed(added, tmp_path, change):
-    """A copy of the dataset whose data file was changed by `change(table)`."""
-    import pyarrow.parquet as pq
-
-    copy = shutil.copytree(added.root, tmp_path / "copy")
-    path = next((copy / "data").rglob("*.parquet"))
-    pq.write_table(change(pq.read_table(path)), path)
-    return opened(copy)
-
-
 @pytest.mark.parametrize(
     ("row", "value", "message"),
     [
@@ -305,38 +295,22 @@ def changed(added, tmp_path, change):
     ],
 )
 def test_bad_values_are_found(added, tmp_path, row, value, message):
-    import pyarrow as pa
-
-    def change(table):
-        tokens = np.stack(table[OBS_LAM_TOKENS].to_numpy())
-        tokens[row] = value
-        place = table.column_names.index(OBS_LAM_TOKENS)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), 64)
-        return table.set_column(place, OBS_LAM_TOKENS, column)
-
+    copy = shutil.copytree(added.root, tmp_path / "copy")
+    change_column(
+        data_file(copy),
+        OBS_LAM_TOKENS,
+        lambda tokens: [*tokens[:row], [value] * 64, *tokens[row + 1 :]],
+    )
     with pytest.raises(UserError, match=message):
-        checked(changed(added, tmp_path, change))
+        checked(opened(copy))
 
 
-def test_rows_are_those_that_lerobot_reads(dataset, store, tmp_path, caplog):
+def test_rows_are_those_that_lerobot_reads(dataset, store, tmp_path):
     """Rows beyond the last episode, a `frame_index` that never restarts, `data/file_index` of no file."""
-    root = shutil.copytree(dataset.root, tmp_path / "data")
-    (path,) = (root / "data").rglob("*.parquet")
-
-    def put(path, name, values):
-        table = pq.read_table(path)
-        at = table.column_names.index(name)
-        field = table.schema.field(at)
-        pq.write_table(table.set_column(at, field, pa.array(values, field.type)), path)
-
-    put(path, "frame_index", list(range(60)))
-    beyond = path.with_name("file-001.parquet")
-    pq.write_table(pq.read_table(path).slice(0, 4), beyond)
-    put(beyond, "index", [60, 61, 62, 63])
-    put(beyond, "episode_index", [5] * 4)
-    put(next((root / "meta" / "episodes").rglob("*.parquet")), "data/file_index", [0, 0, 0, 2, 2])
+    root = with_rows_beyond(dataset, tmp_path / "data")
+    change_column(root / "data" / "chunk-000" / "file-000.parquet", "frame_index", range(60))
+    change_column(episodes_file(root), "data/file_index", [0, 0, 0, 2, 2])
     made = add_column(store, LeRobotDatasetMetadata("local/x", root=root), tmp_path / "column")
-    assert "4 rows beyond the last episode" in caplog.text
     meta = LeRobotDatasetMetadata("local/column", root=made.root)
     column = read_column(meta, OBS_LAM_TOKENS)
     opened_column = open_column(column, meta)
@@ -350,8 +324,7 @@ def test_rows_are_those_that_lerobot_reads(dataset, store, tmp_path, caplog):
 
 def test_rows_in_another_order_are_refused(dataset, store, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "data")
-    (path,) = (root / "data").rglob("*.parquet")
-    pq.write_table(pq.read_table(path).take([1, 0, *range(2, 60)]), path)
+    pq.write_table(pq.read_table(data_file(root)).take([1, 0, *range(2, 60)]), data_file(root))
     meta = LeRobotDatasetMetadata("local/x", root=root)
     old = shutil.copytree(store.path, tmp_path / "old")  # made before a store knew its dataset's frames
     document = json.loads((old / "lam_tokens.json").read_text())

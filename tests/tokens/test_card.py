@@ -34,15 +34,6 @@ def test_it_tells_every_part_of_the_tokens_identity(store):
         assert fact in card.text
 
 
-def test_without_a_picture_a_table_tells_the_use_of_every_code(random_store):
-    text = make_card(random_store, REPO, None)
-    assert "![" not in text
-    rows = [line for line in text.splitlines() if line.count("%") == 2]
-    assert len(rows) == 16
-    shares = [float(cell.strip(" %")) for row in rows for cell in row.split("|")[2:4]]
-    assert sum(shares) == pytest.approx(200, abs=1)
-
-
 def test_continuous_tokens_name_the_flag_that_training_needs(write_random, tmp_path):
     store = write_random(tmp_path / "store", (5, 5), token_kind=CONTINUOUS)
     text = make_card(store, REPO, "v2")

@@ -78,12 +78,6 @@ def test_it_pickles_with_a_dataset_that_pickles(dataset, store):
     assert torch.equal(joined[9][KEY], store.window(torch.tensor([9]), [0, 1])[0])
 
 
-def test_batches_of_a_data_loader(dataset, store):
-    loader = DataLoader(LamTokenDataset(dataset, store.path, deltas=[-1, 0]), batch_size=16)
-    for batch in loader:
-        assert torch.equal(batch[KEY], store.window(batch["index"], [-1, 0]))
-
-
 @pytest.mark.slow
 def test_batches_of_spawned_workers(dataset, store):
     joined = LamTokenDataset(dataset, store.path, deltas=[-1, 0])

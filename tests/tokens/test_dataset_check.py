@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
@@ -13,6 +12,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot_lam_diffusion.tokens.dataset_check import absent_files, channels_of, check_metadata, not_rgb
 from lerobot_lam_diffusion.utils.errors import DatasetError
 from tests.conftest import TOP
+from tests.parquet import change_column, episodes_file
 
 
 @pytest.fixture
@@ -24,19 +24,8 @@ def opened(root: Path) -> LeRobotDatasetMetadata:
     return LeRobotDatasetMetadata("local/copy", root=root)
 
 
-def put(path: Path, name: str, values: list) -> None:
-    """Replace a column of a parquet file."""
-    table = pq.read_table(path)
-    at = table.column_names.index(name)
-    pq.write_table(table.set_column(at, name, pa.array(values)), path)
-
-
-def episodes_file(root: Path) -> Path:
-    return next((root / "meta" / "episodes").rglob("*.parquet"))
-
-
 def column(name: str, values: list):
-    return lambda root: put(episodes_file(root), name, values)
+    return lambda root: change_column(episodes_file(root), name, values, keep_type=False)
 
 
 def info(**changes):
@@ -102,7 +91,7 @@ def test_files_that_are_not_here_are_named_with_their_episodes(copy, content, wh
 
 def test_data_files_count_by_their_rows(copy):
     """`data/file_index` that names no file is no harm: LeRobot reads all that there is."""
-    put(episodes_file(copy), "data/file_index", [0, 1, 1, 2, 2])
+    change_column(episodes_file(copy), "data/file_index", [0, 1, 1, 2, 2])
     assert absent_files(opened(copy)) == {}
     (data,) = (copy / "data").rglob("*.parquet")
     pq.write_table(pq.read_table(data).slice(0, 14), data)

@@ -163,25 +163,6 @@ def test_a_repository_that_is_no_store(files, hub):
     assert "push" in told
 
 
-def test_a_cut_download_is_resumed(hub, commit):
-    hub.cuts[TENSORS_FILE] = [100]
-    assert len(TokenStore.open(REPO).values) == 34
-    assert sum(line.startswith("GET") and TENSORS_FILE in line for line in hub.log) == 2
-
-
-@pytest.mark.slow  # huggingface_hub waits for seconds between its attempts
-def test_a_cut_download_that_cannot_be_resumed_is_never_used(hub, commit, monkeypatch):
-    hub.cuts[TENSORS_FILE] = [100]
-    hub.dies = True
-    told = refusal(REPO)
-    assert "out of order" in told
-    hub.fails = None
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refusal(REPO)  # the half that came is no store
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert len(TokenStore.open(REPO).values) == 34
-
-
 def test_a_store_whose_hash_does_not_fit(hub, random_files):
     content = bytearray(random_files[TENSORS_FILE])
     content[-1] ^= 1

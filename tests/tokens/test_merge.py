@@ -141,15 +141,6 @@ def test_what_any_store_knows_of_an_episodes_frames_is_kept(write_random, part_o
     assert merged.episode_hash[:, 0].tolist() == [1, 2, 3, 0]
 
 
-def test_episodes_of_other_frames(write_random, part_of, tmp_path):
-    whole = write_random(tmp_path / "whole", LENGTHS)
-    hashes = torch.ones(4, 16, dtype=torch.uint8)
-    edited = hashes + torch.tensor([[0], [0], [1], [0]], dtype=torch.uint8)
-    one, other = part_of(whole, [0, 1], "one", hashes), part_of(whole, [2, 3], "other", edited)
-    told = refusal([one, other], tmp_path / "merged")
-    assert f"{other.path} was made of other frames than the stores before it" in told
-
-
 def test_an_episode_that_one_store_skipped_and_another_covers(write_random, part_of, tmp_path):
     whole = write_random(tmp_path / "whole", LENGTHS)
     one = part_of(whole, [0, 1], "one", skipped={"2": "cut", "3": "cut"})
