@@ -236,7 +236,7 @@ def test_a_viewer_that_does_not_start_is_one_message(monkeypatch, store, flags):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setenv("PATH", "/nowhere")
     told = refusal(["view", store.path, *flags, "--episode=0"])
-    assert "Rerun's viewer cannot be reached (" in told
+    assert "Rerun's viewer cannot be reached; write a file with --save" in told
 
 
 def test_other_episodes_have_no_place(store, flags):
