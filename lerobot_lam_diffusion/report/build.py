@@ -1,10 +1,9 @@
 """The report's sections, in the order of the questions that they answer."""
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,14 @@ from lerobot_lam_diffusion.lam.fit.report import evenly, perplexity
 from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.report import figures
 from lerobot_lam_diffusion.report.codes import BINS, read_codes
-from lerobot_lam_diffusion.report.frames import THUMB, Entry, choose_examples, choose_pool, decode_frames
+from lerobot_lam_diffusion.report.frames import (
+    THUMB,
+    Entry,
+    Footage,
+    choose_examples,
+    choose_pool,
+    decode_frames,
+)
 from lerobot_lam_diffusion.report.motion import (
     STATE_KEY,
     StateProbe,
@@ -31,21 +37,6 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 
 _STRIPS, _STRIP_FRAMES = 3, 8
 _PREDICTED, _PREDICTED_SHOWN = 96, 6
-
-
-@dataclass(frozen=True)
-class Footage:
-    """A store's dataset, and the LAM if there is one.
-
-    Args:
-        dataset: `LeRobotDataset`, bound to the store already.
-        camera_key: the camera that the LAM looked at.
-        lam: with the store's fingerprint, opened with its FDM; None: no predictions.
-    """
-
-    dataset: Any
-    camera_key: str
-    lam: Any = None
 
 
 class Report(NamedTuple):
@@ -125,14 +116,13 @@ class _Analysis:
         later = [frame for entry in entries for frame in entry.examples]
         earlier = [frame - self.store.frame_stride for frame in later]
         wanted = chain(earlier, later, *strips.values())
-        dataset, camera_key, lam = self.footage.dataset, self.footage.camera_key, self.footage.lam
-        thumbs = decode_frames(dataset, camera_key, wanted, partial(bilinear, size=THUMB))
+        thumbs = decode_frames(self.footage, wanted, partial(bilinear, size=THUMB))
         return [
             self._probe_section(),
             self._atlas_section(entries, num_occurring, thumbs),
             self._usage_section(),
             self._strip_section(strips, thumbs),
-            *([self._prediction_section(self.footage, pool)] if lam is not None else []),
+            *([self._prediction_section(self.footage, pool)] if self.footage.lam is not None else []),
             self._provenance_section(),
         ]
 
@@ -265,9 +255,7 @@ class _Analysis:
             section.texts.append(f"No {which} episode has a token.")
             return section
         frames = [*(later - stride).tolist(), *later.tolist()]
-        found = decode_frames(
-            footage.dataset, footage.camera_key, frames, lambda chunk: lam.resize_frames(chunk).cpu()
-        )
+        found = decode_frames(footage, frames, lambda chunk: lam.resize_frames(chunk).cpu())
         prev, cur = torch.stack([found[frame] for frame in frames]).chunk(2)
         tokens = self.store.window(later, [0])[:, 0]
         parts = zip(prev.split(16), tokens.split(16), strict=True)

@@ -18,6 +18,21 @@ _MOST_ENTRIES = 128
 
 
 @dataclass(frozen=True)
+class Footage:
+    """A store's dataset, and the LAM if there is one.
+
+    Args:
+        dataset: `LeRobotDataset`, bound to the store already.
+        camera_key: the camera that the LAM looked at.
+        lam: with the store's fingerprint, opened with its FDM; None: nothing is predicted.
+    """
+
+    dataset: Any
+    camera_key: str
+    lam: Any = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """A code in the atlas: its slot, number, share of the tokens, and the later frames of its examples."""
 
@@ -61,13 +76,13 @@ def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entr
 
 
 def decode_frames(
-    dataset: Any, camera_key: str, frames: Iterable[int], shrink: Callable[[Tensor], Tensor]
+    footage: Footage, frames: Iterable[int], shrink: Callable[[Tensor], Tensor]
 ) -> dict[int, Tensor]:
     """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them."""
     from lerobot_lam_diffusion.precompute.frames import EpisodeFrames  # imports LeRobot
 
-    source, wanted = EpisodeFrames(dataset, camera_key), torch.tensor(sorted(set(frames)))
-    starts = torch.tensor(dataset.meta.episodes["dataset_from_index"])
+    source, wanted = EpisodeFrames(footage.dataset, footage.camera_key), torch.tensor(sorted(set(frames)))
+    starts = torch.tensor(footage.dataset.meta.episodes["dataset_from_index"])
     episodes = torch.searchsorted(starts, wanted, right=True) - 1
     found: dict[int, Tensor] = {}
     for episode in tqdm(episodes.unique().tolist(), desc="decode", unit="episode"):

@@ -21,6 +21,7 @@ from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
 from lerobot_lam_diffusion.precompute.rows import vectors_of
 from lerobot_lam_diffusion.report.codes import PRINCIPAL_TOKENS, principal_directions
+from lerobot_lam_diffusion.report.frames import Footage
 from lerobot_lam_diffusion.report.motion import dimension_names
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError, first_line
@@ -41,16 +42,12 @@ class View:
 
     Args:
         store: covers the episode.
-        dataset: `LeRobotDataset`, bound to the store already; the episode alone is enough.
-        camera_key: the camera that the LAM looked at.
-        lam: opened with its FDM, with the store's fingerprint; None: no predictions.
+        footage: of a dataset that was opened with that episode, perhaps alone.
     """
 
     store: TokenStore
-    dataset: Any
-    camera_key: str
+    footage: Footage
     episode: int
-    lam: Any = None
 
     def save(self, path: Path) -> None:
         """Write a file that `rerun` opens; it appears whole.
@@ -80,7 +77,7 @@ class View:
 
     def _record(self, refusal: str, open_sink: Callable[[rr.RecordingStream], None]) -> None:
         # The viewer remembers the user's layout per application, and recordings differ in their contents.
-        recording = rr.RecordingStream(f"{self.dataset.repo_id}/episode_{self.episode}")
+        recording = rr.RecordingStream(f"{self.footage.dataset.repo_id}/episode_{self.episode}")
         try:
             with _refusing(refusal):
                 open_sink(recording)
@@ -92,8 +89,8 @@ class View:
 
     def blueprint(self) -> rrb.Blueprint:
         """Pictures above, curves below."""
-        pictures = [rrb.Spatial2DView(origin=self._camera, name=self.camera_key)]
-        if self.lam is not None:
+        pictures = [rrb.Spatial2DView(origin=self._camera, name=self.footage.camera_key)]
+        if self.footage.lam is not None:
             pictures.append(rrb.Spatial2DView(origin=PREDICTION, name="the LAM's prediction"))
         curves = [CODE if self.store.codebook is not None else DIRECTION, NORM, MISSING, *self._vectors]
         return rrb.Blueprint(
@@ -112,7 +109,7 @@ class View:
             self._log_curves(recording, path, names, np.arange(len(values)), values)
 
     def _log_pictures(self, recording: rr.RecordingStream) -> None:
-        source = EpisodeFrames(self.dataset, self.camera_key)
+        source = EpisodeFrames(self.footage.dataset, self.footage.camera_key)
         stride, start = self.store.frame_stride, 0
         known: Tensor | None = None  # the chunk's frames, and before them as many as the first pairs need
         with tqdm(total=len(self._frames), desc="view", unit="frame") as bar:
@@ -129,12 +126,12 @@ class View:
 
     def _predictions(self, known: Tensor, rows: range, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Rows of the episode, each with its predicted frame; `known` are the frames before row `stop`."""
-        if self.lam is None or not rows:
+        if self.footage.lam is None or not rows:
             return
         for some in torch.tensor(rows).split(_LAM_BATCH):
             earlier = known[some - self.store.frame_stride - stop + len(known)]
             yield from zip(
-                some.tolist(), self.lam.predict_next(earlier, self._tokens(some)).cpu(), strict=True
+                some.tolist(), self.footage.lam.predict_next(earlier, self._tokens(some)).cpu(), strict=True
             )
 
     def _log_picture(self, recording: rr.RecordingStream, path: str, row: int, picture: Any) -> None:
@@ -178,7 +175,7 @@ class View:
 
     @property
     def _camera(self) -> str:
-        return rr.new_entity_path([self.camera_key])
+        return rr.new_entity_path([self.footage.camera_key])
 
     @cached_property
     def _frames(self) -> Tensor:
@@ -189,9 +186,9 @@ class View:
 
     def _column(self, key: str) -> np.ndarray:
         """The episode's rows of the dataset's table, double (T, S)."""
-        index = vectors_of(self.dataset, "index")[:, 0]
+        index = vectors_of(self.footage.dataset, "index")[:, 0]
         own = (index >= int(self._frames[0])) & (index <= int(self._frames[-1]))
-        return vectors_of(self.dataset, key)[own]
+        return vectors_of(self.footage.dataset, key)[own]
 
     @cached_property
     def _seconds(self) -> np.ndarray:
@@ -200,7 +197,7 @@ class View:
     @cached_property
     def _vectors(self) -> dict[str, tuple[list[str], np.ndarray]]:
         """State and action as far as the dataset has them: entity → names, values (T, S)."""
-        features = self.dataset.meta.features
+        features = self.footage.dataset.meta.features
         found = {path: key for path, key in (("state", OBS_STATE), (ACTION, ACTION)) if key in features}
         return {
             path: (dimension_names(features[key], path), self._column(key)) for path, key in found.items()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import draccus
 import torch
@@ -21,7 +21,6 @@ import yaml
 from draccus.utils import DecodingError, DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
-from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line, one_line
 
 if TYPE_CHECKING:
@@ -46,6 +45,44 @@ SWITCHES = {
 }
 LISTS = {"--dataset.episodes"}
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line; `make docs` writes its `--help` (see docs/generate.py).
+
+    Attributes:
+        name: What it is called.
+        config_class: Dataclass of its flags.
+        about: What it does, with examples.
+        words: The flag that words before the first flag stand for; empty: there are none.
+        hidden: Flags that its dataclass has but the command rejects.
+    """
+
+    name: str
+    config_class: type
+    about: str
+    words: str = ""
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether `words` is a list."""
+        return get_type_hints(self.config_class).get(self.words) == list[str]
+
+    def arguments(self, argv: Sequence[str]) -> list[str]:
+        """A command line as draccus takes it, but for the quotation of its values."""
+        return normalise(self._with_flag(argv) if self.words else argv)
+
+    def _with_flag(self, argv: Sequence[str]) -> list[str]:
+        count = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+        given, flags = list(argv[:count]), list(argv[count:])
+        if not given:
+            return flags
+        if len(given) > 1 and not self.takes_several:
+            raise FlagError(f"expected one {self.words.upper()}, found {', '.join(given)}")
+        value = given if self.takes_several else given[0]
+        return [f"--{self.words}={json.dumps(value, ensure_ascii=False)}", *flags]
 
 
 @dataclass
@@ -107,27 +144,18 @@ class LamFlags:
         )
 
 
-def run_command(
-    config_class: type,
-    command: Callable[[Any], None],
-    argv: Sequence[str] | None = None,
-    spec: Command | None = None,
-) -> None:
-    """Parse the command line into `config_class` and run `command` on it; `spec` provides `--help`.
+def run_command(command: Command, function: Callable[[Any], None], argv: Sequence[str] | None = None) -> None:
+    """Parse a command line into the command's dataclass and run `function` on it.
 
     Bad input exits with a single message: status 2 if a flag is unknown, missing or cannot be parsed,
     otherwise 1. An interrupt exits with status 130.
     """
-    spec = spec or Command(Path(sys.argv[0]).name, config_class, "")
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     try:
-        arguments = normalise(sys.argv[1:] if argv is None else argv)
-        if {"-h", "--help"} & set(arguments):
-            print(spec.help(), end="")
-            sys.exit(0)
-        command(_at_home(draccus.parse(config_class, args=_quoted(arguments), exit_on_error=False)))
+        arguments = _quoted(command.arguments(sys.argv[1:] if argv is None else argv))
+        function(_at_home(draccus.parse(command.config_class, args=arguments, exit_on_error=False)))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
-        refuse(_as_flag_error(_root_cause(error), spec))
+        refuse(_as_flag_error(_root_cause(error), command))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -208,7 +236,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return "libtorchcodec" not in record.getMessage()
 
 
-def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
+def _as_flag_error(error: BaseException, command: Command) -> BaseException:
     """Errors of argparse and draccus about flags in one line that names them; other errors unchanged."""
     if not isinstance(error, DraccusException | argparse.ArgumentError):
         return error
@@ -220,10 +248,10 @@ def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
     if path and "--" not in text:
         text = f"--{'.'.join(path)}: {text}"
     if text.startswith("unrecognized arguments: "):
-        known = ["--config_path", *(f"--{flag.name}" for group in spec.groups() for flag in group.flags)]
+        known = list(draccus.argparsing.ArgumentParser(command.config_class).parser._option_string_actions)
         text = text.replace('"', "")  # of the values, see `_quoted`
         text += did_you_mean(text.split()[2].partition("=")[0], known)
-    return FlagError(f"{text} ({spec.name} --help)")
+    return FlagError(f"{text} ({command.name} --help)")
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -260,14 +288,3 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def _as_list(values: list[str]) -> str:
     return "[" + ",".join(value.strip("[],") for value in values) + "]"
-
-
-def positional(words: Sequence[str], name: str, several: bool = False) -> list[str]:
-    """What stands before the first flag, as the flag of this name; one word, or a list of `several`."""
-    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    given, flags = list(words[:count]), list(words[count:])
-    if not given:
-        return flags
-    if len(given) > 1 and not several:
-        refuse(FlagError(f"expected one {name.upper()}, found {', '.join(given)}"))
-    return [f"--{name}={json.dumps(given if several else given[0], ensure_ascii=False)}", *flags]

@@ -18,8 +18,7 @@ import huggingface_hub.constants
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import read_config, resolve_lam
-from lerobot_lam_diffusion.scripts.command_line import LamFlags, run_command
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.command_line import Command, LamFlags, run_command
 from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.utils.errors import DemoError, UserError, raise_problems
 
@@ -140,7 +139,7 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, argv, COMMAND)
+    run_command(COMMAND, run_demo, argv)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.precompute.rows import rows_of, vectors_of
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.command_line import Command, DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
@@ -300,7 +299,7 @@ def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(FitLamConfig, fit_lam, argv, COMMAND)
+    run_command(COMMAND, fit_lam, argv)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,6 @@ def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMet
     unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
     if unknown:
         raise UserError(
-            f"--dataset.episodes names {unknown}, but dataset {meta.repo_id!r} has the episodes 0 to "
-            f"{meta.total_episodes - 1}; leave out the others"
+            f"dataset {meta.repo_id!r} has the episodes 0 to {meta.total_episodes - 1}, not {unknown}; leave "
+            "those out"
         )

@@ -177,7 +177,7 @@ WRONG = {
     "no such device": ({"device": "abacus"}, "--device=abacus cannot be used here"),
     "unknown episode": (
         {"dataset__episodes": "[1,5,9]"},
-        "names [5, 9], but dataset 'local/squares' has the episodes 0 to 4",
+        "dataset 'local/squares' has the episodes 0 to 4, not [5, 9]",
     ),
     "negative episode": ({"dataset__episodes": "[-1]"}, "none of them negative"),
 }
@@ -209,7 +209,7 @@ def test_an_existing_output_is_refused_before_the_lam_is_loaded(flags, tmp_path,
     def not_called(*_args, **_kwargs):
         raise AssertionError("work was begun")
 
-    for name in ("load_lam", "resolve_lam", "open_dataset", "open_metadata"):
+    for name in ("resolve_lam", "usable_device", "open_dataset", "open_metadata"):
         monkeypatch.setattr(precompute_lam_tokens, name, not_called)
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "mine").touch()
