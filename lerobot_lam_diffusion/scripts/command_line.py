@@ -214,8 +214,8 @@ def usable_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device={device} cannot be used here ({first_line(error)}); expected cuda, mps or cpu, or "
-            "leave it out for the best there is"
+            f"the device {device} cannot be used here ({first_line(error)}); expected cuda, mps or cpu, or "
+            "no --device for the best there is"
         ) from error
     return device
 
