@@ -152,7 +152,7 @@ def run_command(command: Command, function: Callable[[Any], None], argv: Sequenc
     """
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     try:
-        arguments = _quoted(command.arguments(sys.argv[1:] if argv is None else argv))
+        arguments = [_quoted(each) for each in command.arguments(sys.argv[1:] if argv is None else argv)]
         function(_at_home(draccus.parse(command.config_class, args=arguments, exit_on_error=False)))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
         refuse(_as_flag_error(_root_cause(error), command))
@@ -160,28 +160,22 @@ def run_command(command: Command, function: Callable[[Any], None], argv: Sequenc
         sys.exit(130)
 
 
-def _quoted(arguments: Sequence[str]) -> list[str]:
-    """Values in quotation marks: draccus reads each as YAML, where `a #1` is `a`, and decodes any from text.
+def _quoted(argument: str) -> str:
+    """Its value in quotation marks: draccus reads values as YAML, where `a #1` is `a`, and decodes texts.
 
     Lists, mappings, truth values and null stay what they are in YAML.
 
     Raises:
         FlagError: one of these is not YAML.
     """
-    quoted = []
-    for word in arguments:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if word.startswith("--") and not equals:
-            quoted.append(word)
-            continue
-        if value and value[0] not in "[{\"'" and value.lower() not in ("true", "false", "null"):
-            value = json.dumps(value, ensure_ascii=False)
-        try:
-            yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FlagError(f"{word} cannot be read: is a bracket or a quotation mark missing?") from error
-        quoted.append(f"{name}{equals}{value}")
-    return quoted
+    name, equals, value = argument.partition("=")
+    if value and value[0] not in "[{\"'" and value.lower() not in ("true", "false", "null"):
+        value = json.dumps(value, ensure_ascii=False)
+    try:
+        yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FlagError(f"{argument} cannot be read: is a bracket or a quotation mark missing?") from error
+    return f"{name}{equals}{value}"
 
 
 def _at_home(config: Any) -> Any:
@@ -262,29 +256,23 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Arguments as draccus takes them: `--a-b` as `--a_b` or as in `DASHED`, lists as `[0,1,2]`."""
+    """Arguments as `--a_b=value`: `--a-b value` with a dash for each underscore, or as in `DASHED`."""
     arguments: list[str] = []
     rest = list(argv)
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            arguments.append(word)
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            arguments.append(f"{name}{equals}{value}")
             continue
-        name, equals, value = word.partition("=")
         flag = DASHED.get(name, f"--{name[2:].replace('-', '_')}")
-        is_alone = not equals and (not rest or rest[0].startswith("--"))
-        switch = SWITCHES.get(name.replace("_", "-"))
-        if switch is not None and is_alone:
-            arguments.append(switch)
-        elif flag in LISTS and not value.startswith("["):
-            values = value.split() if equals else []
-            while rest and not rest[0].startswith("--"):
-                values += rest.pop(0).split()
-            arguments.append(f"{flag}={_as_list(values)}")
+        values = [value] if equals else []
+        while rest and not rest[0].startswith("--") and (flag in LISTS or not values):
+            values.append(rest.pop(0))
+        if flag in LISTS:
+            numbers = " ".join(values).replace(",", " ").strip("[] ").split()
+            arguments.append(f"{flag}=[{','.join(numbers)}]")
+        elif values:
+            arguments.append(f"{flag}={values[0]}")
         else:
-            arguments.append(f"{flag}{equals}{value}")
+            arguments.append(SWITCHES.get(name.replace("_", "-"), flag))
     return arguments
-
-
-def _as_list(values: list[str]) -> str:
-    return "[" + ",".join(value.strip("[],") for value in values) + "]"

@@ -49,7 +49,12 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
             f"the Hub ({reason}); correct --dataset.repo_id or --dataset.root, or restore the files"
         ) from error
     check_metadata(meta)
-    _refuse_unknown_episodes(config.episodes, meta)
+    unknown = [episode for episode in config.episodes or [] if episode >= meta.total_episodes]
+    if unknown:
+        raise UserError(
+            f"dataset {meta.repo_id!r} has the episodes 0 to {meta.total_episodes - 1}, not {unknown}; leave "
+            "those out"
+        )
     return meta
 
 
@@ -89,19 +94,6 @@ def open_readable_dataset(
 
 
 def _options(config: DatasetSource, tolerance_s: float) -> dict[str, Any]:
-    return {
-        "root": config.root,
-        "episodes": config.episodes,
-        "revision": config.revision,
-        "video_backend": config.video_backend,
-        "tolerance_s": tolerance_s,
-    }
-
-
-def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
-    unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
-    if unknown:
-        raise UserError(
-            f"dataset {meta.repo_id!r} has the episodes 0 to {meta.total_episodes - 1}, not {unknown}; leave "
-            "those out"
-        )
+    options = {**vars(config), "tolerance_s": tolerance_s}
+    del options["repo_id"]
+    return options
