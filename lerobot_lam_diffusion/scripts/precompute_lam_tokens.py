@@ -257,10 +257,12 @@ def _kind_of_tokens(config: PrecomputeConfig) -> dict[str, Any]:
     The LAM decides about stride and codebook where the user does not.
     """
     lam = read_config(resolve_lam(config.lam.path, config.lam.revision))
-    camera_key, fps = config.camera_key or VIDEO_CAMERA, config.fps
     if config.has_dataset:
         metadata = open_metadata(config.dataset)
-        camera_key, fps = choose_camera(metadata, config.camera_key), metadata.fps
+        camera_key, fps = choose_camera(metadata, config.camera_key), float(metadata.fps)
+    else:
+        assert config.fps is not None
+        camera_key, fps = config.camera_key or VIDEO_CAMERA, config.fps
     use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
     check_kind(lam.num_codes, config.lam.path, use_vq_tokens)
     if use_vq_tokens and config.storage_dtype != "float32":
