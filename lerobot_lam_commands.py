@@ -44,7 +44,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
 def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
     _tolerate_encoding()
     words = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in words or "--help" in words:
+    if "-h" in words or "--help" in words or (command == "lerobot-lam-tokens" and not words):
         text = _help_of([command, *words])
         if text is not None:
             print(text, end="")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, hsv_to_rgb
+from matplotlib.colors import Normalize, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
@@ -143,19 +143,12 @@ def _outline(axes: Axes, box: tuple[slice, slice]) -> None:
 def _draw_codes(axes: Axes, look: EpisodeLook) -> None:
     """A row per slot; a code has the colour of the motion that it stands for in the other episodes."""
     frames, slots = look.codes.shape
-    fast = _fast(look)
-    image = np.ones((slots, frames, 3))
-    for slot in range(slots):
-        image[slot] = motion_colors(look.code_motion[slot][look.codes[:, slot]], fast)
+    motion = np.stack([look.code_motion[slot][look.codes[:, slot]] for slot in range(slots)])
+    image = motion_colors(motion, _fast(look))  # (n, T, 3)
+    image[look.codes.T < 0] = to_rgb(_MISSING)
     axes.imshow(image, aspect="auto", extent=_extent(look, slots), interpolation="nearest")
     for slot in range(slots):
         axes.axhline(slot, color="white", linewidth=2)
-    for i, codes in enumerate(look.codes):
-        if codes[0] < 0:
-            corner = ((i - 0.5) / look.fps, 0)
-            axes.add_patch(
-                Rectangle(corner, 1 / look.fps, slots, facecolor=_MISSING, hatch="//", edgecolor="w")
-            )
     size = min(8.0, 400 / frames)
     if size >= 4:  # pt; smaller ones nobody reads
         for i, slot in np.argwhere(look.codes >= 0):

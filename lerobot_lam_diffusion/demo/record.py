@@ -40,10 +40,6 @@ class RecordSummary:
     failed_seeds: list[int] = field(default_factory=list)  # left out: the expert did not solve them
     num_frames: int = 0
 
-    @property
-    def num_episodes(self) -> int:
-        return len(self.seeds)
-
 
 def record_pusht(
     root: Path,
@@ -67,9 +63,6 @@ def record_pusht(
         FileExistsError: `root` holds something already.
         RuntimeError: the expert fails far more often than it should.
     """
-    if num_episodes < 1:
-        raise ValueError(f"num_episodes is {num_episodes}: at least 1 episode must be recorded.")
-    root = Path(root)
     refuse_existing(root, "--root")
     summary = RecordSummary(root)
     with quiet_recording() as terminal, whole_or_nothing(root) as partial:
@@ -98,7 +91,7 @@ def _plan(
 ) -> Iterator[Demonstration]:
     """Demonstrations of the next solved seeds, one at a time until `num_episodes` are recorded."""
     for seed in count(first_seed):
-        if summary.num_episodes == num_episodes:
+        if len(summary.seeds) == num_episodes:
             return
         demonstration = plan_episode(seed, near_goal=near_goal)
         if demonstration is not None:
@@ -107,7 +100,7 @@ def _plan(
         summary.failed_seeds.append(seed)
         if len(summary.failed_seeds) > 10 + num_episodes:
             raise RuntimeError(
-                f"The expert solved {summary.num_episodes} starts and failed on {len(summary.failed_seeds)}; "
+                f"The expert solved {len(summary.seeds)} starts and failed on {len(summary.failed_seeds)}; "
                 "with a working gym-pusht it solves nearly all. Check the versions of gym-pusht and pymunk."
             )
 

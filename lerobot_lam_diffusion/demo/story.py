@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from lerobot_lam_diffusion.demo.episode_look import look_at_episode
 from lerobot_lam_diffusion.demo.picture import draw_picture
-from lerobot_lam_diffusion.demo.record import IMAGE_KEY, RecordSummary, record_pusht
-from lerobot_lam_diffusion.scripts.next_step import shell_text
+from lerobot_lam_diffusion.demo.record import IMAGE_KEY, record_pusht
+from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step, shell_text
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.utils.errors import DemoError
 
@@ -37,7 +37,7 @@ def tell_story(config: DemoConfig, folder: Path) -> None:
     print(f"LAM tokens for a diffusion policy: PushT, offline (HF_HUB_OFFLINE=1), into {folder}/")
 
     _begin(1, "Record: a planning expert pushes the T onto its target", record_command(config, root))
-    print(recorded_text(record(config, root)))
+    print(record(config, root))
 
     precompute = precompute_command(config, root, tokens)
     _begin(2, "Precompute: the LAM turns each frame pair into a token", precompute)
@@ -76,13 +76,13 @@ def _begin(number: int, title: str, command: Sequence[str] = ()) -> None:
         print(f"{indent(shell_text(command), '  ')}\n", flush=True)
 
 
-def record(config: DemoConfig, root: Path) -> RecordSummary:
-    """`lerobot-lam-demo --record_only=true`: the expert's episodes.
+def record(config: DemoConfig, root: Path) -> str:
+    """`lerobot-lam-demo --record_only=true`: the expert's episodes; what was recorded.
 
     Raises:
         FileExistsError: `root` holds something already.
     """
-    return record_pusht(
+    summary = record_pusht(
         root,
         config.repo_id,
         config.num_episodes,
@@ -90,12 +90,8 @@ def record(config: DemoConfig, root: Path) -> RecordSummary:
         first_seed=config.first_seed,
         show_progress=True,
     )
-
-
-def recorded_text(summary: RecordSummary) -> str:
-    text = f"{summary.num_episodes} episodes, {summary.num_frames:,} frames"
-    failed = len(summary.failed_seeds)
-    return f"{text}, {failed} unsolved starts left out" if failed else text
+    left_out = f", {len(summary.failed_seeds)} unsolved starts left out" if summary.failed_seeds else ""
+    return f"{len(summary.seeds)} episodes, {summary.num_frames:,} frames{left_out}"
 
 
 def run(argv: Sequence[str], log: Path | None = None) -> None:
@@ -159,8 +155,7 @@ def record_command(config: DemoConfig, root: Path) -> list[str]:
 def precompute_command(config: DemoConfig, root: Path, tokens: Path) -> list[str]:
     return [
         "lerobot-lam-precompute",
-        f"--dataset.repo_id={config.repo_id}",
-        f"--dataset.root={root}",
+        *dataset_flags(config.repo_id, root),
         f"--lam.path={config.lam.path}",
         *([f"--lam.revision={config.lam.revision}"] if config.lam.revision else []),
         f"--camera_key={IMAGE_KEY}",
@@ -177,8 +172,7 @@ def train_command(config: DemoConfig, root: Path, tokens: Path, output_dir: Path
         "--policy.type=diffusion_lam",
         "--policy.use_precomputed_lam_tokens=true",
         f"--policy.lam_tokens_path={tokens}",
-        f"--dataset.repo_id={config.repo_id}",
-        f"--dataset.root={root}",
+        *dataset_flags(config.repo_id, root),
         f"--dataset.episodes=[{','.join(map(str, range(config.num_episodes - 1)))}]",
         f"--output_dir={output_dir}",
         f"--steps={config.steps}",
@@ -201,13 +195,8 @@ def train_command(config: DemoConfig, root: Path, tokens: Path, output_dir: Path
 
 def what_next(config: DemoConfig, folder: Path) -> str:
     """Commands to go on with."""
-    fit = [
-        "lerobot-lam-fit",
-        f"--dataset.repo_id={config.repo_id}",
-        f"--dataset.root={folder / 'pusht'}",
-        f"--camera_key={IMAGE_KEY}",
-        f"--output_dir={folder / 'my_lam'}",
-    ]
+    data = dataset_flags(config.repo_id, folder / "pusht")
+    own_lam = ["lerobot-lam-fit", *data, f"--camera_key={IMAGE_KEY}", f"--output_dir={folder / 'my_lam'}"]
     precompute = [
         "lerobot-lam-precompute",
         "--dataset.repo_id=YOU/DATASET",
@@ -216,22 +205,12 @@ def what_next(config: DemoConfig, folder: Path) -> str:
         "--frame_stride=3",
         "--output_dir=data/my_tokens",
     ]
-    train = [
-        "lerobot-train",
-        "--policy.type=diffusion_lam",
-        "--dataset.repo_id=YOU/DATASET",
-        "--policy.use_precomputed_lam_tokens=true",
-        "--policy.lam_tokens_path=data/my_tokens",
-        "--policy.push_to_hub=false",
-    ]
-    steps = {
-        "Next, look into the store": ["lerobot-lam-tokens", "info", str(folder / "tokens")],
-        "Fit a LAM of your own to the same frames (hours without a GPU)": fit,
-        "Or do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)": precompute,
-        "Then train": train,
-    }
     here = Path(sys.executable).parent
     first = "" if shutil.which("lerobot-train") else f"\nFirst: export PATH={here}:$PATH\n"
     return first + "\n".join(
-        f"\n{why}:\n{indent(shell_text(command), '  ')}" for why, command in steps.items()
+        [
+            next_step(["lerobot-lam-tokens", "info", str(folder / "tokens")], "Next, look into the store"),
+            next_step(own_lam, "Fit a LAM of your own to the same frames (hours without a GPU)"),
+            next_step(precompute, "Or do the same with your dataset and villa-X (stride 3: 0.1 s at 30 fps)"),
+        ]
     )

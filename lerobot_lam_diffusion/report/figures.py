@@ -1,4 +1,4 @@
-"""The report's pictures, each as bytes for the page. Only this module imports matplotlib."""
+"""The report's pictures, as bytes of a PNG or JPEG for the page. Only this module imports matplotlib."""
 
 import io
 from typing import Any
@@ -19,12 +19,6 @@ _MOST_CODES = 64
 _MOST_SLOTS = 4
 
 
-def png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
-
-
 def jpeg(picture: Tensor) -> bytes:
     """uint8 (3, H, W) → JPEG."""
     file = io.BytesIO()
@@ -32,7 +26,7 @@ def jpeg(picture: Tensor) -> bytes:
     return file.getvalue()
 
 
-def probe_bars(probe: StateProbe) -> Figure:
+def probe_bars(probe: StateProbe) -> bytes:
     """R² of each dimension, from its token and by chance; the best and the worst come first in long lists."""
     order = sorted(range(len(probe.names)), key=lambda axis: -probe.token[axis])
     order = order if len(order) <= 40 else [*order[:20], *order[-20:]]
@@ -48,10 +42,10 @@ def probe_bars(probe: StateProbe) -> Figure:
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.set_xlabel("R² of the state's change, held-out episodes")
     figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
-    return figure
+    return _png(figure)
 
 
-def probe_scatter(probe: StateProbe, axis: int) -> Figure:
+def probe_scatter(probe: StateProbe, axis: int) -> bytes:
     """Measured change against the one predicted from the token."""
     figure = _figure(4.2, width=4.6)
     axes = figure.subplots()
@@ -62,10 +56,10 @@ def probe_scatter(probe: StateProbe, axis: int) -> Figure:
     axes.set_xlabel("measured change")
     axes.set_ylabel("predicted from the token")
     axes.set_title(f"{_short(probe.names[axis], 30)}: R² {probe.token[axis]:.2f}", fontsize=10)
-    return figure
+    return _png(figure)
 
 
-def usage_bars(codes: Codes) -> Figure:
+def usage_bars(codes: Codes) -> bytes:
     slots = min(len(codes.slots), _MOST_SLOTS)
     figure = _figure(0.5 + 1.5 * slots)
     for slot, axes in enumerate(figure.subplots(slots, 1, sharey=True, squeeze=False)[:, 0]):
@@ -76,10 +70,10 @@ def usage_bars(codes: Codes) -> Figure:
         axes.axhline(100 / codes.num_codes, color=_CHANCE, linewidth=1, linestyle="--")
         axes.set_ylabel(f"{codes.slots[slot]}, %")
     axes.set_xlabel("code" if codes.num_codes <= 256 else "the 256 most frequent codes, in order")
-    return figure
+    return _png(figure)
 
 
-def transition_maps(codes: Codes) -> Figure:
+def transition_maps(codes: Codes) -> bytes:
     slots = min(len(codes.slots), _MOST_SLOTS)
     columns = min(slots, 2)
     rows = -(-slots // columns)
@@ -95,12 +89,12 @@ def transition_maps(codes: Codes) -> Figure:
         axes.set_xlabel("next code")
         axes.set_ylabel("code")
         figure.colorbar(image, ax=axes, shrink=0.75)
-    return figure
+    return _png(figure)
 
 
 def strip_chart(
     labels: Tensor, slots: list[str], num_codes: int, speed: Tensor | None, seconds: np.ndarray
-) -> Figure:
+) -> bytes:
     """Codes (T, n; -1: none) and the state's speed (T,) of one episode over time."""
     shown = labels[:, :8].T.float().masked_fill(labels[:, :8].T < 0, float("nan"))
     rows = 1 if speed is None else 2
@@ -118,24 +112,28 @@ def strip_chart(
         cells[1].set_ylabel("state speed", fontsize=8)
         cells[1].set_ylim(bottom=0)
     cells[-1].set_xlabel("seconds")
-    return figure
+    return _png(figure)
 
 
-def pair_tiles(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One column per pair: frame, next frame and their difference, stacked: uint8 (3, H, W)."""
-    columns = [torch.cat([prev, cur, difference(prev, cur)], dim=1) for prev, cur in pairs]
-    return torch.cat(columns, dim=2)
-
-
-def difference(prev: Tensor, cur: Tensor) -> Tensor:
-    """What became brighter or darker, on grey."""
-    return ((cur.int() - prev.int()) + 128).clamp(0, 255).to(torch.uint8)
+def pair_tiles(pairs: list[tuple[Tensor, Tensor]]) -> bytes:
+    """One column per pair of uint8 (3, H, W): frame, next frame and their difference, stacked."""
+    columns = []
+    for prev, cur in pairs:
+        brighter_or_darker = (cur.int() - prev.int() + 128).clamp(0, 255).to(torch.uint8)
+        columns.append(torch.cat([prev, cur, brighter_or_darker], dim=1))
+    return jpeg(torch.cat(columns, dim=2))
 
 
 def _figure(height: float, width: float = _WIDTH) -> Any:
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 def _short(name: str, length: int = 22) -> str:

@@ -18,6 +18,21 @@ _MOST_ENTRIES = 128
 
 
 @dataclass(frozen=True)
+class Footage:
+    """A store's dataset, and the LAM if there is one.
+
+    Args:
+        dataset: `LeRobotDataset`, bound to the store already.
+        camera_key: the camera that the LAM looked at.
+        lam: with the store's fingerprint, opened with its FDM; None: nothing is predicted.
+    """
+
+    dataset: Any
+    camera_key: str
+    lam: Any = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """A code in the atlas: its slot, number, share of the tokens, and the later frames of its examples."""
 
@@ -54,40 +69,29 @@ def choose_examples(codes: Codes, pool: list[int], seed: int) -> tuple[list[Entr
     entries = []
     for share, slot, code in sorted(shown, key=lambda each: (each[1], -each[0] if codes.is_vq else each[2])):
         rows = in_pool[codes.labels[in_pool, slot] == code]
-        examples: list[int] = []
-        again: list[int] = []
-        seen: set[int] = set()
-        for frame, episode in zip(codes.frames[rows].tolist(), codes.episodes[rows].tolist(), strict=True):
-            (again if episode in seen else examples).append(frame)
-            seen.add(episode)
-        entries.append(Entry(slot, code, share, [*examples, *again][:EXAMPLES]))
+        frames = codes.frames[rows].tolist()
+        one_an_episode = dict(zip(codes.episodes[rows].tolist(), frames, strict=True)).values()
+        entries.append(Entry(slot, code, share, list(dict.fromkeys([*one_an_episode, *frames]))[:EXAMPLES]))
     return entries, len(occurring)
 
 
 def decode_frames(
-    dataset: Any,
-    camera_key: str,
-    wanted: dict[int, set[int]],
-    shrink: Callable[[Tensor], Tensor],
+    footage: Footage, frames: Iterable[int], shrink: Callable[[Tensor], Tensor]
 ) -> dict[int, Tensor]:
-    """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them.
-
-    Args:
-        wanted: episode → absolute frame indices.
-    """
+    """Frames by absolute index, uint8 (3, R, R) as `shrink` makes them."""
     from lerobot_lam_diffusion.precompute.frames import EpisodeFrames  # imports LeRobot
 
-    source = EpisodeFrames(dataset, camera_key)
+    source, wanted = EpisodeFrames(footage.dataset, footage.camera_key), torch.tensor(sorted(set(frames)))
+    starts = torch.tensor(footage.dataset.meta.episodes["dataset_from_index"])
+    episodes = torch.searchsorted(starts, wanted, right=True) - 1
     found: dict[int, Tensor] = {}
-    for episode in tqdm(sorted(wanted), desc="decode", unit="episode"):
-        frame = int(dataset.meta.episodes[episode]["dataset_from_index"])
-        last = max(wanted[episode], default=-1)
+    for episode in tqdm(episodes.unique().tolist(), desc="decode", unit="episode"):
+        own, start = wanted[episodes == episode], int(starts[episode])
         for chunk in source.chunks(episode):
-            at = [row for row in range(len(chunk)) if frame + row in wanted[episode]]
-            if at:
-                for row, picture in zip(at, shrink(chunk[at]), strict=True):
-                    found[frame + row] = picture
-            frame += len(chunk)
-            if frame > last:
+            inside = own[(own >= start) & (own < start + len(chunk))]
+            if len(inside):
+                found.update(zip(inside.tolist(), shrink(chunk[inside - start]), strict=True))
+            start += len(chunk)
+            if start > own[-1]:
                 break
     return found

@@ -37,6 +37,11 @@ class StateProbe:
     held_out: list[int]
 
     @property
+    def best(self) -> int:
+        """The dimension that the token explains best."""
+        return int(np.argmax(self.token))
+
+    @property
     def mean(self) -> float:
         """Over dimensions; one that is predicted worse than by its mean counts as 0."""
         return sum(max(r2, 0.0) for r2 in self.token) / len(self.token)

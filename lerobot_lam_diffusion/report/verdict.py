@@ -21,16 +21,13 @@ def judge(probe: StateProbe | None, perplexity: list[float], why_no_probe: str) 
         probe: None if there is none; `why_no_probe` then says why.
         perplexity: perplexity of each slot; empty for continuous tokens.
     """
-    collapsed = bool(perplexity) and max(perplexity) < _COLLAPSED
-    if collapsed:
+    if perplexity and max(perplexity) < _COLLAPSED:
         return Verdict(
-            USELESS,
-            f"nearly all tokens have the same code (perplexity at most {max(perplexity):.1f})",
+            USELESS, f"nearly all tokens have the same code (perplexity at most {max(perplexity):.1f})"
         )
     if probe is None:
         return Verdict(DOUBTFUL, f"cannot be judged from here: {why_no_probe}")
-    best = max(range(len(probe.names)), key=lambda axis: probe.token[axis])
-    gain = probe.mean - probe.mean_shuffled
+    best, gain = probe.best, probe.mean - probe.mean_shuffled
     described = (
         f"on held-out episodes they explain {probe.mean:.0%} of the state's change (R², mean over "
         f"dimensions; shuffled tokens {probe.mean_shuffled:.0%}), {probe.names[best]} best with "

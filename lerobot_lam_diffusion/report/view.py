@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from lerobot_lam_diffusion.lam.fit.report import evenly
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames
+from lerobot_lam_diffusion.precompute.rows import vectors_of
 from lerobot_lam_diffusion.report.codes import PRINCIPAL_TOKENS, principal_directions
+from lerobot_lam_diffusion.report.frames import Footage
 from lerobot_lam_diffusion.report.motion import dimension_names
 from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError, first_line
@@ -40,16 +42,12 @@ class View:
 
     Args:
         store: covers the episode.
-        dataset: `LeRobotDataset`, bound to the store already; the episode alone is enough.
-        camera_key: the camera that the LAM looked at.
-        lam: opened with its FDM, with the store's fingerprint; None: no predictions.
+        footage: of a dataset that was opened with that episode, perhaps alone.
     """
 
     store: TokenStore
-    dataset: Any
-    camera_key: str
+    footage: Footage
     episode: int
-    lam: Any = None
 
     def save(self, path: Path) -> None:
         """Write a file that `rerun` opens; it appears whole.
@@ -57,16 +55,11 @@ class View:
         Raises:
             UserError: it cannot be written, or a frame cannot be read.
         """
-        recording = self._recording()
         with whole_or_nothing(path) as partial:
-            try:
-                with _refusing("--save", path):
-                    recording.save(partial, default_blueprint=self.blueprint())
-                self.log(recording)
-                with _refusing("--save", path):
-                    recording.flush()
-            finally:
-                recording.disconnect()
+            self._record(
+                f"--save={path} cannot be written",
+                lambda recording: recording.save(partial, default_blueprint=self.blueprint()),
+            )
 
     def show(self) -> None:
         """Start Rerun's viewer, which stays open when this process ends, and log to it.
@@ -76,21 +69,28 @@ class View:
         """
         # Rerun looks for its viewer on PATH, which does not include an environment that is not activated.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        recording = self._recording()
-        with _refusing("Rerun's viewer"):
-            recording.spawn(default_blueprint=self.blueprint())
-        self.log(recording)
-        with _refusing("Rerun's viewer"):
-            recording.flush()
+        self._record(
+            "Rerun's viewer cannot be reached; write a file with --save=FILE.rrd, and open it by rerun "
+            "FILE.rrd on a machine with a screen",
+            lambda recording: recording.spawn(default_blueprint=self.blueprint()),
+        )
 
-    def _recording(self) -> rr.RecordingStream:
+    def _record(self, refusal: str, open_sink: Callable[[rr.RecordingStream], None]) -> None:
         # The viewer remembers the user's layout per application, and recordings differ in their contents.
-        return rr.RecordingStream(f"{self.dataset.repo_id}/episode_{self.episode}")
+        recording = rr.RecordingStream(f"{self.footage.dataset.repo_id}/episode_{self.episode}")
+        try:
+            with _refusing(refusal):
+                open_sink(recording)
+            self.log(recording)
+            with _refusing(refusal):
+                recording.flush()
+        finally:
+            recording.disconnect()
 
     def blueprint(self) -> rrb.Blueprint:
         """Pictures above, curves below."""
-        pictures = [rrb.Spatial2DView(origin=self._camera, name=self.camera_key)]
-        if self.lam is not None:
+        pictures = [rrb.Spatial2DView(origin=self._camera, name=self.footage.camera_key)]
+        if self.footage.lam is not None:
             pictures.append(rrb.Spatial2DView(origin=PREDICTION, name="the LAM's prediction"))
         curves = [CODE if self.store.codebook is not None else DIRECTION, NORM, MISSING, *self._vectors]
         return rrb.Blueprint(
@@ -106,34 +106,33 @@ class View:
         self._log_pictures(recording)
         self._log_tokens(recording)
         for path, (names, values) in self._vectors.items():
-            recording.log(path, rr.SeriesLines(names=names), static=True, strict=True)
-            self._send(recording, path, np.arange(len(values)), values)
+            self._log_curves(recording, path, names, np.arange(len(values)), values)
 
     def _log_pictures(self, recording: rr.RecordingStream) -> None:
-        source = EpisodeFrames(self.dataset, self.camera_key)
+        source = EpisodeFrames(self.footage.dataset, self.footage.camera_key)
         stride, start = self.store.frame_stride, 0
-        before: Tensor | None = None
+        known: Tensor | None = None  # the chunk's frames, and before them as many as the first pairs need
         with tqdm(total=len(self._frames), desc="view", unit="frame") as bar:
             for chunk in source.chunks(self.episode):
-                known = chunk if before is None else torch.cat([before, chunk])
-                first = start + len(chunk) - len(known)
-                for row, picture in self._predict(known, first, range(start, start + len(chunk))):
+                stop = start + len(chunk)
+                known = chunk if known is None else torch.cat([known[-stride:], chunk])
+                for row, picture in self._predictions(known, range(max(start, stride), stop), stop):
                     self._log_picture(recording, PREDICTION, row, _image(picture))
                 for row, picture in enumerate(chunk, start):
                     packed = _image(picture).compress(jpeg_quality=_JPEG_QUALITY)
                     self._log_picture(recording, self._camera, row, packed)
-                start += len(chunk)
-                before = known[-stride:]
+                start = stop
                 bar.update(len(chunk))
 
-    def _predict(self, known: Tensor, first: int, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """Rows of the episode, each with its predicted frame; `known` are the frames from row `first` on."""
-        stride = self.store.frame_stride
-        later = [row for row in rows if row >= stride]
-        for at in range(0, len(later) if self.lam is not None else 0, _LAM_BATCH):
-            some = torch.tensor(later[at : at + _LAM_BATCH])
-            pictures = self.lam.predict_next(known[some - stride - first], self._tokens(some)).cpu()
-            yield from zip(some.tolist(), pictures, strict=True)
+    def _predictions(self, known: Tensor, rows: range, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows of the episode, each with its predicted frame; `known` are the frames before row `stop`."""
+        if self.footage.lam is None or not rows:
+            return
+        for some in torch.tensor(rows).split(_LAM_BATCH):
+            earlier = known[some - self.store.frame_stride - stop + len(known)]
+            yield from zip(
+                some.tolist(), self.footage.lam.predict_next(earlier, self._tokens(some)).cpu(), strict=True
+            )
 
     def _log_picture(self, recording: rr.RecordingStream, path: str, row: int, picture: Any) -> None:
         recording.set_time(FRAME, sequence=row)
@@ -143,39 +142,40 @@ class View:
     def _log_tokens(self, recording: rr.RecordingStream) -> None:
         rows = torch.arange(len(self._frames))
         missing = rows < self.store.frame_stride
-        recording.log(MISSING, rr.SeriesLines(names=["no token"]), static=True, strict=True)
-        self._send(recording, MISSING, rows.numpy(), missing.double().unsqueeze(1).numpy())
+        self._log_curves(recording, MISSING, ["no token"], rows, missing.unsqueeze(1))
         rows = rows[~missing]
         if not len(rows):
             return
-        tokens = self._tokens(rows)
-        recording.log(NORM, rr.SeriesLines(names=["token norm"]), static=True, strict=True)
-        self._send(recording, NORM, rows.numpy(), tokens.double().norm(dim=1, keepdim=True).numpy())
+        tokens = self._tokens(rows).double()
+        self._log_curves(recording, NORM, ["token norm"], rows, tokens.norm(dim=1, keepdim=True))
         if self.store.codebook is not None:
-            codes = self.store.values[self.store.episode_row[self.episode] + rows].numpy()
+            codes = self.store.values[self.store.episode_row[self.episode] + rows]
             names = [f"slot {slot}" for slot in range(codes.shape[1])]
-            recording.log(CODE, rr.SeriesPoints(names=names), static=True, strict=True)
-            self._send(recording, CODE, rows.numpy(), codes)
+            self._log_curves(recording, CODE, names, rows, codes, rr.SeriesPoints)
             return
         # Of the whole store, so that episodes can be compared.
         places = evenly(torch.arange(self.store.num_tokens), PRINCIPAL_TOKENS)
         frames, _ = self.store.frames_at(places, skip=self.store.frame_stride)
         mean, basis, shares = principal_directions(self.store.window(frames, [0])[:, 0])
         names = [f"direction {at + 1} ({share:.0%} of the variance)" for at, share in enumerate(shares)]
-        recording.log(DIRECTION, rr.SeriesLines(names=names), static=True, strict=True)
-        self._send(recording, DIRECTION, rows.numpy(), ((tokens.double() - mean) @ basis.T).numpy())
+        self._log_curves(recording, DIRECTION, names, rows, (tokens - mean) @ basis.T)
 
-    def _send(self, recording: rr.RecordingStream, path: str, rows: np.ndarray, values: np.ndarray) -> None:
+    def _log_curves(
+        self, recording: rr.RecordingStream, path: str, names: list[str], rows: Any, values: Any,
+        style: type = rr.SeriesLines,
+    ) -> None:  # fmt: skip
+        """Values (T, S) of the named curves at rows (T,) of the episode; tensors or arrays."""
+        rows, values = np.asarray(rows), np.asarray(values, dtype=np.float64)
+        recording.log(path, style(names=names), static=True, strict=True)
         times = [rr.TimeColumn(FRAME, sequence=rows), rr.TimeColumn(SECONDS, duration=self._seconds[rows])]
-        columns = rr.Scalars.columns(scalars=values.astype(np.float64))
-        recording.send_columns(path, times, columns, strict=True)
+        recording.send_columns(path, times, rr.Scalars.columns(scalars=values), strict=True)
 
     def _tokens(self, rows: Tensor) -> Tensor:
         return self.store.window(self._frames[rows], [0])[:, 0]
 
     @property
     def _camera(self) -> str:
-        return rr.new_entity_path([self.camera_key])
+        return rr.new_entity_path([self.footage.camera_key])
 
     @cached_property
     def _frames(self) -> Tensor:
@@ -184,16 +184,11 @@ class View:
             int(self.store.episode_from[self.episode]), int(self.store.episode_to[self.episode])
         )
 
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """The episode's rows in the dataset's table."""
-        index = np.asarray(self.dataset.hf_dataset.data.column("index"))
-        return np.flatnonzero((index >= int(self._frames[0])) & (index <= int(self._frames[-1])))
-
     def _column(self, key: str) -> np.ndarray:
-        """Double (T, S)."""
-        column = self.dataset.hf_dataset.data.column(key).take(self._rows)
-        return np.asarray(column.to_pylist(), dtype=np.float64).reshape(len(self._rows), -1)
+        """The episode's rows of the dataset's table, double (T, S)."""
+        index = vectors_of(self.footage.dataset, "index")[:, 0]
+        own = (index >= int(self._frames[0])) & (index <= int(self._frames[-1]))
+        return vectors_of(self.footage.dataset, key)[own]
 
     @cached_property
     def _seconds(self) -> np.ndarray:
@@ -202,7 +197,7 @@ class View:
     @cached_property
     def _vectors(self) -> dict[str, tuple[list[str], np.ndarray]]:
         """State and action as far as the dataset has them: entity → names, values (T, S)."""
-        features = self.dataset.meta.features
+        features = self.footage.dataset.meta.features
         found = {path: key for path, key in (("state", OBS_STATE), (ACTION, ACTION)) if key in features}
         return {
             path: (dimension_names(features[key], path), self._column(key)) for path, key in found.items()
@@ -215,15 +210,9 @@ def _image(picture: Tensor) -> rr.Image:
 
 
 @contextmanager
-def _refusing(what: str, path: Path | None = None) -> Iterator[None]:
+def _refusing(message: str) -> Iterator[None]:
     """Turn Rerun's own errors, which are multi-line RuntimeErrors, into a UserError."""
     try:
         yield
     except RuntimeError as error:
-        reason = first_line(error)
-        if path is not None:
-            raise UserError(f"{what}={path} cannot be written ({reason})") from error
-        raise UserError(
-            f"{what} cannot be reached ({reason}); write a file with --save=FILE.rrd, and open it by "
-            "rerun FILE.rrd on a machine with a screen"
-        ) from error
+        raise UserError(f"{message} ({first_line(error)})") from error

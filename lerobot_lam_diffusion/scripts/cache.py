@@ -46,18 +46,14 @@ class CachePruneConfig:
 
 
 def list_cache(config: CacheListConfig) -> None:
-    entries = cached_entries()
-    for entry in entries:
-        print(entry.name)
-        for name, text in _rows(entry).items():
-            print(f"    {name:<10}{text}")
+    entries, caches = cached_entries(), live_caches()
+    rows = {entry.name: _rows(entry) for entry in entries} | {path.name: live_rows(path) for path in caches}
+    for name, own in rows.items():
+        print(name)
+        for title, text in own.items():
+            print(f"    {title:<10}{text}")
     total = sum(entry.num_bytes() for entry in entries)
     print(f"{counted(len(entries), 'token store')}, {total:,} bytes in {cache_folder()}")
-    caches = live_caches()
-    for path in caches:
-        print(path.name)
-        for name, text in live_rows(path).items():
-            print(f"    {name:<10}{text}")
     if caches:
         print(f"{counted(len(caches), 'live cache')} (--policy.lam_live_cache=auto) in {live_cache_folder()}")
 
@@ -72,34 +68,50 @@ def prune_cache(config: CachePruneConfig) -> None:
             "say which stores to remove: --older_than_days=<days since they were last used>, or --all=true"
         )
     limit = None if config.older_than_days is None else time.time() - config.older_than_days * DAY
-    removed, freed = 0, 0
+    freed: dict[str, int] = {}
     for entry in cached_entries():
-        dataset = _dataset_of(entry)
         num_bytes = entry.remove(older_than=limit)
         if num_bytes is not None:
-            removed, freed = removed + 1, freed + num_bytes
-            print(f"removed {entry.name} ({dataset}), {num_bytes:,} bytes")
+            freed[entry.name] = num_bytes
         elif entry.is_held():
-            print(f"kept    {entry.name} ({dataset}): another process is building or opening it")
-    print(f"{counted(removed, 'token store')} removed, {freed:,} bytes")
-    pruned = [num_bytes for num_bytes in (_prune_live(path, limit) for path in live_caches()) if num_bytes]
-    if pruned or not removed:
-        print(f"{counted(len(pruned), 'live cache')} removed, {sum(pruned):,} bytes")
+            print(f"kept    {entry.name}: another process is building or opening it")
+    for path in live_caches():
+        if limit is None or last_used(path) < limit:
+            freed[path.name] = bytes_on_disk(path)
+            remove_whole(path)
+    for name, num_bytes in freed.items():
+        print(f"removed {name}, {num_bytes:,} bytes")
+    print(f"{len(freed)} removed, {sum(freed.values()):,} bytes")
 
 
 def _rows(entry: CacheEntry) -> dict[str, str]:
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used()))
-    rows = {"size": f"{entry.num_bytes():,} bytes", "last used": used}
+    """What a store holds, human-readable."""
+    rows = {"size": f"{entry.num_bytes():,} bytes", "last used": _day(entry.last_used())}
     try:
         if not entry.is_finished:
             finished, total = entry.shards()
             held = entry.is_held()
             state = "another process is building it" if held else "interrupted; training with auto resumes it"
             rows = {"state": f"{finished} of {total} shards: {state}", **rows}
-        provenance = entry.provenance()
+        return {**_facts(entry.provenance()), **rows}
     except UserError as error:
         return {"damaged": str(error), **rows}
-    return {**_facts(provenance), **rows}
+
+
+def live_rows(path: Path) -> dict[str, str]:
+    """What a live cache holds, human-readable."""
+    rows = {"size": f"{bytes_on_disk(path):,} bytes", "last used": _day(last_used(path))}
+    try:
+        cache = PairCache.open(path)
+        known = sum(len(frames) for frames, _, _ in cache.scan())
+        pairs = f"{known:,} of {cache.num_pairs:,} are kept"
+        return {**_facts(cache.provenance), "pairs": pairs, **rows}
+    except UserError as error:
+        return {"damaged": str(error), **rows}
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _facts(provenance: Provenance) -> dict[str, str]:
@@ -128,36 +140,3 @@ def means_live_cache(name: str | None) -> Path | None:
         listed = "".join(f"\n  {cache}" for cache in inside)
         raise TokenStoreError(f"{name} holds {len(inside)} live caches, name one of them:{listed}")
     return inside[0] if inside else None
-
-
-def live_rows(path: Path) -> dict[str, str]:
-    """What a live cache holds, for people."""
-    try:
-        cache = PairCache.open(path)
-        known = sum(len(frames) for frames, _, _ in cache.scan())
-    except UserError as error:
-        return {"damaged": str(error)}
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(path)))
-    return {
-        **_facts(cache.provenance),
-        "pairs": f"{known:,} of {cache.num_pairs:,} are kept",
-        "size": f"{bytes_on_disk(path):,} bytes",
-        "last used": used,
-    }
-
-
-def _prune_live(path: Path, limit: float | None) -> int:
-    """Bytes that were freed."""
-    if limit is not None and last_used(path) >= limit:
-        return 0
-    num_bytes = bytes_on_disk(path)
-    remove_whole(path)
-    print(f"removed live cache {path.name}, {num_bytes:,} bytes")
-    return num_bytes
-
-
-def _dataset_of(entry: CacheEntry) -> str:
-    try:
-        return entry.provenance().dataset.repo_id
-    except UserError:
-        return "damaged"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import draccus
 import torch
@@ -21,7 +21,6 @@ import yaml
 from draccus.utils import DecodingError, DraccusException
 from lerobot.utils.device_utils import auto_select_torch_device
 
-from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.utils.errors import FlagError, UserError, first_line, one_line
 
 if TYPE_CHECKING:
@@ -46,6 +45,44 @@ SWITCHES = {
 }
 LISTS = {"--dataset.episodes"}
 VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line; `make docs` writes its `--help` (see docs/generate.py).
+
+    Attributes:
+        name: What it is called.
+        config_class: Dataclass of its flags.
+        about: What it does, with examples.
+        words: The flag that words before the first flag stand for; empty: there are none.
+        hidden: Flags that its dataclass has but the command rejects.
+    """
+
+    name: str
+    config_class: type
+    about: str
+    words: str = ""
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether `words` is a list."""
+        return get_type_hints(self.config_class).get(self.words) == list[str]
+
+    def arguments(self, argv: Sequence[str]) -> list[str]:
+        """A command line as draccus takes it, but for the quotation of its values."""
+        return normalise(self._with_flag(argv) if self.words else argv)
+
+    def _with_flag(self, argv: Sequence[str]) -> list[str]:
+        count = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+        given, flags = list(argv[:count]), list(argv[count:])
+        if not given:
+            return flags
+        if len(given) > 1 and not self.takes_several:
+            raise FlagError(f"expected one {self.words.upper()}, found {', '.join(given)}")
+        value = given if self.takes_several else given[0]
+        return [f"--{self.words}={json.dumps(value, ensure_ascii=False)}", *flags]
 
 
 @dataclass
@@ -107,53 +144,38 @@ class LamFlags:
         )
 
 
-def run_command(
-    config_class: type,
-    command: Callable[[Any], None],
-    argv: Sequence[str] | None = None,
-    spec: Command | None = None,
-) -> None:
-    """Parse the command line into `config_class` and run `command` on it; `spec` provides `--help`.
+def run_command(command: Command, function: Callable[[Any], None], argv: Sequence[str] | None = None) -> None:
+    """Parse a command line into the command's dataclass and run `function` on it.
 
     Bad input exits with a single message: status 2 if a flag is unknown, missing or cannot be parsed,
     otherwise 1. An interrupt exits with status 130.
     """
-    spec = spec or Command(Path(sys.argv[0]).name, config_class, "")
     logging.getLogger("lerobot.utils.import_utils").addFilter(_without_traceback)
     try:
-        arguments = normalise(sys.argv[1:] if argv is None else argv)
-        if {"-h", "--help"} & set(arguments):
-            print(spec.help(), end="")
-            sys.exit(0)
-        command(_at_home(draccus.parse(config_class, args=_quoted(arguments), exit_on_error=False)))
+        arguments = [_quoted(each) for each in command.arguments(sys.argv[1:] if argv is None else argv)]
+        function(_at_home(draccus.parse(command.config_class, args=arguments, exit_on_error=False)))
     except (UserError, OSError, DraccusException, argparse.ArgumentError) as error:
-        refuse(_as_flag_error(_root_cause(error), spec))
+        refuse(_as_flag_error(_root_cause(error), command))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _quoted(arguments: Sequence[str]) -> list[str]:
-    """Values in quotation marks: draccus reads each as YAML, where `a #1` is `a`, and decodes any from text.
+def _quoted(argument: str) -> str:
+    """Its value in quotation marks: draccus reads values as YAML, where `a #1` is `a`, and decodes texts.
 
     Lists, mappings, truth values and null stay what they are in YAML.
 
     Raises:
         FlagError: one of these is not YAML.
     """
-    quoted = []
-    for word in arguments:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if word.startswith("--") and not equals:
-            quoted.append(word)
-            continue
-        if value and value[0] not in "[{\"'" and value.lower() not in ("true", "false", "null"):
-            value = json.dumps(value, ensure_ascii=False)
-        try:
-            yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FlagError(f"{word} cannot be read: is a bracket or a quotation mark missing?") from error
-        quoted.append(f"{name}{equals}{value}")
-    return quoted
+    name, equals, value = argument.partition("=")
+    if value and value[0] not in "[{\"'" and value.lower() not in ("true", "false", "null"):
+        value = json.dumps(value, ensure_ascii=False)
+    try:
+        yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FlagError(f"{argument} cannot be read: is a bracket or a quotation mark missing?") from error
+    return f"{name}{equals}{value}"
 
 
 def _at_home(config: Any) -> Any:
@@ -186,8 +208,8 @@ def usable_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device={device} cannot be used here ({first_line(error)}); expected cuda, mps or cpu, or "
-            "leave it out for the best there is"
+            f"the device {device} cannot be used here ({first_line(error)}); expected cuda, mps or cpu, or "
+            "no --device for the best there is"
         ) from error
     return device
 
@@ -208,7 +230,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return "libtorchcodec" not in record.getMessage()
 
 
-def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
+def _as_flag_error(error: BaseException, command: Command) -> BaseException:
     """Errors of argparse and draccus about flags in one line that names them; other errors unchanged."""
     if not isinstance(error, DraccusException | argparse.ArgumentError):
         return error
@@ -220,10 +242,10 @@ def _as_flag_error(error: BaseException, spec: Command) -> BaseException:
     if path and "--" not in text:
         text = f"--{'.'.join(path)}: {text}"
     if text.startswith("unrecognized arguments: "):
-        known = ["--config_path", *(f"--{flag.name}" for group in spec.groups() for flag in group.flags)]
+        known = list(draccus.argparsing.ArgumentParser(command.config_class).parser._option_string_actions)
         text = text.replace('"', "")  # of the values, see `_quoted`
         text += did_you_mean(text.split()[2].partition("=")[0], known)
-    return FlagError(f"{text} ({spec.name} --help)")
+    return FlagError(f"{text} ({command.name} --help)")
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -234,40 +256,23 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Arguments as draccus takes them: `--a-b` as `--a_b` or as in `DASHED`, lists as `[0,1,2]`."""
+    """Arguments as `--a_b=value`: `--a-b value` with a dash for each underscore, or as in `DASHED`."""
     arguments: list[str] = []
     rest = list(argv)
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            arguments.append(word)
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            arguments.append(f"{name}{equals}{value}")
             continue
-        name, equals, value = word.partition("=")
         flag = DASHED.get(name, f"--{name[2:].replace('-', '_')}")
-        is_alone = not equals and (not rest or rest[0].startswith("--"))
-        switch = SWITCHES.get(name.replace("_", "-"))
-        if switch is not None and is_alone:
-            arguments.append(switch)
-        elif flag in LISTS and not value.startswith("["):
-            values = value.split() if equals else []
-            while rest and not rest[0].startswith("--"):
-                values += rest.pop(0).split()
-            arguments.append(f"{flag}={_as_list(values)}")
+        values = [value] if equals else []
+        while rest and not rest[0].startswith("--") and (flag in LISTS or not values):
+            values.append(rest.pop(0))
+        if flag in LISTS:
+            numbers = " ".join(values).replace(",", " ").strip("[] ").split()
+            arguments.append(f"{flag}=[{','.join(numbers)}]")
+        elif values:
+            arguments.append(f"{flag}={values[0]}")
         else:
-            arguments.append(f"{flag}{equals}{value}")
+            arguments.append(SWITCHES.get(name.replace("_", "-"), flag))
     return arguments
-
-
-def _as_list(values: list[str]) -> str:
-    return "[" + ",".join(value.strip("[],") for value in values) + "]"
-
-
-def positional(words: Sequence[str], name: str, several: bool = False) -> list[str]:
-    """What stands before the first flag, as the flag of this name; one word, or a list of `several`."""
-    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    given, flags = list(words[:count]), list(words[count:])
-    if not given:
-        return flags
-    if len(given) > 1 and not several:
-        refuse(FlagError(f"expected one {name.upper()}, found {', '.join(given)}"))
-    return [f"--{name}={json.dumps(given if several else given[0], ensure_ascii=False)}", *flags]

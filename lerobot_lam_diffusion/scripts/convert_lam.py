@@ -8,16 +8,15 @@ SOURCE is a checkpoint file, one of these Hub ids (the one file is fetched), or 
 It is opened with weights_only=True: a checkpoint that would run code is refused.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.lam.convert import CONVERTERS, Dims, convert_lam, locate_checkpoint
 from lerobot_lam_diffusion.lam.locating import WEIGHTS_FILE
-from lerobot_lam_diffusion.scripts.command_line import positional, run_command
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.command_line import Command, run_command
 from lerobot_lam_diffusion.scripts.next_step import next_step
 from lerobot_lam_diffusion.utils.errors import raise_problems
 from lerobot_lam_diffusion.utils.files import refuse_existing
@@ -54,7 +53,7 @@ class ConvertConfig:
         raise_problems("cannot convert so", problems)
 
 
-COMMAND = Command("lerobot-lam-convert", ConvertConfig, __doc__, paths="SOURCE")
+COMMAND = Command("lerobot-lam-convert", ConvertConfig, __doc__, words="source")
 
 
 def convert(config: ConvertConfig) -> None:
@@ -87,9 +86,8 @@ def convert(config: ConvertConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = positional(sys.argv[1:] if argv is None else argv, "source")
-    run_command(ConvertConfig, convert, words, COMMAND)
+    run_command(COMMAND, convert, argv)
 
 
 if __name__ == "__main__":
-    main()
+    lerobot_lam_commands.convert()

@@ -1,6 +1,6 @@
 """The whole job in minutes and offline: record PushT, precompute LAM tokens, train on them, draw a picture.
 
-    lerobot-lam-demo                                             # into outputs/demo, or outputs/demo-2, ...
+    lerobot-lam-demo                                             # into outputs/demo, or outputs/demo_2, ...
     lerobot-lam-demo --lam.path=my_lam --steps=500
     lerobot-lam-demo --record_only=true --root=data/pusht --num_episodes=200 --near_goal=false
 
@@ -11,17 +11,16 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import huggingface_hub.constants
 
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import read_config, resolve_lam
-from lerobot_lam_diffusion.scripts.command_line import LamFlags, run_command
-from lerobot_lam_diffusion.scripts.help import Command
-from lerobot_lam_diffusion.scripts.next_step import next_step
-from lerobot_lam_diffusion.utils.errors import DemoError, UserError, raise_problems
+from lerobot_lam_diffusion.scripts.command_line import Command, LamFlags, run_command
+from lerobot_lam_diffusion.scripts.next_step import new_folder, next_step
+from lerobot_lam_diffusion.utils.errors import DemoError, raise_problems
+from lerobot_lam_diffusion.utils.files import refuse_existing
 
 DEFAULT_FOLDER = Path("outputs/demo")
 SIMULATOR = ("gym_pusht", "pymunk", "shapely", "matplotlib")
@@ -32,7 +31,8 @@ class DemoConfig:
     """What `lerobot-lam-demo` makes.
 
     Args:
-        output_dir: Folder of everything; must be empty. outputs/demo, or the next free outputs/demo-2, ...
+        output_dir: Folder of everything; must be empty. outputs/demo, or the first of outputs/demo_2, ...
+            that does not exist.
         num_episodes: To record; the last one is held out of training.
         steps: Of training.
         seed: Of training.
@@ -87,40 +87,20 @@ def run_demo(config: DemoConfig) -> None:
     require_simulator()
     go_offline()
     # Only now: these need the simulator.
-    from lerobot_lam_diffusion.demo.story import precompute_command, record, recorded_text, tell_story
+    from lerobot_lam_diffusion.demo.story import precompute_command, record, tell_story
 
     if config.record_only:
         root = config.root or (config.output_dir or DEFAULT_FOLDER) / "pusht"
-        print(f"{recorded_text(record(config, root))}: {root}")
+        print(f"{record(config, root)}: {root}")
         print(next_step(precompute_command(config, root, root.with_name(f"{root.name}_lam"))))
         return
-    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
-    if not shape.num_codes:
+    if not read_config(resolve_lam(config.lam.path, config.lam.revision)).num_codes:
         raise DemoError(
             f"--lam.path={config.lam.path} has no codebook, and the demo draws codes; name another LAM"
         )
-    tell_story(config, demo_folder(config.output_dir))
-
-
-def demo_folder(output_dir: Path | None) -> Path:
-    """The empty folder to work in: the user's, or the first free outputs/demo, outputs/demo-2, ...
-
-    Raises:
-        UserError: the user's folder is not empty.
-    """
-    if output_dir is None:
-        others = (DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}") for number in count(2))
-        return DEFAULT_FOLDER if _is_free(DEFAULT_FOLDER) else next(filter(_is_free, others))
-    if not _is_free(output_dir):
-        raise UserError(
-            f"--output_dir={output_dir} is not an empty folder, and the demo overwrites nothing: pass "
-            "another --output_dir, leave it out for a new folder, or remove this one first"
-        )
-    return output_dir
-
-
-def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    folder = config.output_dir or new_folder(DEFAULT_FOLDER)
+    refuse_existing(folder)
+    tell_story(config, folder)
 
 
 def require_simulator() -> None:
@@ -140,7 +120,7 @@ def go_offline() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(DemoConfig, run_demo, argv, COMMAND)
+    run_command(COMMAND, run_demo, argv)
 
 
 if __name__ == "__main__":

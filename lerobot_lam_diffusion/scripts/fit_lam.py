@@ -28,8 +28,7 @@ from lerobot_lam_diffusion.lam.resize import bilinear
 from lerobot_lam_diffusion.lam.villa_x import VillaXLam
 from lerobot_lam_diffusion.precompute.frames import EpisodeFrames, choose_camera
 from lerobot_lam_diffusion.precompute.rows import rows_of, vectors_of
-from lerobot_lam_diffusion.scripts.command_line import DatasetSource, run_command, usable_device
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.command_line import Command, DatasetSource, run_command, usable_device
 from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 from lerobot_lam_diffusion.scripts.next_step import dataset_flags, next_step
 from lerobot_lam_diffusion.tokens.binding import dataset_digest
@@ -118,15 +117,6 @@ class FitLamConfig:
             problems.append(f"--holdout_episodes={self.holdout_episodes} must be at least 1")
         raise_problems("cannot fit a LAM so", problems)
 
-    def recipe(self) -> FitRecipe:
-        return FitRecipe(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            learning_rate=self.learning_rate,
-            state_weight=self.state_weight,
-        )
-
 
 COMMAND = Command("lerobot-lam-fit", FitLamConfig, __doc__)
 
@@ -137,29 +127,47 @@ def fit_lam(config: FitLamConfig) -> None:
     device = usable_device(config.device)
     camera = choose_camera(open_metadata(config.dataset), config.camera_key)
     refined = None if config.refine_decoder is None else _open_refined(config.refine_decoder, device)
+    model_config = PRESETS[config.preset] if refined is None else refined.config
     dataset = open_dataset(config.dataset, config.tolerance_s)
-    model_config, recipe = PRESETS[config.preset] if refined is None else refined.config, config.recipe()
     data = _load_data(dataset, camera, model_config.resolution, config)
-
     print(
         f"Fitting to {dataset.num_episodes - data.holdout_episodes} episodes; "
         f"the last {data.holdout_episodes} measure the LAM."
     )
-    if refined is not None:
-        _refine(config, recipe, refined, data)
-        _finish(config, dataset, camera, data, device)
-        return
-    fit = Fit(model_config, recipe, data, device)
+    names = ("steps", "batch_size", "seed", "learning_rate", "state_weight")
+    recipe = FitRecipe(**{name: getattr(config, name) for name in names})
+    training: Fit | DecoderRefinement
+    if refined is None:
+        training = Fit(model_config, recipe, data, device)
+        about = (
+            f"{config.preset} LAM of {config.dataset.repo_id} ({camera}), frame stride {data.frame_stride}"
+        )
+    else:
+        if config.decoder_width is not None:
+            refined = copying_decoder(refined, data, config.decoder_width, config.decoder_depth, config.seed)
+        training = DecoderRefinement(refined, recipe, data)
+        about = f"{config.refine_decoder}, FDM refined on {config.dataset.repo_id}"
     if config.resume:
-        fit.resume(config.output_dir)
-    fit.run(config.output_dir, config.save_every)
+        training.resume(config.output_dir)
+    training.run(config.output_dir, config.save_every)
 
-    about = f"{config.preset} LAM of {config.dataset.repo_id} ({camera}), frame stride {config.frame_stride}"
-    model = fit.model
+    made = training.model if isinstance(training, Fit) else training.lam
     save_lam(
-        config.output_dir, model_config, model.encoder, model.vq, model.decoder, description=about, version=1
+        config.output_dir,
+        made.config,
+        made.encoder,
+        made.vq,
+        made.decoder,
+        description=about,
+        version=1,
+        fdm_dtype=torch.float32 if refined is None else torch.float16,
     )
-    _finish(config, dataset, camera, data, device)
+    lam = load_lam(config.output_dir, device=device, fdm=True)
+    report = evaluate(lam, data)
+    write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
+    for leftover in (CHECKPOINT_FILE, REFINE_CHECKPOINT_FILE, FRAMES_FILE):
+        (config.output_dir / leftover).unlink(missing_ok=True)
+    _tell(config, camera, report)
 
 
 def _open_refined(path: str, device: str) -> VillaXLam:
@@ -181,36 +189,6 @@ def _open_refined(path: str, device: str) -> VillaXLam:
     lam = load_lam(path, device=device, fdm=True)
     assert isinstance(lam, VillaXLam)
     return lam
-
-
-def _refine(config: FitLamConfig, recipe: FitRecipe, lam: VillaXLam, data: FitData) -> None:
-    if config.decoder_width is not None:
-        lam = copying_decoder(lam, data, config.decoder_width, config.decoder_depth, config.seed)
-    refinement = DecoderRefinement(lam, recipe, data)
-    if config.resume:
-        refinement.resume(config.output_dir)
-    refinement.run(config.output_dir, config.save_every)
-    about = f"{config.refine_decoder}, FDM refined on {config.dataset.repo_id}"
-    save_lam(
-        config.output_dir,
-        lam.config,
-        lam.encoder,
-        lam.vq,
-        refinement.decoder,
-        description=about,
-        version=1,
-        fdm_dtype=torch.float16,
-    )
-
-
-def _finish(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData, device: str) -> None:
-    """Measure the LAM of `output_dir`, write its card, say what comes next."""
-    lam = load_lam(config.output_dir, device=device, fdm=True)
-    report = evaluate(lam, data)
-    write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
-    for leftover in (CHECKPOINT_FILE, REFINE_CHECKPOINT_FILE, FRAMES_FILE):
-        (config.output_dir / leftover).unlink(missing_ok=True)
-    _tell(config, camera, report)
 
 
 def _check_output(config: FitLamConfig) -> None:
@@ -300,7 +278,7 @@ def _tell(config: FitLamConfig, camera: str, report: FitReport) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(FitLamConfig, fit_lam, argv, COMMAND)
+    run_command(COMMAND, fit_lam, argv)
 
 
 if __name__ == "__main__":

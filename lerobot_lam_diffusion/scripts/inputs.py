@@ -29,7 +29,6 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
     """
     raise_problems("these flags do not work", config.problems())
     try:
-        _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
         if config.root is not None and is_local(config.root):
             _refuse_absent_metadata(config.repo_id, Path(config.root))
         meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
@@ -45,26 +44,18 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
     except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
         reason = first_line(str(error) or type(error).__name__)  # `strerror` would not name the file
         root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
-        if config.root is not None and not root.is_dir():
-            raise DatasetError(
-                f"there is no folder {root}: correct --dataset.root, or leave it out for one of the "
-                "Hub or in LeRobot's home"
-            ) from error
         raise DatasetError(
             f"the metadata of dataset {config.repo_id!r} cannot be read in {root / 'meta'}, nor fetched from "
             f"the Hub ({reason}); correct --dataset.repo_id or --dataset.root, or restore the files"
         ) from error
     check_metadata(meta)
-    _refuse_unknown_episodes(config.episodes, meta)
-    return meta
-
-
-def _refuse_lance(repo_id: str, root: Path) -> None:
-    if any(root.glob("*.lance")) or any((root / "data").glob("**/*.lance")):
-        raise DatasetError(
-            f"dataset {repo_id!r} at {root} is in the Lance layout (*.lance), which LeRobot 0.6 cannot read: "
-            "name the dataset in LeRobot's own layout that it was converted from"
+    unknown = [episode for episode in config.episodes or [] if episode >= meta.total_episodes]
+    if unknown:
+        raise UserError(
+            f"dataset {meta.repo_id!r} has the episodes 0 to {meta.total_episodes - 1}, not {unknown}; leave "
+            "those out"
         )
+    return meta
 
 
 def _refuse_absent_metadata(repo_id: str, root: Path) -> None:
@@ -103,19 +94,6 @@ def open_readable_dataset(
 
 
 def _options(config: DatasetSource, tolerance_s: float) -> dict[str, Any]:
-    return {
-        "root": config.root,
-        "episodes": config.episodes,
-        "revision": config.revision,
-        "video_backend": config.video_backend,
-        "tolerance_s": tolerance_s,
-    }
-
-
-def _refuse_unknown_episodes(episodes: list[int] | None, meta: LeRobotDatasetMetadata) -> None:
-    unknown = [episode for episode in episodes or [] if episode >= meta.total_episodes]
-    if unknown:
-        raise UserError(
-            f"--dataset.episodes names {unknown}, but dataset {meta.repo_id!r} has the episodes 0 to "
-            f"{meta.total_episodes - 1}; leave out the others"
-        )
+    options = {**vars(config), "tolerance_s": tolerance_s}
+    del options["repo_id"]
+    return options

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from lerobot_lam_diffusion.precompute.live_store import store_of_live_cache
 from lerobot_lam_diffusion.precompute.recompute import recompute_kept
-from lerobot_lam_diffusion.scripts.command_line import counted, usable_device
+from lerobot_lam_diffusion.scripts.command_line import counted
 from lerobot_lam_diffusion.scripts.inputs import open_dataset
 from lerobot_lam_diffusion.tokens.binding import check_binding
 from lerobot_lam_diffusion.tokens.layout import check_content
 from lerobot_lam_diffusion.tokens.pairs import TABLES, PairCache
 from lerobot_lam_diffusion.tokens.store import TokenStore
-from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.errors import TokenStoreError
 from lerobot_lam_diffusion.utils.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -49,32 +49,21 @@ def verify_live_cache(folder: Path, config: "VerifyConfig") -> None:
 
 
 def merge_live_cache(folder: Path, config: "MergeConfig") -> TokenStore:
-    """Write a token store that holds those tokens which were made from the dataset's own pixels."""
-    if config.dataset is None:
+    """Write a token store that holds those tokens which were made from the dataset's own pixels.
+
+    Tokens that training did not visit are encoded now, on the kind of device that made the others: another
+    kind may round differently.
+    """
+    if config.dataset is None or config.lam is None or config.output_dir is None:
         raise TokenStoreError(
-            "--dataset.repo_id is missing: the dataset whose pixels merge compares with the cache's"
-        )
-    if config.lam is None:
-        raise TokenStoreError("--lam.path is missing: merge encodes what training did not visit")
-    if config.output_dir is None:
-        raise TokenStoreError(
-            "--output_dir is missing: the folder where the store of the cache's tokens will stand"
+            f"{folder} is a live cache, whose merging needs --dataset.repo_id (the dataset whose pixels are "
+            "compared with the cache's), --lam.path (which encodes what training did not visit) and "
+            "--output_dir (the folder of the new store)"
         )
     refuse_existing(config.output_dir)
     cache, dataset = PairCache.open(folder), open_dataset(config.dataset, config.tolerance_s)
-    lam = config.lam.load(_device_of(cache), cache.provenance.dtype)
+    lam = config.lam.load(cache.provenance.device, cache.provenance.dtype)
     store, encoded = store_of_live_cache(cache, dataset, config.output_dir, lam)
     if encoded:
-        print(f"{counted(encoded, 'pair')} {'was' if encoded == 1 else 'were'} encoded now")
+        print(f"{counted(encoded, 'pair')} encoded now")
     return store
-
-
-def _device_of(cache: PairCache) -> str:
-    """The kind of device that made its tokens: another kind may round differently."""
-    try:
-        return usable_device(cache.provenance.device)
-    except UserError as error:
-        raise TokenStoreError(
-            f"{cache.path} was filled on {cache.provenance.device}, which is not available here: merge it on "
-            "such a machine"
-        ) from error

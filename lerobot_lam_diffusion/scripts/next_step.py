@@ -25,28 +25,19 @@ def next_step(command: Sequence[str], why: str = "Next", fps: float | None = Non
     Args:
         fps: Frame rate of the training dataset, at which a robot has to run the policy.
     """
-    notes = []
-    if command[0] == "lerobot-train" and usable_device(None) == "cpu":
-        notes.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
-    if command[0] == "lerobot-train":
-        (run,) = _values(command, "--output_dir")
-        notes.append(f"After it: {_use_of(run, command, fps)}")
-    return "\n".join(["", f"{why}:", indent(shell_text(command), "  "), *notes])
-
-
-def _use_of(run: str, command: Sequence[str], fps: float | None) -> str:
-    """What to do with the policy that a `lerobot-train` leaves in `run`."""
-    policy = f"--policy.path={run}/checkpoints/last/pretrained_model"
-    if not any("pusht" in repo_id for repo_id in _values(command, "--dataset.repo_id")):
-        rate = "" if fps is None else f" --fps={fps:g}"
-        return f"lerobot-rollout {policy}{rate} and the flags of your robot"
-    few = ["--eval.n_episodes=1", "--eval.batch_size=1", "--policy.num_inference_steps=10"]
-    flags = [policy, "--env.type=pusht", *(few if usable_device(None) == "cpu" else [])]
-    return shlex.join(["lerobot-eval", *flags])
-
-
-def _values(command: Sequence[str], flag: str) -> list[str]:
-    return [word.removeprefix(f"{flag}=") for word in command if word.startswith(f"{flag}=")]
+    lines = ["", f"{why}:", indent(shell_text(command), "  ")]
+    if command[0] != "lerobot-train":
+        return "\n".join(lines)
+    few = ""
+    if usable_device(None) == "cpu":
+        lines.append(f"For a first try on a CPU add {shlex.join(SMALL_TRAINING)}")
+        few = " --eval.n_episodes=1 --eval.batch_size=1 --policy.num_inference_steps=10"
+    flags = dict(word.split("=", 1) for word in command[1:])
+    policy = shlex.quote(f"--policy.path={flags['--output_dir']}/checkpoints/last/pretrained_model")
+    use = f"lerobot-rollout {policy}{'' if fps is None else f' --fps={fps:g}'} and the flags of your robot"
+    if "pusht" in flags["--dataset.repo_id"]:
+        use = f"lerobot-eval {policy} --env.type=pusht{few}"
+    return "\n".join([*lines, f"After it: {use}"])
 
 
 def shell_text(argv: Sequence[str], width: int = 100) -> str:
@@ -91,15 +82,14 @@ def training(repo_id: str, root: str | Path | None, *source: str) -> list[str]:
         *source,
         "--policy.push_to_hub=false",
         *without_network(),
-        f"--output_dir={_new_run(repo_id)}",
+        f"--output_dir={new_folder(Path('outputs') / f'{repo_id.rpartition("/")[2]}_lam')}",
     ]
 
 
-def _new_run(repo_id: str) -> Path:
-    """A folder that does not exist yet: LeRobot does not train into an existing one."""
-    run = Path("outputs") / f"{repo_id.rpartition('/')[2]}_lam"
-    numbered = (run.with_name(f"{run.name}_{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([run], numbered) if not folder.exists())
+def new_folder(folder: Path) -> Path:
+    """A folder that does not exist yet: this one, or the first of the same name with _2, _3, ..."""
+    numbered = (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([folder], numbered) if not each.exists())
 
 
 def without_network() -> list[str]:

@@ -38,13 +38,7 @@ import torch
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.lam import (
-    load_lam,
-    proposed_stride,
-    read_config,
-    recorded_path,
-    resolve_lam,
-)
+from lerobot_lam_diffusion.lam import proposed_stride, read_config, recorded_path, resolve_lam
 from lerobot_lam_diffusion.precompute.cluster_config import ClusterConfig
 from lerobot_lam_diffusion.precompute.dataset import check_kind
 from lerobot_lam_diffusion.precompute.demonstrations import (
@@ -57,13 +51,13 @@ from lerobot_lam_diffusion.precompute.engine import Summary, precompute_tokens, 
 from lerobot_lam_diffusion.precompute.frames import DecodeError, choose_camera
 from lerobot_lam_diffusion.precompute.processes import Process, usable_cores
 from lerobot_lam_diffusion.scripts.command_line import (
+    Command,
     DatasetSource,
     LamFlags,
     counted,
     run_command,
     usable_device,
 )
-from lerobot_lam_diffusion.scripts.help import Command
 from lerobot_lam_diffusion.scripts.inputs import (
     open_dataset,
     open_metadata,
@@ -213,42 +207,28 @@ def precompute(config: PrecomputeConfig) -> None:
 
 
 def _extract(
-    config: PrecomputeConfig,
-    process: Process | None = None,
-    merge: bool = True,
-    show_progress: bool = True,
+    config: PrecomputeConfig, process: Process | None = None, merge: bool = True, show_progress: bool = True
 ) -> Summary:
-    output_dir = config.output_dir
+    output_dir, unreadable = config.output_dir, dict[int, str]()
     if not (output_dir / PROVENANCE_FILE).is_file():  # a finished store is compared once all inputs are known
         refuse_existing(output_dir)
-    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
     device = usable_device(config.device)
-    metadata = open_metadata(config.dataset)
-    camera_key = choose_camera(metadata, config.camera_key)
-    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, metadata.fps)
+    kind = _kind_of_tokens(config)
     process = process or Process.launched(device, config.shard_index, config.num_shards)
-    unreadable: dict[int, str] = {}
     if config.on_error == "skip":
         dataset, unreadable = open_readable_dataset(config.dataset, config.tolerance_s)
     else:
         dataset = open_dataset(config.dataset, config.tolerance_s)
-    lam = load_lam(
-        config.lam.path,
-        revision=config.lam.revision,
-        device=f"cuda:{process.local_rank}" if device == "cuda" and process.world_size > 1 else device,
-        dtype=getattr(torch, config.dtype),
-    )
+    if device == "cuda" and process.world_size > 1:
+        device = f"cuda:{process.local_rank}"
+    lam = config.lam.load(device, config.dtype)
     try:
         with _out_of_memory_explained():
             return precompute_tokens(
                 dataset,
                 lam,
                 output_dir,
-                camera_key=camera_key,
-                lam_path=recorded_path(config.lam.path),
-                frame_stride=frame_stride,
-                use_vq_tokens=use_vq_tokens,
-                storage_dtype=config.storage_dtype,
+                **kind,
                 batch_size=config.batch_size,
                 num_workers=config.num_workers,
                 compile=config.compile,
@@ -271,6 +251,40 @@ def _extract(
         raise
 
 
+def _kind_of_tokens(config: PrecomputeConfig) -> dict[str, Any]:
+    """What the tokens will be, as arguments of an extraction; checked before frames or weights are read.
+
+    The LAM decides about stride and codebook where the user does not.
+    """
+    lam = read_config(resolve_lam(config.lam.path, config.lam.revision))
+    if config.has_dataset:
+        metadata = open_metadata(config.dataset)
+        camera_key, fps = choose_camera(metadata, config.camera_key), float(metadata.fps)
+    else:
+        assert config.fps is not None
+        camera_key, fps = config.camera_key or VIDEO_CAMERA, config.fps
+    use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
+    check_kind(lam.num_codes, config.lam.path, use_vq_tokens)
+    if use_vq_tokens and config.storage_dtype != "float32":
+        raise ExtractionError(
+            f"--storage_dtype={config.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
+            "tokens are kept as code indices, exactly"
+        )
+    stride = config.frame_stride
+    if stride is None and (stride := proposed_stride([lam], fps)):  # it decides what the tokens mean
+        print(
+            f"--frame_stride={stride} is taken: the LAM was trained on pairs {lam.stride_seconds:g} s apart, "
+            f"which is {counted(stride, 'frame')} at {fps:g} fps."
+        )
+    return {
+        "camera_key": camera_key,
+        "lam_path": recorded_path(config.lam.path),
+        "frame_stride": stride or 1,
+        "use_vq_tokens": use_vq_tokens,
+        "storage_dtype": config.storage_dtype,
+    }
+
+
 @contextmanager
 def _out_of_memory_explained() -> Iterator[None]:
     try:
@@ -290,10 +304,7 @@ def _by_cluster(config: PrecomputeConfig) -> None:
             "tells what it holds. Choose another --output_dir, or remove it to extract again"
         )
     refuse_existing(output_dir)
-    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
-    metadata = open_metadata(config.dataset)
-    camera_key = choose_camera(metadata, config.camera_key)
-    _kind_of_tokens(config, shape, metadata.fps)
+    kind = _kind_of_tokens(config)
     needed = ("datatrove", "ray") if config.cluster.engine == "ray" else ("datatrove",)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
@@ -303,17 +314,17 @@ def _by_cluster(config: PrecomputeConfig) -> None:
         )
     from lerobot_lam_diffusion.precompute.cluster import submit
 
-    message = submit(config.cluster, extract_share, _flags_of_a_task(config, camera_key), output_dir)
+    message = submit(config.cluster, extract_share, _flags_of_a_task(config, kind), output_dir)
     print(message or report(Summary(TokenStore.open(output_dir)), config))
 
 
-def _flags_of_a_task(config: PrecomputeConfig, camera_key: str) -> dict[str, Any]:
+def _flags_of_a_task(config: PrecomputeConfig, kind: dict[str, Any]) -> dict[str, Any]:
     """Names, paths and numbers for `extract_share`; tasks run in other folders, so paths are absolute."""
     flags = draccus.encode(config)
     del flags["cluster"]
-    flags["camera_key"] = camera_key
+    flags["camera_key"] = kind["camera_key"]
     flags["output_dir"] = str(config.output_dir.absolute())
-    flags["lam"]["path"] = recorded_path(config.lam.path)
+    flags["lam"]["path"] = kind["lam_path"]
     if config.extend is not None:
         store = TokenStore.open(config.extend)
         flags["extend"] = store.hub_id or str(store.path.absolute())
@@ -337,56 +348,23 @@ def extract_share(flags: dict[str, Any], cpus: int, data: Any, rank: int, world_
     _extract(config, process, merge=False, show_progress=False)
 
 
-def _kind_of_tokens(config: PrecomputeConfig, lam: Any, fps: float) -> tuple[int, bool]:
-    """Frame stride, and whether VQ tokens are wanted; the LAM decides what the user leaves out."""
-    use_vq_tokens = lam.num_codes > 0 if config.use_vq_tokens is None else config.use_vq_tokens
-    check_kind(lam.num_codes, config.lam.path, use_vq_tokens)
-    if use_vq_tokens and config.storage_dtype != "float32":
-        raise ExtractionError(
-            f"--storage_dtype={config.storage_dtype} is for continuous tokens (--use_vq_tokens=false); VQ "
-            "tokens are kept as code indices, exactly"
-        )
-    return config.frame_stride or _proposed_stride(lam, fps), use_vq_tokens
-
-
-def _proposed_stride(lam: Any, fps: float) -> int:
-    """The stride where the user names none; printed, since it decides what the tokens mean."""
-    stride = proposed_stride([lam], fps)
-    if stride is None:
-        return 1
-    print(
-        f"--frame_stride={stride} is taken: the LAM was trained on pairs {lam.stride_seconds:g} s apart, "
-        f"which is {counted(stride, 'frame')} at {fps:g} fps."
-    )
-    return stride
-
-
 def _precompute_videos(config: PrecomputeConfig) -> str:
     """Write the videos' store, and return the text that reports it."""
     assert config.videos is not None
     assert config.fps is not None
-    output_dir = config.output_dir
-    refuse_existing(output_dir)
-    shape = read_config(resolve_lam(config.lam.path, config.lam.revision))
-    device = usable_device(config.device)
-    videos = videos_in(config.videos)
-    frame_stride, use_vq_tokens = _kind_of_tokens(config, shape, config.fps)
-    lam = load_lam(
-        config.lam.path, revision=config.lam.revision, device=device, dtype=getattr(torch, config.dtype)
-    )
+    refuse_existing(config.output_dir)
+    device, videos = usable_device(config.device), videos_in(config.videos)
+    kind = _kind_of_tokens(config)
+    lam = config.lam.load(device, config.dtype)
     if config.compile:
         lam.compile()
     with _out_of_memory_explained():
         store = precompute_videos(
             videos,
             lam,
-            output_dir,
+            config.output_dir,
+            **kind,
             fps=config.fps,
-            camera_key=config.camera_key or VIDEO_CAMERA,
-            lam_path=recorded_path(config.lam.path),
-            frame_stride=frame_stride,
-            use_vq_tokens=use_vq_tokens,
-            storage_dtype=config.storage_dtype,
             batch_size=config.batch_size or PAIRS_AT_A_TIME,
         )
     lengths = (store.episode_to - store.episode_from).tolist()
@@ -394,17 +372,13 @@ def _precompute_videos(config: PrecomputeConfig) -> str:
         f"frames    {sum(lengths)} at {config.fps:g} fps in {counted(len(lengths), 'video')}",
         f"tokens    {store.kind}, {store.token_dim} values a frame",
         f"store     {store.path.resolve()}",
-        *(
-            f"#{number:<8} {length / config.fps:6.1f} s  {video.name}"
-            for number, (length, video) in enumerate(zip(lengths, videos, strict=True))
-        ),
     ]
-    return "\n".join(
-        [
-            *lines,
-            next_step(follow(store.path.resolve()), "Follow one of them (or lerobot-rollout, on a robot)"),
-        ]
+    for number, (length, video) in enumerate(zip(lengths, videos, strict=True)):
+        lines.append(f"#{number:<8} {length / config.fps:6.1f} s  {video.name}")
+    lines.append(
+        next_step(follow(store.path.resolve()), "Follow one of them (or lerobot-rollout, on a robot)")
     )
+    return "\n".join(lines)
 
 
 def report(summary: Summary, config: PrecomputeConfig) -> str:
@@ -418,45 +392,42 @@ def report(summary: Summary, config: PrecomputeConfig) -> str:
             "makes the rest."
         )
     assert store.provenance is not None
-    usage = ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity())
-    of = store.provenance.lam.num_codes
-    lines = [
-        f"frames    {len(store.values):,} in {counted(len(store.covered_episodes), 'episode')}",
-        *(
-            [f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}"]
-            if summary.copied
-            else []
-        ),
+    lines = [f"frames    {len(store.values):,} in {counted(len(store.covered_episodes), 'episode')}"]
+    if summary.copied:
+        lines.append(f"extended  {counted(summary.copied, 'episode')} copied from {config.extend}")
+    lines += [
         f"missing   {counted(len(store.values) - store.num_tokens, 'token')}: no pair ends in the first "
         f"{counted(store.frame_stride, 'frame')} of an episode",
         f"tokens    {store.kind}, {store.token_dim} values a frame, camera {store.provenance.camera_key}",
-        *([f"codebook  perplexity {usage} of {of} codes a slot"] if usage else []),
-        *(_times(summary) if config.cluster.engine is None else []),
+    ]
+    if usage := ", ".join(f"{perplexity:.1f}" for perplexity in store.code_perplexity()):
+        lines.append(f"codebook  perplexity {usage} of {store.provenance.lam.num_codes} codes a slot")
+    if config.cluster.engine is None:
+        lines.append(f"time      {_time(summary)}")
+    lines += [
         f"size      {sum(file.stat().st_size for file in store.path.iterdir()):,} bytes",
         f"store     {store.path.resolve()}",
+        *(f"SKIPPED   episode {episode}: {reason}" for episode, reason in store.skipped.items()),
     ]
-    for episode, reason in store.skipped.items():
-        lines.append(f"SKIPPED   episode {episode}: {reason}")
     training = train_on(store, store.path.resolve(), config.dataset.repo_id, config.dataset.root)
     return "\n".join([*lines, next_step(training, "Train on it", store.provenance.dataset.fps)])
 
 
-def _times(summary: Summary) -> list[str]:
+def _time(summary: Summary) -> str:
     """How fast it was, and what it waited for."""
     if not summary.encoded:
-        return ["time      0 s: all of it was there already; nothing was extracted"]
-    rate = summary.encoded / summary.seconds
-    return [
-        f"time      {summary.seconds:.1f} s, {rate:.0f} pairs/s in batches of {summary.batch_size}; "
-        f"{summary.waited / summary.seconds:.0%} of it waiting for frames"
-    ]
+        return "0 s: all of it was there already; nothing was extracted"
+    return (
+        f"{summary.seconds:.1f} s, {summary.encoded / summary.seconds:.0f} pairs/s in batches of "
+        f"{summary.batch_size}; {summary.waited / summary.seconds:.0%} of it waiting for frames"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     # Job schedulers send SIGTERM; it interrupts as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_command(PrecomputeConfig, precompute, argv, COMMAND)
+        run_command(COMMAND, precompute, argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 

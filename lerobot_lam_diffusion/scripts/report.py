@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.card import CardPicture
-from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
-from lerobot_lam_diffusion.utils.errors import LamError, UserError
+from lerobot_lam_diffusion.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lerobot_lam_diffusion.report.build import Footage
+    from lerobot_lam_diffusion.report.frames import Footage
 
 
 @dataclass
@@ -50,12 +51,7 @@ def report(config: ReportConfig) -> None:
     except ImportError as error:
         raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
     store, footage = open_footage(
-        config.store,
-        config.dataset,
-        config.lam,
-        config.camera_key,
-        config.device,
-        config.tolerance_s,
+        config.store, config.dataset, config.lam, config.camera_key, config.device, config.tolerance_s
     )
     verdict = write_report(store, footage, config.output, config.seed)
     print(f"{config.output}: {config.output.stat().st_size:,} bytes")
@@ -81,11 +77,16 @@ def open_footage(
     device: str | None = None,
     tolerance_s: float = 1e-4,
 ) -> tuple[TokenStore, "Footage | None"]:
-    """The store and, where a dataset is named, its frames and the LAM; all of them checked."""
+    """The store and, where a dataset is named, its frames and the LAM; all of them checked.
+
+    Raises:
+        LamError: the LAM predicts no images, or did not make the store.
+    """
     if dataset is None:
         return TokenStore.open(path), None
     from lerobot_lam_diffusion.precompute.frames import choose_camera
-    from lerobot_lam_diffusion.report.build import Footage
+    from lerobot_lam_diffusion.precompute.recompute import refuse_other_tokens
+    from lerobot_lam_diffusion.report.frames import Footage
     from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
 
     meta = open_metadata(dataset)
@@ -93,10 +94,8 @@ def open_footage(
     camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
     loaded = None
     if lam is not None:
-        try:
-            loaded = lam.load(device, fdm=True)
-        except LamError:  # its folder may hold no FDM
-            loaded = lam.load(device)
-        if store.provenance is not None:
-            refuse_other_lam(str(store.path), store.provenance.lam, loaded)
+        loaded = lam.load(device, fdm=True)
+        refuse_other_tokens(store, loaded)
+        nothing = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        loaded.predict_next(nothing, torch.zeros(1, loaded.token_dim))  # some LAMs predict no images
     return store, Footage(open_dataset(dataset, tolerance_s), camera, loaded)

@@ -25,13 +25,11 @@ well it encodes a random sample of frame pairs and compares. A `.pt` file is ver
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 import lerobot_lam_commands
-from lerobot_lam_diffusion.scripts.command_line import did_you_mean, positional, refuse, run_command
-from lerobot_lam_diffusion.scripts.help import Command, summary_of
+from lerobot_lam_diffusion.scripts.command_line import Command, did_you_mean, refuse, run_command
 from lerobot_lam_diffusion.utils.errors import FlagError
 
 # Module of lerobot_lam_diffusion.scripts, its config and its function; imported when the command is run.
@@ -56,60 +54,24 @@ WITHOUT_EPISODES = ("add-column", "view")
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["cache"]:
-        if words[1:] in ([], ["-h"], ["--help"]):
-            print(command_list("cache "))
-            sys.exit(0 if words[1:] else 2)
         words[:2] = [" ".join(words[:2])]
-    if words in ([], ["-h"], ["--help"]):
-        print(command_list())
-        sys.exit(0 if words else 2)
-    if words[0] not in COMMANDS:
-        known = list(COMMANDS)
-        refuse(
-            FlagError(
-                f"unknown command {words[0]}{did_you_mean(words[0], known)} Commands: {', '.join(known)}"
-            )
-        )
-    name = words.pop(0)
-    config_class, command = subcommand(name)
-    run_command(config_class, command, with_flags(words, config_class), command_of(name))
+    name = words.pop(0) if words else "''"
+    if name not in COMMANDS:
+        meant, known = did_you_mean(name, list(COMMANDS)), ", ".join(COMMANDS)
+        refuse(FlagError(f"unknown command {name}{meant} Commands: {known}"))
+    run_command(*subcommand(name), words)
 
 
-def subcommand(name: str) -> tuple[type, Callable[[Any], None]]:
-    """Its config, a dataclass, and the function that runs it."""
-    module, config_class, function = COMMANDS[name]
+def subcommand(name: str) -> tuple[Command, Callable[[Any], None]]:
+    """A subcommand with its examples, and the function that runs it."""
+    module, class_name, function = COMMANDS[name]
     imported = import_module(f"{lerobot_lam_commands.SCRIPTS}.{module}")
-    return getattr(imported, config_class), getattr(imported, function)
-
-
-def command_list(prefix: str = "") -> str:
-    """What `lerobot-lam-tokens --help` prints; with a prefix, only the commands that start with it."""
-    about = __doc__ or ""
-    names = [
-        f"    {name:<14}{summary_of(subcommand(name)[0])}" for name in COMMANDS if name.startswith(prefix)
-    ]
-    flags = "Each takes --help, which tells its flags."
-    if prefix:
-        return "\n".join([f"usage: lerobot-lam-tokens {prefix}COMMAND [flags]\n", *names, f"\n{flags}"])
-    return "\n".join(["usage: lerobot-lam-tokens COMMAND [STORE …] [flags]\n", about, *names, f"\n{flags}"])
-
-
-def command_of(name: str) -> Command:
-    """A subcommand with its examples."""
-    config_class, _ = subcommand(name)
-    begin = f"    lerobot-lam-tokens {name}"
-    examples = [line for line in (__doc__ or "").splitlines() if f"{line} ".startswith(f"{begin} ")]
-    paths = {"stores": "STORE …", "store": "STORE"}
-    words = [paths[each.name] for each in fields(config_class) if each.name in paths]
-    about = "\n".join([summary_of(config_class), *([""] if examples else []), *examples])
+    config_class, run = getattr(imported, class_name), getattr(imported, function)
+    begin = f"    lerobot-lam-tokens {name} "
+    examples = "\n".join(line for line in (__doc__ or "").splitlines() if f"{line} ".startswith(begin))
+    words = next((each for each in ("store", "stores") if each in config_class.__dataclass_fields__), "")
     hidden = ("dataset.episodes",) if name in WITHOUT_EPISODES else ()
-    return Command(f"lerobot-lam-tokens {name}", config_class, about, words[0] if words else "", hidden)
-
-
-def with_flags(words: list[str], config_class: type) -> list[str]:
-    """Paths that stand before the first flag, as flags."""
-    takes_several = any(each.name == "stores" for each in fields(config_class))
-    return positional(words, "stores" if takes_several else "store", takes_several)
+    return Command(f"lerobot-lam-tokens {name}", config_class, examples, words, hidden), run
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`lerobot-lam-tokens verify`; LeRobot is imported when there is a dataset."""
 
-import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lerobot_lam_diffusion.constants import OBS_LAM_TOKENS
@@ -47,7 +47,7 @@ class VerifyConfig:
 
 
 def verify(config: VerifyConfig) -> None:
-    if config.store is None or _is_dataset(config.store):
+    if config.store is None or (Path(config.store) / "meta" / "info.json").is_file():
         from lerobot_lam_diffusion.scripts.column import verify_dataset
 
         verify_dataset(config)
@@ -62,14 +62,21 @@ def verify(config: VerifyConfig) -> None:
 
         verify_live_cache(live_cache, config)
         return
-    store = _read_again(config)
-    if config.dataset is None:
-        return
+    store = _read_again(config.store, config.dataset)
+    if config.dataset is not None:
+        _verify_of_dataset(store, config.dataset, config)
+        training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
+        print(next_step(training, fps=store.provenance.dataset.fps if store.provenance else None))
+
+
+def _verify_of_dataset(store: TokenStore, source: DatasetSource, config: VerifyConfig) -> None:
+    """That the store was made of the dataset, and, where a LAM is named, by that one."""
     from lerobot_lam_diffusion.precompute.recompute import recompute_sample
     from lerobot_lam_diffusion.scripts.inputs import open_dataset
 
-    dataset = open_dataset(config.dataset, config.tolerance_s)
+    dataset, dtype = open_dataset(source, config.tolerance_s), "float32"
     if store.provenance is not None:
+        dtype = store.provenance.dtype
         try:
             check_binding(store, dataset.meta)
         except TokenStoreError:
@@ -77,37 +84,30 @@ def verify(config: VerifyConfig) -> None:
             raise
         print(f"ok  made of dataset {dataset.repo_id} at {dataset.root}")
     if config.lam is None:
-        print(_train_next(config, store))
         return
-    lam = config.lam.load(
-        config.device, store.provenance.dtype if store.provenance is not None else "float32"
-    )
-    result = recompute_sample(
-        store, dataset, lam, config.num_samples, config.seed, camera_key=config.camera_key
-    )
+    lam = config.lam.load(config.device, dtype)
+    result = recompute_sample(store, dataset, lam, config.num_samples, config.seed, config.camera_key)
     if result.equal < result.checked:
         raise TokenStoreError(
             f"{result.text}: the frames or the LAM changed, or the store was made on another kind of device. "
             "Extract the tokens again with lerobot-lam-precompute"
         )
     print(f"ok  {result.text}")
-    print(_train_next(config, store))
 
 
-def _read_again(config: VerifyConfig) -> TokenStore:
-    assert config.store is not None
-    path, hub_id = locate_store(config.store)
+def _read_again(name: str, dataset: DatasetSource | None) -> TokenStore:
+    path, hub_id = locate_store(name)
     meta = None
-    if config.dataset is not None:
+    if dataset is not None:
         from lerobot_lam_diffusion.scripts.inputs import open_metadata
 
-        meta = open_metadata(config.dataset)
+        meta = open_metadata(dataset)
     if path.suffix in (".pt", ".pth") and path.is_file():
         store = TokenStore.open(path, meta)
         print("ok  all values valid, a row for each frame of the dataset")
         return store
     check_located(path, hub_id, again=True)
-    store = TokenStore.open(config.store)
+    store = TokenStore.open(name)
     print(f"ok  every byte of {TENSORS_FILE} as written, all values valid ({store.coverage})")
     return store
 
@@ -118,15 +118,3 @@ def _refuse_damaged_files(dataset: "LeRobotDataset", camera_key: str) -> None:
 
     if camera_key in dataset.meta.camera_keys:
         EpisodeFrames(dataset, camera_key).check(range(dataset.meta.total_episodes))
-
-
-def _train_next(config: VerifyConfig, store: TokenStore) -> str:
-    assert config.store is not None
-    assert config.dataset is not None
-    training = train_on(store, config.store, config.dataset.repo_id, config.dataset.root)
-    return next_step(training, fps=store.provenance.dataset.fps if store.provenance else None)
-
-
-def _is_dataset(path: str) -> bool:
-    """Whether `path` is the root of a LeRobot dataset."""
-    return os.path.isfile(os.path.join(os.path.expanduser(path), "meta", "info.json"))

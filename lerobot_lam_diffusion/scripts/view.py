@@ -4,17 +4,10 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lerobot_lam_diffusion.precompute.frames import choose_camera
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
-from lerobot_lam_diffusion.scripts.inputs import open_dataset, open_metadata
-from lerobot_lam_diffusion.tokens import TokenStore
-from lerobot_lam_diffusion.tokens.provenance import refuse_other_lam
+from lerobot_lam_diffusion.scripts.report import open_footage
 from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
-
-if TYPE_CHECKING:
-    from lerobot_lam_diffusion.report.view import View
 
 
 @dataclass
@@ -44,12 +37,28 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if self.dataset.episodes is not None:
             raise UserError("--dataset.episodes is not for view: leave it out, --episode names the one")
+        if self.episode < 0:
+            raise UserError(f"--episode={self.episode} must not be negative: episodes are counted from 0")
 
 
 def view(config: ViewConfig) -> None:
     """Open what is asked for, and log it into a file or the viewer."""
     _refuse_bad_place(config.save)
-    opened = _open(config)
+    try:
+        from lerobot_lam_diffusion.report.view import View
+    except ImportError as error:
+        raise UserError(f"view needs Rerun ({error}): pip install 'lerobot[viz]'") from error
+    one = replace(config.dataset, episodes=[config.episode])  # the Hub sends no others
+    store, footage = open_footage(
+        config.store, one, config.lam, config.camera_key, config.device, config.tolerance_s
+    )
+    assert footage is not None
+    if store.episode_row[config.episode] < 0:
+        raise TokenStoreError(
+            f"{store.name} has no tokens of episode {config.episode}: {store.coverage}. Look at one of "
+            "these, or extract the missing ones with lerobot-lam-precompute"
+        )
+    opened = View(store, footage, config.episode)
     if config.save is None:
         opened.show()
         return
@@ -68,34 +77,3 @@ def _refuse_bad_place(save: Path | None) -> None:
             "there is no display for Rerun's viewer; write a file with --save=FILE.rrd, and open it by "
             "rerun FILE.rrd on a machine with a screen"
         )
-
-
-def _open(config: ViewConfig) -> "View":
-    try:
-        from lerobot_lam_diffusion.report.view import View
-    except ImportError as error:
-        raise UserError(f"view needs Rerun ({error}): pip install 'lerobot[viz]'") from error
-    meta, episode = open_metadata(config.dataset), config.episode
-    if not 0 <= episode < meta.total_episodes:
-        raise UserError(
-            f"--episode={episode}: dataset {meta.repo_id!r} has the episodes 0 to {meta.total_episodes - 1}"
-        )
-    store = TokenStore.open(config.store, meta)
-    if store.episode_row[episode] < 0:
-        raise TokenStoreError(
-            f"{store.name} has no tokens of episode {episode}: {store.coverage}. Look at one of these, or "
-            "extract the missing ones with lerobot-lam-precompute"
-        )
-    camera = (
-        store.provenance.camera_key
-        if store.provenance is not None
-        else choose_camera(meta, config.camera_key)
-    )
-    lam = None
-    if config.lam is not None:
-        lam = config.lam.load(config.device, fdm=True)
-        if store.provenance is not None:
-            refuse_other_lam(str(store.path), store.provenance.lam, lam)
-    one = replace(config.dataset, episodes=[episode])  # the Hub sends no others
-    dataset = open_dataset(one, config.tolerance_s)
-    return View(store, dataset, camera, episode, lam)

@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.scripts import convert_lam, demo, fit_lam, precompute_lam_tokens, tokens
-from lerobot_lam_diffusion.scripts.command_line import DASHED, SWITCHES, normalise, positional
+from lerobot_lam_diffusion.scripts.command_line import DASHED, SWITCHES, Command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -97,13 +97,11 @@ def _by_lerobot(config_class: type) -> Callable[[list[str]], object]:
 def _tokens(words: list[str]) -> object:
     name = " ".join(words[:2]) if words[:1] == ["cache"] else words[0]
     assert name in tokens.COMMANDS, f"lerobot-lam-tokens has no command {name}"
-    config_class, _ = tokens.subcommand(name)
-    flags = tokens.with_flags(words[len(name.split()) :], config_class)
-    return draccus.parse(config_class, args=normalise(flags))
+    return _ours(tokens.subcommand(name)[0])(words[len(name.split()) :])
 
 
-def _ours(config_class: type) -> Callable[[list[str]], object]:
-    return lambda words: draccus.parse(config_class, args=normalise(positional(words, "source")))
+def _ours(command: Command) -> Callable[[list[str]], object]:
+    return lambda words: draccus.parse(command.config_class, args=command.arguments(words))
 
 
 def _torchrun(words: list[str]) -> object:
@@ -162,10 +160,10 @@ def _nothing_to_check(words: list[str]) -> object:
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "lerobot-lam-precompute": _ours(precompute_lam_tokens.PrecomputeConfig),
-    "lerobot-lam-fit": _ours(fit_lam.FitLamConfig),
-    "lerobot-lam-convert": _ours(convert_lam.ConvertConfig),
-    "lerobot-lam-demo": _ours(demo.DemoConfig),
+    "lerobot-lam-precompute": _ours(precompute_lam_tokens.COMMAND),
+    "lerobot-lam-fit": _ours(fit_lam.COMMAND),
+    "lerobot-lam-convert": _ours(convert_lam.COMMAND),
+    "lerobot-lam-demo": _ours(demo.COMMAND),
     "lerobot-lam-tokens": _tokens,
     "lerobot-train": _by_lerobot(TrainPipelineConfig),
     "lerobot-eval": _by_lerobot(EvalPipelineConfig),
@@ -200,7 +198,7 @@ def known_flags() -> set[str]:
         fit_lam.FitLamConfig,
         convert_lam.ConvertConfig,
         demo.DemoConfig,
-        *(tokens.subcommand(name)[0] for name in tokens.COMMANDS),
+        *(tokens.subcommand(name)[0].config_class for name in tokens.COMMANDS),
     ]
     parsers = [draccus.argparsing.ArgumentParser(each).parser for each in classes]
     flags = {flag for each in (*parsers, get_args_parser()) for flag in each._option_string_actions}

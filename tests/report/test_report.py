@@ -11,8 +11,9 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_lam_diffusion.lam.fit.report import axis_r2, ridge_predictions
-from lerobot_lam_diffusion.report.build import Footage, write_report
+from lerobot_lam_diffusion.report.build import write_report
 from lerobot_lam_diffusion.report.codes import read_codes
+from lerobot_lam_diffusion.report.frames import Footage
 from lerobot_lam_diffusion.report.motion import StateProbe
 from lerobot_lam_diffusion.report.verdict import DOUBTFUL, GOOD, USELESS, judge
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -15,11 +14,13 @@ from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.tokens import main
 
 from ..conftest import EPISODE_LENGTHS, SMALL_LAM, TOP, record_dataset
+from ..refusals import refusal
 
 pytest.importorskip("rerun")
 from rerun.experimental import RrdReader
 
 from lerobot_lam_diffusion.report.codes import principal_directions
+from lerobot_lam_diffusion.report.frames import Footage
 from lerobot_lam_diffusion.report.motion import dimension_names
 from lerobot_lam_diffusion.report.view import View
 
@@ -89,13 +90,6 @@ def shown(flags, tmp_path):
     return show
 
 
-def refusal(argv):
-    with pytest.raises(SystemExit) as stopped:
-        main(list(map(str, argv)))
-    assert str(stopped.value.code).startswith("error: ")
-    return str(stopped.value.code)
-
-
 def test_every_entity_has_a_row_for_each_frame(shown, store, dataset, frames, lam_folder, capsys):
     found = shown(store, f"--lam.path={lam_folder}")
     assert "Open it: rerun " in capsys.readouterr().out
@@ -142,7 +136,7 @@ def test_predictions_are_those_of_the_frame_a_stride_before(make_store, shown, d
 
 
 def test_frames_of_many_chunks_are_paired_alike(store, dataset, lam_folder, tmp_path, monkeypatch):
-    whole = View(store, dataset, TOP, EPISODE, load_lam(lam_folder, fdm=True))
+    whole = View(store, Footage(dataset, TOP, load_lam(lam_folder, fdm=True)), EPISODE)
     whole.save(tmp_path / "whole.rrd")
     monkeypatch.setattr("lerobot_lam_diffusion.precompute.frames.CHUNK_FRAMES", 4)
     monkeypatch.setattr("lerobot_lam_diffusion.report.view._LAM_BATCH", 3)
@@ -175,7 +169,8 @@ def test_continuous_tokens_have_places_along_the_stores_directions(shown, contin
 def test_a_dataset_of_images_and_an_episode_without_tokens(make_store, tmp_path):
     images = record_dataset(tmp_path / "data", lengths=(6, 2), use_videos=False)
     store = make_store(images, frame_stride=3)
-    View(store, LeRobotDataset(images.repo_id, images.root, episodes=[1]), TOP, 1).save(tmp_path / "out.rrd")
+    short = Footage(LeRobotDataset(images.repo_id, images.root, episodes=[1]), TOP)
+    View(store, short, 1).save(tmp_path / "out.rrd")
     counts = Recording(tmp_path / "out.rrd").counts()
     assert counts == {TOP: 2, "state": 2, "action": 2, "lam/missing": 2}
 
@@ -190,10 +185,15 @@ def test_names_of_dimensions():
     assert named(None) == named(["only"]) == ["state[0]", "state[1]"]
 
 
-@pytest.mark.parametrize("episode", [-1, 5])
-def test_an_unknown_episode_is_refused(episode, store, flags, tmp_path):
-    told = refusal(["view", store.path, *flags, f"--episode={episode}", f"--save={tmp_path / 'out.rrd'}"])
-    assert f"--episode={episode}: dataset 'local/squares' has the episodes 0 to 4" in told
+@pytest.mark.parametrize(
+    ("episode", "message"),
+    [(-1, "--episode=-1 must not be negative"), (5, "'local/squares' has the episodes 0 to 4, not [5]")],
+)
+def test_an_unknown_episode_is_refused(episode, message, store, flags, tmp_path):
+    told = refusal(
+        main, ["view", store.path, *flags, f"--episode={episode}", f"--save={tmp_path / 'out.rrd'}"]
+    )
+    assert message in told
     assert not (tmp_path / "out.rrd").exists()
 
 
@@ -202,7 +202,7 @@ def test_an_episode_that_the_store_lacks_is_refused(make_store, dataset, flags, 
         dataset.repo_id, dataset.root, episodes=[0, 3], return_uint8=True, video_backend="pyav"
     )
     partial = make_store(some)
-    told = refusal(["view", partial.path, *flags, "--episode=2", f"--save={tmp_path / 'out.rrd'}"])
+    told = refusal(main, ["view", partial.path, *flags, "--episode=2", f"--save={tmp_path / 'out.rrd'}"])
     assert "has no tokens of episode 2: it covers 2 of 5 episodes" in told
     main(["view", str(partial.path), *flags, "--episode=3", f"--save={tmp_path / 'out.rrd'}"])
     assert Recording(tmp_path / "out.rrd").counts()["lam/code"] == EPISODE_LENGTHS[3] - 1
@@ -212,7 +212,7 @@ def test_an_episode_that_the_store_lacks_is_refused(make_store, dataset, flags, 
 def test_a_bad_place_is_refused_before_anything_is_opened(name, told, tmp_path):
     (tmp_path / name).write_text("precious")
     absent = ["view", tmp_path / "none", "--dataset.repo_id=no/where", "--episode=0"]
-    assert told in refusal([*absent, f"--save={tmp_path / name}"])
+    assert told in refusal(main, [*absent, f"--save={tmp_path / name}"])
     assert (tmp_path / name).read_text() == "precious"
 
 
@@ -220,7 +220,7 @@ def test_without_rerun_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rerun", None)
     monkeypatch.delitem(sys.modules, "lerobot_lam_diffusion.report.view")
     argv = ["view", "none", "--dataset.repo_id=no/where", "--episode=0", f"--save={tmp_path / 'out.rrd'}"]
-    assert "pip install 'lerobot[viz]'" in refusal(argv)
+    assert "pip install 'lerobot[viz]'" in refusal(main, argv)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
@@ -228,29 +228,29 @@ def test_without_a_display_it_says_so(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     argv = ["view", "none", "--dataset.repo_id=no/where", "--episode=0"]
-    assert "no display for Rerun's viewer; write a file with --save" in refusal(argv)
+    assert "no display for Rerun's viewer; write a file with --save" in refusal(main, argv)
 
 
 def test_a_viewer_that_does_not_start_is_one_message(monkeypatch, store, flags):
     monkeypatch.setenv("DISPLAY", ":99")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setenv("PATH", "/nowhere")
-    told = refusal(["view", store.path, *flags, "--episode=0"])
-    assert "Rerun's viewer cannot be reached (" in told
+    told = refusal(main, ["view", store.path, *flags, "--episode=0"])
+    assert "Rerun's viewer cannot be reached; write a file with --save" in told
 
 
 def test_other_episodes_have_no_place(store, flags):
     argv = ["view", store.path, *flags, "--episode=0", "--dataset.episodes=[1]"]
-    assert "--dataset.episodes is not for view" in refusal(argv)
+    assert "--dataset.episodes is not for view" in refusal(main, argv)
 
 
 def test_a_lam_that_did_not_make_the_store_is_refused(store, flags, tmp_path):
     argv = ["view", store.path, *flags, "--episode=0", f"--save={tmp_path / 'out.rrd'}"]
-    assert "fingerprint" in refusal([*argv, "--lam.path=pusht-compact"])
+    assert "fingerprint" in refusal(main, [*argv, "--lam.path=pusht-compact"])
 
 
 def test_what_fails_midway_leaves_no_file(store, dataset, lam, tmp_path):
-    broken = replace(View(store, dataset, TOP, EPISODE), lam=lam)  # opened without its FDM
+    broken = View(store, Footage(dataset, TOP, lam), EPISODE)  # opened without its FDM
     with pytest.raises(ValueError, match="FDM"):
         broken.save(tmp_path / "out.rrd")
     assert not list(tmp_path.iterdir())
@@ -259,4 +259,4 @@ def test_what_fails_midway_leaves_no_file(store, dataset, lam, tmp_path):
 def test_a_place_that_cannot_be_written_is_refused(store, dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        View(store, dataset, TOP, EPISODE).save(tmp_path / "file" / "out.rrd")
+        View(store, Footage(dataset, TOP), EPISODE).save(tmp_path / "file" / "out.rrd")

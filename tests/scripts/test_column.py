@@ -12,12 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_lam_diffusion import OBS_LAM_TOKENS
 from lerobot_lam_diffusion.scripts.tokens import main
 from tests.conftest import write_lam
-
-
-def refusal(argv) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in argv])
-    return str(stopped.value)
+from tests.refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_verify_of_a_derived_dataset(kind, source, lam_folder, tmp_path, capsys,
     for start, length in ((0, 9), (9, 17), (26, 12)):
         rows += [start, *range(start + 5, start + length), *range(start + 1, start + 5)]
     pq.write_table(table.set_column(place, OBS_LAM_TOKENS, column.take(rows)), path)
-    told = refusal(["verify", tmp_path / "edited", f"--lam.path={lam_folder}", "--device=cpu"])
+    told = refusal(main, ["verify", tmp_path / "edited", f"--lam.path={lam_folder}", "--device=cpu"])
     assert "the rows are not those of their frames" in told
 
 
@@ -97,17 +92,21 @@ def test_verify_finds_rows_of_no_codebook(column_root, lam_folder, tmp_path, fac
     changed = (rows * factor(rows)).float().reshape(-1).numpy()
     changed = pa.FixedSizeListArray.from_arrays(changed, 64)
     pq.write_table(table.set_column(place, OBS_LAM_TOKENS, changed), path)
-    assert message in refusal(["verify", copy, f"--lam.path={lam_folder}", "--device=cpu"])
+    assert message in refusal(main, ["verify", copy, f"--lam.path={lam_folder}", "--device=cpu"])
 
 
 def test_what_is_refused(column_root, store, source, dataset, frames, tmp_path):
-    assert "has no column 'observation.x', only" in refusal(["verify", column_root, "--column=observation.x"])
-    assert "found neither" in refusal(["verify"])
-    assert "a dataset, and --dataset.repo_id" in refusal(["verify", column_root, *source])
+    assert "has no column 'observation.x', only" in refusal(
+        main, ["verify", column_root, "--column=observation.x"]
+    )
+    assert "found neither" in refusal(main, ["verify"])
+    assert "a dataset, and --dataset.repo_id" in refusal(main, ["verify", column_root, *source])
     other = write_lam(tmp_path / "other", frames, seed=4)
-    told = refusal(["verify", column_root, f"--lam.path={other}", "--device=cpu"])
+    told = refusal(main, ["verify", column_root, f"--lam.path={other}", "--device=cpu"])
     assert "was made by the LAM" in told
-    told = refusal(["add-column", store.path, *source, "--episodes", 1, f"--output_dir={tmp_path / 'x'}"])
+    told = refusal(
+        main, ["add-column", store.path, *source, "--episodes", 1, f"--output_dir={tmp_path / 'x'}"]
+    )
     assert "--dataset.episodes is not for add-column" in told
-    told = refusal(["verify", column_root, "--column=action"])
+    told = refusal(main, ["verify", column_root, "--column=action"])
     assert "does not say what its tokens are" in told

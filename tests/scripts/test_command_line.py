@@ -5,28 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from lerobot_lam_diffusion.scripts.command_line import normalise, positional, run_command
-from lerobot_lam_diffusion.scripts.help import Command
+from lerobot_lam_diffusion.scripts.command_line import Command, normalise, run_command
 from lerobot_lam_diffusion.utils.errors import LamError, UserError, raise_problems
 
 SPELLINGS = {
     "dotted": (["--dataset.repo_id=a/b", "--batch_size=3"], ["--dataset.repo_id=a/b", "--batch_size=3"]),
-    "dotted with a space": (["--dataset.repo_id", "a/b"], ["--dataset.repo_id", "a/b"]),
-    "dashed": (["--dataset-repo-id", "a/b"], ["--dataset.repo_id", "a/b"]),
+    "dotted with a space": (["--dataset.repo_id", "a/b"], ["--dataset.repo_id=a/b"]),
+    "dashed": (["--dataset-repo-id", "a/b"], ["--dataset.repo_id=a/b"]),
     "dashed with =": (["--lam-model-path=x=y"], ["--lam.path=x=y"]),
-    "camera": (["--camera-key", "observation.images.top"], ["--camera_key", "observation.images.top"]),
+    "camera": (["--camera-key", "observation.images.top"], ["--camera_key=observation.images.top"]),
     "a value with dashes": (
         ["--output-dir=a-b", "--near-goal", "x-y"],
-        ["--output_dir=a-b", "--near_goal", "x-y"],
+        ["--output_dir=a-b", "--near_goal=x-y"],
     ),
     "no vq": (["--no-vq-tokens"], ["--use_vq_tokens=false"]),
-    "vq": (["--vq-tokens", "--device", "cpu"], ["--use_vq_tokens=true", "--device", "cpu"]),
+    "vq": (["--vq-tokens", "--device", "cpu"], ["--use_vq_tokens=true", "--device=cpu"]),
     "a bare switch": (["--record-only", "--root=a"], ["--record_only=true", "--root=a"]),
-    "a switch with a value": (["--record_only", "false"], ["--record_only", "false"]),
-    "yaml": (["--config-path", "x.yaml"], ["--config_path", "x.yaml"]),
+    "a switch with a value": (["--record_only", "false"], ["--record_only=false"]),
+    "yaml": (["--config-path", "x.yaml"], ["--config_path=x.yaml"]),
     "episodes": (
         ["--episodes", "0", "1", "2", "--device", "cpu"],
-        ["--dataset.episodes=[0,1,2]", "--device", "cpu"],
+        ["--dataset.episodes=[0,1,2]", "--device=cpu"],
     ),
     "one episode": (["--episodes", "7"], ["--dataset.episodes=[7]"]),
     "no episode": (["--episodes", "--device=cpu"], ["--dataset.episodes=[]", "--device=cpu"]),
@@ -44,12 +43,6 @@ SPELLINGS = {
 @pytest.mark.parametrize(("argv", "expected"), SPELLINGS.values(), ids=SPELLINGS)
 def test_spellings(argv, expected):
     assert normalise(argv) == expected
-
-
-def test_words_before_the_flags():
-    assert positional(["a #1", "--x=y", "z"], "source") == ['--source="a #1"', "--x=y", "z"]
-    assert positional(["a", "b"], "stores", several=True) == ['--stores=["a", "b"]']
-    assert positional(["--x=y"], "source") == ["--x=y"]
 
 
 @dataclass
@@ -79,6 +72,7 @@ class Config:
         shuffle: Whether.
         output_dir: Where to.
         cache: Where from.
+        sources: Of what.
     """
 
     name: str
@@ -87,6 +81,7 @@ class Config:
     shuffle: bool | None = None
     output_dir: Path | None = None
     cache: str | None = "c"
+    sources: list[str] = field(default_factory=list)
     dataset: Inner = field(default_factory=lambda: Inner("a/b"))
 
     def __post_init__(self) -> None:
@@ -98,9 +93,19 @@ class Config:
         raise_problems("these flags do not work", problems)
 
 
+COMMAND = Command("x", Config, "For tests.")
+
+
+def test_words_before_the_flags():
+    one, several = (Command("x", Config, "", words) for words in ("name", "sources"))
+    assert one.arguments(["a #1", "--x=y", "z"]) == ['--name="a #1"', "--x=y", "z"]
+    assert several.arguments(["a", "b"]) == ['--sources=["a", "b"]']
+    assert several.arguments(["--x=y"]) == ["--x=y"]
+
+
 def exit_of(argv, command=lambda config: None) -> str:
     with pytest.raises(SystemExit) as stop:
-        run_command(Config, command, argv)
+        run_command(COMMAND, command, argv)
     assert isinstance(stop.value.code, str)  # Python prints it to stderr and exits with 1
     assert stop.value.code.startswith("error: ")
     return stop.value.code
@@ -109,7 +114,7 @@ def exit_of(argv, command=lambda config: None) -> str:
 def test_the_command_gets_the_parsed_config():
     seen = []
     run_command(
-        Config,
+        COMMAND,
         seen.append,
         ["--name=x", "--batch-size", "5", "--dataset-repo-id=a/b", "--episodes", "2", "0"],
     )
@@ -140,7 +145,7 @@ def test_values_are_read_by_type(word, name, value, in_two_words):
     seen = []
     argv = ["--name=x", *(word.split("=", 1) if in_two_words else [word])]
     argv += ["--dataset.repo_id=a/b"] if name == "dataset" else []
-    run_command(Config, seen.append, argv)
+    run_command(COMMAND, seen.append, argv)
     assert getattr(seen[0], name) == value
 
 
@@ -148,7 +153,7 @@ def test_a_yaml_file_holds_flags_and_the_command_line_wins(tmp_path):
     text = "name: y\nbatch_size: 7\noutput_dir: ~/runs\ndataset: {repo_id: a/b, episodes: [1, 2]}\n"
     (tmp_path / "x.yaml").write_text(text)
     seen = []
-    run_command(Config, seen.append, [f"--config_path={tmp_path / 'x.yaml'}", "--batch_size=9"])
+    run_command(COMMAND, seen.append, [f"--config_path={tmp_path / 'x.yaml'}", "--batch_size=9"])
     dataset = Inner("a/b", episodes=[1, 2])
     assert seen == [Config("y", 9, output_dir=Path.home() / "runs", dataset=dataset)]
 
@@ -166,14 +171,11 @@ UNREADABLE = {
     "type": (["--name=x", "--batch_size=many"], "--batch_size: Couldn't parse 'many' into an int (x --help)"),
     "list": (["--name=x", "--episodes", "a"], "--dataset.episodes"),
     "optional": (["--name=x", "--learning_rate=fast"], "--learning_rate: "),
-    "bracket": (
-        ["--name=x", "--dataset.episodes=[0,1"],
-        "--dataset.episodes=[0,1 cannot be read: is a bracket or a quotation mark missing?",
-    ),
+    "bracket": (["--name=x", "--sources=[0,1"], "--sources=[0,1 cannot be read: is a bracket or a quotation"),
     "no value": (["--name=x", "--batch_size"], "--batch_size: expected one argument"),
     "no value but a flag": (["--batch-size", "--name=x"], "--batch_size: expected one argument"),
     "unknown": (["--name=x", "--batch_siez=2"], "--batch_siez=2; did you mean --batch_size? (x --help)"),
-    "unknown and dashed": (["--name=x", "--batch-siez", "2"], "--batch_siez 2; did you mean --batch_size?"),
+    "unknown and dashed": (["--name=x", "--batch-siez", "2"], "--batch_siez=2; did you mean --batch_size?"),
     "unlike any": (["--name=x", "--foo=1", "--bar=2"], "unrecognized arguments: --foo=1 --bar=2. (x"),
     "a word": (["--name=x", "y"], "unrecognized arguments: y. (x --help)"),
 }
@@ -186,7 +188,7 @@ def test_flags_that_cannot_be_read(argv, expected, capsys):
 
 def usage_error(argv, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        run_command(Config, lambda config: None, argv, Command("x", Config, "For tests."))
+        run_command(COMMAND, lambda config: None, argv)
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ")
@@ -234,7 +236,7 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_command(Config, fail, ["--name=x"])
+        run_command(COMMAND, fail, ["--name=x"])
 
 
 def test_an_interrupt_exits_quietly():
@@ -242,5 +244,5 @@ def test_an_interrupt_exits_quietly():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        run_command(Config, interrupted, ["--name=x"])
+        run_command(COMMAND, interrupted, ["--name=x"])
     assert stop.value.code == 130

@@ -50,11 +50,3 @@ def test_bad_input(tmp_path, capsys, words, message):
         main([*words, f"--output_dir={tmp_path / 'lam'}"])
     assert message in f"{stop.value.code}{capsys.readouterr().err}"
     assert not (tmp_path / "lam").exists()
-
-
-def test_a_folder_that_holds_something_is_kept(tmp_path, capsys):
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        main([str(LAPA), f"--output_dir={tmp_path}", "--dims.image_size=64"])
-    assert "exists already and is not empty" in str(stop.value.code)
-    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]

@@ -2,14 +2,13 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from lerobot.datasets import LeRobotDataset
 
 from lerobot_lam_diffusion.scripts import demo
-from lerobot_lam_diffusion.scripts.demo import DemoConfig, demo_folder, main
+from lerobot_lam_diffusion.scripts.demo import DemoConfig, main
 from lerobot_lam_diffusion.utils.errors import UserError
 
 
@@ -29,11 +28,12 @@ def test_record_only_records_a_dataset_and_says_so(tmp_path, capfd):
     assert "Svt" not in console.out + console.err
 
 
-def test_recording_over_something_is_refused(tmp_path):
+@pytest.mark.parametrize("flags", [["--record_only=true", "--root={}"], ["--output_dir={}"]])
+def test_a_folder_with_something_in_it_is_refused(flags, tmp_path):
     needs_simulator()
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(SystemExit, match="exists already and is not empty"):
-        main(["--record_only=true", f"--root={tmp_path}", "--num_episodes=1"])
+        main([*(flag.format(tmp_path) for flag in flags), "--num_episodes=2"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -43,22 +43,6 @@ def test_bad_flags_are_told_all_at_once(tmp_path):
     for text in ("num_episodes=1 must be at least 2", "steps=0", "seed=-1", "--root", "4 problems"):
         assert text in str(error.value)
     assert DemoConfig(num_episodes=1, record_only=True, root=tmp_path).num_episodes == 1
-
-
-def test_the_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert demo_folder(None) == Path("outputs/demo")
-    for name in ("demo", "demo-2"):
-        (tmp_path / "outputs" / name).mkdir(parents=True)
-        (tmp_path / "outputs" / name / "file").touch()
-    assert demo_folder(None) == Path("outputs/demo-3")
-
-
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
-    assert demo_folder(tmp_path) == tmp_path
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(UserError, match=r"not an empty folder.*another --output_dir"):
-        demo_folder(tmp_path)
 
 
 def test_a_missing_simulator_is_told_with_its_remedy(monkeypatch):

@@ -139,7 +139,7 @@ def test_bad_flags_are_told_at_once(arguments):
         ({"holdout_episodes": 5}, "5 of 5 episodes would be held out"),
         ({"frame_stride": 40}, "no pair of frames 40 apart"),
         ({"resume": "true"}, "start without --resume"),
-        ({"dataset__root": "/nonexistent/data"}, "there is no folder /nonexistent/data"),
+        ({"dataset__root": "/nonexistent/data"}, "cannot be read in /nonexistent/data/meta"),
     ],
 )
 def test_bad_input_stops_before_any_work(arguments, tmp_path, changes, message):
