@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.utils.errors import LamError, first_line, one_line, r
 from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular, write_whole
 
 from .base import LatentActionModel
-from .config import CONFIG_FILE, config_document, read_document
+from .config import CONFIG_FILE, read_document
 from .locating import WEIGHTS_FILE, locate_lam, resolve_lam
 
 FAMILIES = {
@@ -184,9 +184,14 @@ def write_lam(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    document = config_document(family.architecture, config.to_dict(), description, version)
+    document = {
+        "architecture": family.architecture,
+        "description": description,
+        "version": version,
+        "config": config.to_dict(),
+    }
     write_whole(folder / WEIGHTS_FILE, save(tensors))  # `save_file` makes private files
-    write_whole(folder / CONFIG_FILE, document)
+    write_whole(folder / CONFIG_FILE, json.dumps(document, indent=2) + "\n")
     return folder
 
 

@@ -142,15 +142,14 @@ def _probe_data(
     lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int
 ) -> Probe | None:
     """None if no axis of the state changes."""
-    pairs = data.fit_pairs()
-    pairs = evenly(pairs, _PROBE_PAIRS)
+    pairs = evenly(data.fit_pairs(), _PROBE_PAIRS)
+    changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())
+    if not moving_axes(*changes).any():
+        return None
     chunks = [
         lam.encode_pairs(*data.pair_frames(later)).of_kind(True).cpu()
         for later in tqdm(pairs.split(batch_size), desc="probe", unit="batch")
     ]
-    changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())
-    if not moving_axes(*changes).any():
-        return None
     return probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1])
 
 
