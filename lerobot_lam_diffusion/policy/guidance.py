@@ -182,7 +182,9 @@ def _unfit(config: DiffusionLamConfig, store: TokenStore) -> list[str]:
     provenance = store.provenance
     if provenance is None:
         return ["it does not say which LAM made it; name a store made by lerobot-lam-precompute"]
-    problems = lam_problems(config, source, provenance.lam, provenance.lam.fingerprint, "store")
+    problems = lam_problems(config, source, provenance.lam, "store")
+    if not problems and store.token_dim != source.token_dim:
+        problems.append(f"its tokens have {store.token_dim} elements, the policy's {source.token_dim}")
     if store.frame_stride != stride:
         problems.append(
             f"its frame stride is {store.frame_stride}, the policy's {stride}: extract it with "

@@ -104,7 +104,7 @@ def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel]") 
     sources = config.token_sources
     problems = []
     for source, lam in zip(sources, lams, strict=True):
-        own = lam_problems(config, source, lam, lam.fingerprint, "LAM")
+        own = lam_problems(config, source, lam, "LAM")
         if config.lam_use_vq_tokens and not lam.num_codes:
             own.append(
                 "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
@@ -123,7 +123,7 @@ def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel]") 
 
 
 def lam_problems(
-    config: DiffusionLamConfig, source: LamSource, lam: Any, fingerprint: str, noun: str, remedy: str = ""
+    config: DiffusionLamConfig, source: LamSource, lam: Any, noun: str, remedy: str = ""
 ) -> list[str]:
     """Why a LAM is not the one that the policy expects; warns of another one where that is allowed.
 
@@ -137,10 +137,10 @@ def lam_problems(
         for name in ("num_learned_tokens", "action_latent_dim")
         if getattr(source, name) not in (None, getattr(lam, name))
     ]
-    if source.fingerprint in (None, fingerprint):
+    if source.fingerprint in (None, lam.fingerprint):
         return problems
     trained_with = str(source.fingerprint)[:16]
-    other = f"the LAM's fingerprint is {fingerprint[:16]}…, the policy was trained with {trained_with}…"
+    other = f"the LAM's fingerprint is {lam.fingerprint[:16]}…, the policy was trained with {trained_with}…"
     if not config.lam_allow_mismatch:
         anyway = "" if problems else ", or continue with this one by --policy.lam_allow_mismatch=true"
         return [*problems, f"{other}: use that LAM, or its tokens{anyway}"]

@@ -289,7 +289,7 @@ def _contradictions(
     provenance = tokens.provenance
     if provenance is not None:
         lam = provenance.lam
-        problems += lam_problems(config, source, lam, lam.fingerprint, noun, remedy)
+        problems += lam_problems(config, source, lam, noun, remedy)
         if not config.lam_allow_mismatch:
             problems += _other_lam_named(source, lam.fingerprint, noun)
         if _is_other_camera(config, source.camera_key, provenance.camera_key, dataset_meta):
