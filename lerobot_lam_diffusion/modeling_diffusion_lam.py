@@ -42,7 +42,7 @@ from lerobot_lam_diffusion.policy.precomputed import (
     warn_of_pauses,
 )
 from lerobot_lam_diffusion.policy.rollout import Rollout
-from lerobot_lam_diffusion.policy.streaming import StreamingGuard
+from lerobot_lam_diffusion.policy.streaming import refuse_wrong_streaming
 from lerobot_lam_diffusion.policy.tick_clock import drives_a_robot
 from lerobot_lam_diffusion.policy.training_figures import TrainingFigures
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -89,7 +89,6 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 f"--policy.init_from_stock={config.init_from_stock} and --policy.path="
                 f"{config.pretrained_path} are two places to start from; leave one out"
             )
-        self._streaming = StreamingGuard(config, dataset_meta)
         self._figures = TrainingFigures()
         self.token_store: TokenStore | JoinedStores | None = None
         self.live_tokens = LiveTokens(config)
@@ -145,10 +144,11 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self.live_tokens.use_caches(open_live_caches(self.config, dataset_meta, models, names))
 
     def _resolve_first_batch(self, batch: dict[str, Any]) -> None:
-        """Once, before the first training step: make sure that the tokens come from the policy's camera."""
+        """Once, before the first training step: its frames and its tokens must be what the policy expects."""
         config, meta = self.config, self._unresolved_meta
         if meta is None:
             return
+        refuse_wrong_streaming(config, meta, batch)
         self.token_store = resolve_first_batch(config, self.token_store, meta, batch, self._given_sources)
         if may_be_exchanged(config, meta):
             self._open_caches(meta, batch.get(OBS_LAM_CAMERAS))
@@ -187,7 +187,6 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 with T at least `lam_conditioning_steps` (the last ones are used); `index` `(B,)`, to look
                 them up in the store; raw frames from the pre-processor, to compute them on the fly.
         """
-        self._streaming.check(batch)
         batch = self._with_window_tokens(batch)
         if not (self.config.use_lam_conditioning and self.training and torch.is_grad_enabled()):
             return super().forward(batch)
@@ -256,14 +255,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
             tokens = batch[key]
         elif not config.use_precomputed_lam_tokens:
             tokens = self.live_tokens.window(batch)
-        elif "index" not in batch:
+        elif "index" not in batch or self.token_store is None:
+            lacking = "this policy has no token store open" if "index" in batch else "it has no 'index'"
             raise TrainingError(
-                f"the batch has neither LAM tokens under {key!r} nor frame indices under 'index' to find "
-                f"them by (it has {sorted(batch)})"
-            )
-        elif self.token_store is None:
-            raise TrainingError(
-                f"the batch has no LAM tokens under {key!r} and this policy has no token store open: wrap "
+                f"the batch has no LAM tokens under {key!r}, and cannot be looked up, as {lacking}: wrap "
                 "the dataset in LamTokenDataset, or build the policy with LeRobot's make_policy and "
                 "--policy.lam_tokens_path"
             )
@@ -349,13 +344,7 @@ class DiffusionLamPolicy(DiffusionPolicy):
     def _load_as_safetensor(
         cls, model: "DiffusionLamPolicy", model_file: str, map_location: str, strict: bool
     ) -> "DiffusionLamPolicy":
-        weights = load_file(model_file)
-        if not model.config.use_lam_conditioning and any("cond_encoder.lam." in name for name in weights):
-            raise TrainingError(
-                f"{model_file} was trained with LAM conditioning, which --policy.use_lam_conditioning=false "
-                "leaves no place for; leave that flag out"
-            )
-        load_weights(model, weights, model_file)  # always strict, whatever `strict` says
+        load_weights(model, load_file(model_file), model_file)  # always strict, whatever `strict` says
         return model
 
 

@@ -6,8 +6,7 @@ source for several. A plain value alongside lists applies to every source. An un
 
 import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
 
@@ -47,17 +46,7 @@ class LamSource:
         return self.tokens_path == AUTO
 
 
-FIELDS = {
-    "tokens_path": "lam_tokens_path",
-    "model_path": "lam_model_path",
-    "camera_key": "lam_camera_key",
-    "num_learned_tokens": "lam_num_learned_tokens",
-    "action_latent_dim": "lam_action_latent_dim",
-    "fingerprint": "lam_fingerprint",
-    "token_scale": "lam_token_scale",
-    "trained_on": "lam_source",
-    "frame_size": "lam_frame_size",
-}
+FIELDS = {each.name: f"lam_{each.name}" for each in fields(LamSource)} | {"trained_on": "lam_source"}
 """Attribute of a source → field of the config."""
 
 
@@ -166,9 +155,3 @@ def source_problems(sources: list[LamSource], precomputed: bool) -> list[str]:
                 "for all sources); leave one of them out, or name another camera or LAM"
             )
     return problems
-
-
-def duplicate_sources(views: Sequence[tuple[str | None, str | None]]) -> list[tuple[int, int]]:
-    """Pairs of sources (1, 2, …) that are the same camera and LAM, given camera and fingerprint of each."""
-    numbered = combinations(enumerate(views, 1), 2)
-    return [(one, other) for (one, a), (other, b) in numbered if a == b and None not in a]

@@ -233,6 +233,26 @@ def pusht(tmp_path_factory) -> LeRobotDataset:
 
 
 @pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A LeRobot home with an empty cache."""
+    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def builds(home, monkeypatch) -> list[Path]:
+    """The folders into which `lam_tokens_path=auto` extracts stores."""
+    folders = []
+
+    def noted(dataset, lam, output_dir, **options):
+        folders.append(output_dir)
+        return precompute_tokens(dataset, lam, output_dir, **options)
+
+    monkeypatch.setattr("lerobot_lam_diffusion.policy.auto.precompute_tokens", noted)
+    return folders
+
+
+@pytest.fixture
 def without_locks(monkeypatch) -> None:
     """Files cannot be locked, as on network disks whose server has no lock service."""
 

@@ -1,6 +1,6 @@
 """Small policies on the datasets of `conftest.py`, built the way `lerobot-train` builds them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.utils.errors import UserError
+from tests.conftest import TOP
 
 
 class NarrowResNet(ResNet):
@@ -53,7 +54,7 @@ def live_config(lam_folder: Any, **fields: Any) -> DiffusionLamConfig:
     """Of a policy that computes its tokens on the fly, of the top camera."""
     on_the_fly = {
         "use_precomputed_lam_tokens": False,
-        "lam_camera_key": "observation.images.top",
+        "lam_camera_key": TOP,
         "lam_model_path": str(lam_folder),
     }
     return lam_config(**{**on_the_fly, "num_inference_steps": 1, **fields})
@@ -85,6 +86,15 @@ def _windowed(repo_id: str, root: Path, windows: tuple[tuple[str, tuple[float, .
     return LeRobotDataset(repo_id, root=root, delta_timestamps=deltas, video_backend="pyav")
 
 
+def observation(
+    dataset: LeRobotDataset, rows: list[int], cameras: Iterable[str] = (TOP,)
+) -> dict[str, torch.Tensor]:
+    """What a robot, or as many environments as `rows`, sees at one tick; images as LeRobot passes them on."""
+    items = [dataset[row] for row in rows]
+    pictures = {camera: torch.stack([item[camera] for item in items]).float() / 255 for camera in cameras}
+    return {"observation.state": torch.stack([item["observation.state"] for item in items]), **pictures}
+
+
 def teach(policy: Any, batch: dict[str, Any], steps: int = 50) -> None:
     """Train on one batch, reproducibly, until the policy knows it."""
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
@@ -103,6 +113,13 @@ def refused(*parts: str, error: type[Exception] = UserError) -> Iterator[None]:
         yield
     message = str(caught.value)
     assert not [part for part in parts if part not in message], message
+
+
+def record_tokens(policy: Any) -> list[torch.Tensor]:
+    """The tokens `(B, T, n·a)`, divided by their scale, of each forward pass from now on."""
+    seen: list[torch.Tensor] = []
+    policy.diffusion.lam_projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    return seen
 
 
 def make_lam_weights_matter(policy: Any) -> None:

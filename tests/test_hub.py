@@ -56,12 +56,3 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
         connect(monkeypatch, server.url, tmp_path / "file" / "cache")
         with pytest.raises(HubError, match="Not a directory"):
             fetch(REPO, None, ["a"], "dataset")
-
-
-def test_only_what_is_asked_for_is_fetched(monkeypatch, tmp_path):
-    with serve() as server:
-        commit = server.add(REPO, {"a": b"1", "b": b"2"})
-        connect(monkeypatch, server.url, tmp_path)
-        folder = fetch(REPO, None, ["a", "c"], "dataset")
-    assert folder.name == commit
-    assert [file.name for file in folder.iterdir()] == ["a"]

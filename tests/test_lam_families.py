@@ -20,7 +20,7 @@ from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests import policies
 from tests.conftest import FPS, TOP
-from tests.policies import build, lam_config, training_batch
+from tests.policies import build, lam_config, record_tokens, training_batch
 
 DATA = Path(__file__).parent / "lam" / "data"
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "own_lam.py"
@@ -124,10 +124,9 @@ def test_one_token_on_every_route(dataset, frames, folders, stores, name, vq, ca
     config = live_config(folders[name], vq, stride)
     policy, preprocess = build(config, dataset)
     assert policy.config.lam_token_scale == pytest.approx(lam.token_scale)
-    seen = []
-    policy.diffusion.lam_projection.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    seen = record_tokens(policy)
     policy.forward(preprocess(training_batch(config, dataset, rows)))
-    assert_same(seen[0].flatten(1) * policy.config.lam_token_scale, expected[rows], False)
+    assert_same(seen[-1].flatten(1) * policy.config.lam_token_scale, expected[rows], False)
     (live,) = policy.live_tokens.lams
     history = FrameHistory(policy.config)
     first, stop = int(store.episode_from[2]), int(store.episode_to[2])
@@ -143,9 +142,9 @@ def test_one_token_on_every_route(dataset, frames, folders, stores, name, vq, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "vq"), [("lapa", True), ("univla", False), ("flow", False)])
-def test_auto_live_cache_and_column(dataset, folders, stores, name, vq, tmp_path, monkeypatch, caplog):
+@pytest.mark.usefixtures("home")
+def test_auto_live_cache_and_column(dataset, folders, stores, name, vq, tmp_path, caplog):
     store = stores(name, vq)
-    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
     caplog.set_level(logging.INFO)
     fields = {"lam_model_path": str(folders[name]), "lam_camera_key": TOP, "lam_use_vq_tokens": vq}
     policy, _ = build(lam_config(lam_tokens_path="auto", **fields), dataset)

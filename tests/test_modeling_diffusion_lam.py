@@ -9,7 +9,16 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.modeling_diffusion_lam import DiffusionLamModel
-from tests.policies import SMALL, build, lam_config, stock_config, training_batch
+from tests.policies import (
+    SMALL,
+    build,
+    lam_config,
+    observation,
+    record_tokens,
+    refused,
+    stock_config,
+    training_batch,
+)
 
 ROWS = [0, 1, 20, 30]  # two at an episode's start, where tokens are missing
 
@@ -24,17 +33,11 @@ def loss_and_gradients(policy, batch, seed=1):
     return loss.item(), gradients
 
 
-def sample_actions(policy, observation, seed=2):
+def sample_actions(policy, seen, seed=2):
     policy.eval()
     policy.reset()
     torch.manual_seed(seed)
-    return torch.stack([policy.select_action(dict(observation)) for _ in range(3)])
-
-
-def observation_of(dataset, preprocessor, row=20):
-    item = dataset[row]
-    image = item["observation.images.top"].float() / 255
-    return preprocessor({"observation.state": item["observation.state"], "observation.images.top": image})
+    return torch.stack([policy.select_action(dict(seen)) for _ in range(3)])
 
 
 def test_off_is_the_stock_policy_bit_for_bit(dataset, tmp_path):
@@ -49,8 +52,8 @@ def test_off_is_the_stock_policy_bit_for_bit(dataset, tmp_path):
     assert off_loss == stock_loss
     assert stock_gradients.keys() == off_gradients.keys()
     assert all(torch.equal(off_gradients[name], stock_gradients[name]) for name in stock_gradients)
-    observation = observation_of(dataset, preprocess)
-    assert torch.equal(sample_actions(off, observation), sample_actions(stock, observation))
+    seen = preprocess(observation(dataset, [20]))
+    assert torch.equal(sample_actions(off, seen), sample_actions(stock, seen))
     stock.save_pretrained(tmp_path / "stock")
     off.save_pretrained(tmp_path / "off")
     files = [tmp_path / name / "model.safetensors" for name in ("stock", "off")]
@@ -79,14 +82,12 @@ def test_tokens_are_those_of_the_store_divided_by_its_scale(dataset, store):
         lam_config(lam_tokens_path=str(store.path), lam_temporal_aggregation="concat"), dataset
     )
     batch = preprocess(training_batch(policy.config, dataset, ROWS))
-    seen = {}
-    projection = policy.diffusion.lam_projection
-    projection.register_forward_hook(lambda module, inputs, output: seen.setdefault("tokens", inputs[0]))
+    seen = record_tokens(policy)
     policy.forward(dict(batch))
     expected = store.window(torch.tensor(ROWS), [-1, 0])
-    assert torch.equal(seen["tokens"], expected / store.provenance.lam.token_scale)
-    assert seen["tokens"][2:].any()
-    assert not seen["tokens"][0].any()  # frame 0: nothing before it
+    assert torch.equal(seen[-1], expected / store.provenance.lam.token_scale)
+    assert seen[-1][2:].any()
+    assert not seen[-1][0].any()  # frame 0: nothing before it
 
 
 def test_training_fills_in_what_the_checkpoint_must_know(dataset, store, lam_folder):
@@ -162,23 +163,16 @@ def test_forward_on_a_batch_that_brings_its_tokens():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("batch", "message"),
     [
-        (torch.zeros(4, 2, 32), r"shape \(4, 2, 32\), expected \(B, at least 1, 64\)"),
-        (None, "neither LAM tokens under 'observation.lam_tokens' nor frame indices"),
+        ({OBS_LAM_TOKENS: torch.zeros(4, 2, 32)}, "shape (4, 2, 32), expected (B, at least 1, 64)"),
+        ({}, "no LAM tokens under 'observation.lam_tokens', and cannot be looked up, as it has no 'index'"),
+        ({"index": torch.tensor([0])}, "no token store open: wrap the dataset in LamTokenDataset"),
     ],
 )
-def test_a_batch_without_usable_tokens_is_refused(tokens, message):
-    policy = a_policy_of_the_users_test()
-    batch = {"observation.state": torch.zeros(4, 2, 2), "observation.image": torch.zeros(4, 2, 3, 48, 48)}
-    with pytest.raises(ValueError, match=message):
-        policy.forward(batch if tokens is None else batch | {OBS_LAM_TOKENS: tokens})
-
-
-def test_index_without_a_store_names_what_to_do():
-    policy = a_policy_of_the_users_test()
-    with pytest.raises(ValueError, match="wrap the dataset in LamTokenDataset"):
-        policy.forward({"index": torch.tensor([0])})
+def test_a_batch_without_usable_tokens_is_refused(batch, message):
+    with refused(message):
+        a_policy_of_the_users_test().forward(batch)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lerobot_lam_diffusion import LamTokenDataset
-from lerobot_lam_diffusion.policy.model_card import lam_section
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.tokens.joined import join_stores
 from lerobot_lam_diffusion.utils.errors import DatasetError, TrainingError
@@ -146,11 +145,6 @@ def test_contradictions_are_refused(fields, words):
         lam_config(**fields)
 
 
-def test_all_contradictions_come_at_once():
-    with refused("3 problems"):
-        lam_config(lam_token_offsets=[2, 1], lam_fps=-1.0, lam_temporal_aggregation="concat")
-
-
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
@@ -196,10 +190,3 @@ def test_two_cameras_look_ahead_side_by_side(make_store, tmp_path):
     assert tokens[1, 0].any()
     assert not tokens[1, 1].any()
     assert not tokens[2].any()
-
-
-def test_the_card_tells_the_offsets(dataset, store):
-    config = lam_config(lam_tokens_path=str(store.path), lam_token_offsets=[1, 2, 3])
-    text = lam_section(build(config, dataset)[0].config, 10)
-    assert "| `lam_token_deltas` | [1, 2, 3] |" in text
-    assert "--policy.lam_guidance=" in text

@@ -29,16 +29,17 @@ def batch():
             "y": tokens.sum((1, 2)).unsqueeze(1)}  # fmt: skip
 
 
-def run(weight, with_figures, steps=3):
+def run(weight, with_figures, steps=3, autocast=False):
     torch.manual_seed(0)
     toy, figures, losses, said = Toy(weight), TrainingFigures(), [], {}
     optimizer = torch.optim.SGD(toy.parameters(), 1e-2)
     for _ in range(steps):
         layers = [(toy.stock, toy.lam)]
-        if with_figures:
-            loss, said = figures.loss(toy, batch(), "tokens", layers, toy)
-        else:
-            loss, _ = toy(batch())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if with_figures:
+                loss, said = figures.loss(toy, batch(), "tokens", layers, toy)
+            else:
+                loss, _ = toy(batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -46,9 +47,10 @@ def run(weight, with_figures, steps=3):
     return losses, said, toy.norm.running_mean, torch.rand(2)
 
 
-def test_losses_buffers_and_random_numbers_are_those_without_figures():
-    steps = EVERY + 2  # two second passes
-    told, plain = run(1.0, True, steps), run(1.0, False, steps)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_buffers_and_random_numbers_are_those_without_figures(autocast):
+    steps = EVERY + 2  # two passes with shuffled tokens
+    told, plain = run(1.0, True, steps, autocast), run(1.0, False, steps, autocast)
     assert told[0] == plain[0]
     assert torch.equal(told[2], plain[2])
     assert torch.equal(told[3], plain[3])

@@ -18,8 +18,7 @@ Shape = tuple[int, ...]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _EMA = "ema_model."
-_PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules, anywhere in a key
-_NAMES_CODE = re.compile(r"GLOBAL|[Uu]nsupported (global|class)|Trying to (load|instantiate|call)")
+_PREFIXES = ("module.", "_orig_mod.", "lam.")  # data-parallel, compiled, UniVLA's trainer; anywhere in a key
 _WHOLE = "Name the checkpoint of this architecture, whole."
 
 
@@ -93,16 +92,12 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         document = _load(path)
     except (UnreadableError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
             pickle.UnpicklingError) as error:  # fmt: skip
-        code = [line for line in str(error).splitlines() if _NAMES_CODE.search(line)]
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise LamError(
-                f"{path} holds more than tensors ({first_line(code[0])}), expected a checkpoint that opens "
-                "with torch.load(weights_only=True): opening it would run code out of the file. If you trust "
-                "it, save its state dict alone: torch.save(model.state_dict(), 'weights.pt')."
-            ) from error
+        told = [line for line in str(error).splitlines() if "WeightsUnpickler error" in line]
+        why = first_line(told[0] if told else error)
         raise LamError(
-            f"{path} is not a readable checkpoint ({first_line(error)}), expected what torch.save writes. "
-            "Fetch it again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
+            f"{path} does not open with torch.load(weights_only=True) ({why}). Fetch it again: a file of "
+            "some hundred bytes is a git-lfs pointer (`git lfs pull`). One that holds more than tensors "
+            "could run code: if you trust it, save its state dict alone (torch.save(model.state_dict(), …))."
         ) from error
     return _renamed(_flat(document, path), path)
 

@@ -1,6 +1,5 @@
 """`model_config.json`: which architecture a LAM folder holds, and its dimensions."""
 
-import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, get_args, get_type_hints
@@ -153,16 +152,3 @@ def read_document(folder: Path) -> dict[str, Any]:
             f"description, version and config. {_REMEDY}"
         )
     return document
-
-
-def config_document(
-    architecture: str, config: dict[str, Any], description: str = "", version: int = 0
-) -> str:
-    """The text of a `model_config.json`."""
-    document = {
-        "architecture": architecture,
-        "description": description,
-        "version": version,
-        "config": config,
-    }
-    return json.dumps(document, indent=2) + "\n"

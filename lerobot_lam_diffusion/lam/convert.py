@@ -117,7 +117,6 @@ def convert_lam(
     tensors = open_checkpoint(path)
     family = _recognised(path, tensors, family)
     lam, translator = CONVERTERS[family]
-    tensors = translator.own_keys(tensors)
     unused = [f"--dims.{name}" for name, value in vars(dims).items() if value and name not in translator.DIMS]
     if unused:
         raise LamError(

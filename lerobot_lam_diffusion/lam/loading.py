@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from lerobot_lam_diffusion.utils.errors import LamError, first_line, one_line, r
 from lerobot_lam_diffusion.utils.files import UnreadableError, check_regular, write_whole
 
 from .base import LatentActionModel
-from .config import CONFIG_FILE, config_document, read_document
+from .config import CONFIG_FILE, read_document
 from .locating import WEIGHTS_FILE, locate_lam, resolve_lam
 
 FAMILIES = {
@@ -129,8 +129,8 @@ def load_lam(
     folder, commit = locate_lam(path, revision)
     family, config = _read_config(folder)
     with open_weights(folder) as weights:
-        modules = _loaded_modules(weights, family, config, dtype, device, fdm)
-        fingerprint = _fingerprint(weights, family, config)
+        modules = _loaded_modules(weights, folder / WEIGHTS_FILE, family, config, dtype, device, fdm)
+        fingerprint = _fingerprint(weights, folder / WEIGHTS_FILE, family, config)
     return family(
         config, modules, path=folder, revision=commit, fingerprint=fingerprint, dtype=dtype, device=device
     )
@@ -184,9 +184,14 @@ def write_lam(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    document = config_document(family.architecture, config.to_dict(), description, version)
+    document = {
+        "architecture": family.architecture,
+        "description": description,
+        "version": version,
+        "config": config.to_dict(),
+    }
     write_whole(folder / WEIGHTS_FILE, save(tensors))  # `save_file` makes private files
-    write_whole(folder / CONFIG_FILE, document)
+    write_whole(folder / CONFIG_FILE, json.dumps(document, indent=2) + "\n")
     return folder
 
 
@@ -223,7 +228,8 @@ def meta_modules(family: type[LatentActionModel], config: Any) -> dict[str, nn.M
 
 
 def _loaded_modules(
-    weights: "Weights",
+    weights: safe_open,
+    path: Path,
     family: type[LatentActionModel],
     config: Any,
     dtype: torch.dtype,
@@ -231,11 +237,11 @@ def _loaded_modules(
     fdm: bool,
 ) -> dict[str, nn.Module]:
     """The modules with their weights; the FDM only if it is asked for."""
-    modules, keys = meta_modules(family, config), weights.keys
+    modules, keys = meta_modules(family, config), weights.keys()
     parts = {key.split(".")[0] for key in keys}
     if fdm and not parts >= set(family.fdm_parts):
         raise LamError(
-            f"{weights.path} holds no FDM, expected one for predicting frames. Fetch a model that has one, "
+            f"{path} holds no FDM, expected one for predicting frames. Fetch a model that has one, "
             "or convert the original checkpoint again with lerobot-lam-convert … --keep_fdm=true."
         )
     wanted = {part: each for part, each in modules.items() if fdm or part not in family.fdm_parts}
@@ -243,12 +249,12 @@ def _loaded_modules(
     for part, module in wanted.items():
         names = [key.removeprefix(f"{part}.") for key in keys if key.startswith(f"{part}.")]
         part_dtype = torch.float32 if part == "vq" else dtype
-        state = {name: weights.finite(f"{part}.{name}", part_dtype).to(device) for name in names}
+        state = {name: _finite(weights, path, f"{part}.{name}", part_dtype).to(device) for name in names}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:  # lists missing, unexpected and misshapen tensors
             problems.append(f"{part}: {one_line(error)}")
-    raise_problems(f"{weights.path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
+    raise_problems(f"{path} does not fit its {CONFIG_FILE}", problems, LamError, _REMEDY)
     return wanted
 
 
@@ -267,12 +273,12 @@ def fingerprint_of(path: str | Path, revision: str | None = None) -> str:
     folder = resolve_lam(path, revision)
     family, config = _read_config(folder)
     with open_weights(folder) as weights:
-        return _fingerprint(weights, family, config)
+        return _fingerprint(weights, folder / WEIGHTS_FILE, family, config)
 
 
-def _fingerprint(weights: "Weights", family: type[LatentActionModel], config: Any) -> str:
+def _fingerprint(weights: safe_open, path: Path, family: type[LatentActionModel], config: Any) -> str:
     dimensions = json.dumps(config.token_fields(family.architecture), sort_keys=True)
-    status = weights.path.stat()
+    status = path.stat()
     # The inode and its last change reveal a file that was replaced by one of the same size and time.
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     known = (dimensions, *family.token_parts, *state)
@@ -281,11 +287,12 @@ def _fingerprint(weights: "Weights", family: type[LatentActionModel], config: An
     return _fingerprints[known]
 
 
-def _hash(weights: "Weights", dimensions: str, token_parts: Sequence[str]) -> str:
+def _hash(weights: safe_open, dimensions: str, token_parts: Sequence[str]) -> str:
     digest = hashlib.sha256(dimensions.encode())
     prefixes = tuple(f"{part}." for part in token_parts)
-    for key in sorted(key for key in weights.keys if key.startswith(prefixes)):
-        tensor = weights.tensor(key)
+    keys = weights.keys()
+    for key in sorted(key for key in keys if key.startswith(prefixes)):
+        tensor = weights.get_tensor(key)
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -295,65 +302,34 @@ def _hash(weights: "Weights", dimensions: str, token_parts: Sequence[str]) -> st
 # shortens it.
 
 
-class Weights(NamedTuple):
-    """An opened weights file."""
-
-    path: Path
-    file: safe_open
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self.file.keys())
-
-    def tensor(self, key: str) -> Tensor:
-        """A tensor in memory of its own.
-
-        Raises:
-            LamError: the file became shorter, or the disk fails.
-        """
-        try:
-            return self.file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(self.path, error) from error
-
-    def finite(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A floating-point tensor as `dtype`; one NaN in it would be in every token."""
-        stored = self.tensor(key)
-        if not stored.is_floating_point():
-            raise LamError(
-                f"{self.path} is damaged: {shown(key)} is stored as {stored.dtype}, expected floating point. "
-                f"{_REMEDY}"
-            )
-        tensor = stored.to(dtype)
-        if not torch.isfinite(tensor).all():
-            raise LamError(f"{self.path} is damaged: {shown(key)} holds NaN or Inf as {dtype}. {_REMEDY}")
-        return tensor
+def _finite(weights: safe_open, path: Path, key: str, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor as `dtype`; one NaN in it would be in every token."""
+    stored = weights.get_tensor(key)
+    if not stored.is_floating_point():
+        raise LamError(
+            f"{path} is damaged: {shown(key)} is stored as {stored.dtype}, expected floating point. {_REMEDY}"
+        )
+    tensor = stored.to(dtype)
+    if not torch.isfinite(tensor).all():
+        raise LamError(f"{path} is damaged: {shown(key)} holds NaN or Inf as {dtype}. {_REMEDY}")
+    return tensor
 
 
 @contextmanager
-def open_weights(folder: Path) -> Iterator[Weights]:
-    """The weights of a model folder; its header is checked, no tensor is read.
+def open_weights(folder: Path) -> Iterator[safe_open]:
+    """The weights of a model folder; the header is checked, tensors are read when they are asked for.
 
     Raises:
-        LamError: absent, or no safetensors file.
+        LamError: absent, no safetensors file, or it became shorter inside the block.
     """
     path = folder / WEIGHTS_FILE
-    if not path.exists():
-        raise LamError(
-            f"{path} does not exist, expected the weights beside {CONFIG_FILE}. "
-            "Fetch the model again (with git: `git lfs pull`)."
-        )
     try:
         check_regular(path)
-        file = safe_open(path, framework="pt", backend="pread").__enter__()
+        with safe_open(path, framework="pt", backend="pread") as weights:
+            yield weights
     except (UnreadableError, SafetensorError, OSError, MemoryError) as error:
-        raise _unreadable(path, error) from error
-    with file:
-        yield Weights(path, file)
-
-
-def _unreadable(path: Path, error: Exception) -> LamError:
-    return LamError(
-        f"{path} is not a readable safetensors file ({first_line(error)}), expected the weights of a LAM. "
-        "Fetch the model again; a file of some hundred bytes is a git-lfs pointer (`git lfs pull`)."
-    )
+        raise LamError(
+            f"{path} is not a readable safetensors file ({first_line(error)}), expected the weights beside "
+            f"{CONFIG_FILE}. Fetch the model again; a file of some hundred bytes is a git-lfs pointer "
+            "(`git lfs pull`)."
+        ) from error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.constants import OBS_LAM_IMAGES, VIDEO_SUFFIXES
-from lerobot_lam_diffusion.policy.lams import another_lam, check_lams, open_lam
+from lerobot_lam_diffusion.policy.lams import check_lams, lam_problems, open_lam
 from lerobot_lam_diffusion.sources import entries
 from lerobot_lam_diffusion.tokens.provenance import VIDEOS, VQ
 from lerobot_lam_diffusion.tokens.store import TokenStore
@@ -182,13 +182,8 @@ def _unfit(config: DiffusionLamConfig, store: TokenStore) -> list[str]:
     provenance = store.provenance
     if provenance is None:
         return ["it does not say which LAM made it; name a store made by lerobot-lam-precompute"]
-    problems = []
-    other = another_lam(source, provenance.lam.fingerprint, "it was made by the LAM with fingerprint")
-    if other and not (config.lam_allow_mismatch and store.token_dim == source.token_dim):
-        problems.append(f"{other}: extract its tokens with that LAM")
-    elif other:
-        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s.", other)
-    elif store.token_dim != source.token_dim:
+    problems = lam_problems(config, source, provenance.lam, "store")
+    if not problems and store.token_dim != source.token_dim:
         problems.append(f"its tokens have {store.token_dim} elements, the policy's {source.token_dim}")
     if store.frame_stride != stride:
         problems.append(
@@ -237,7 +232,7 @@ def _video(config: DiffusionLamConfig, name: str, opened: list[Any]) -> Track:
         )
     if not opened:
         lam = open_lam(config, source.model_path, str(config.device or "cpu"))
-        check_lams(config, [lam.fingerprint], [lam])
+        check_lams(config, [lam])
         opened.append(lam)
     values, frames = encode_video(video, opened[0], fps, stride, config.lam_use_vq_tokens)
     if config.lam_use_vq_tokens:

@@ -6,6 +6,7 @@ Imports the LAM code only when a LAM is opened: training on precomputed tokens n
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
 from lerobot_lam_diffusion.policy.cameras import camera_problems
-from lerobot_lam_diffusion.sources import FIELDS, LamSource, duplicate_sources
+from lerobot_lam_diffusion.sources import FIELDS, LamSource
 from lerobot_lam_diffusion.tokens.dataset_check import check_metadata
 from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise_problems, raise_unfit
 
@@ -46,7 +47,7 @@ def open_lams(config: DiffusionLamConfig) -> "list[LatentActionModel]":
         if folder not in loaded:
             loaded[folder] = open_lam(config, str(source.model_path))
     lams = [loaded[folder] for folder in folders]
-    check_lams(config, [lam.fingerprint for lam in lams], lams)
+    check_lams(config, lams)
     return lams
 
 
@@ -93,64 +94,59 @@ def local_fingerprint(path: str) -> str | None:
         return None  # deployment will say so
 
 
-def check_lams(config: DiffusionLamConfig, fingerprints: Sequence[str], shapes: Sequence[Any]) -> None:
+def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel]") -> None:
     """Check, by fingerprint and token shape, that each source's LAM is the one that the policy expects.
-
-    Args:
-        shapes: Loaded LAMs, or their configs.
 
     Raises:
         UserError: another token shape, another LAM than trained with, or two sources that are the same; all
             problems at once.
     """
     sources = config.token_sources
-    problems, allowed = [], []
-    for source, fingerprint, shape in zip(sources, fingerprints, shapes, strict=True):
-        own = shape_problems(source, shape, "LAM")
-        if config.lam_use_vq_tokens and not shape.num_codes:
+    problems = []
+    for source, lam in zip(sources, lams, strict=True):
+        own = lam_problems(config, source, lam, "LAM")
+        if config.lam_use_vq_tokens and not lam.num_codes:
             own.append(
                 "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
             )
-        other = another_lam(source, fingerprint, "its fingerprint is")
-        if other and own:
-            own.append(f"{other}; pass that LAM by its path")
-        elif other and not config.lam_allow_mismatch:
-            own.append(f"{other}; pass that LAM, or --policy.lam_allow_mismatch=true to use this one anyway")
-        elif other:
-            allowed.append(other)
         name = str(source.model_path)
         problems.append((name if len(sources) == 1 else f"{name} for {source.camera_key}", own))
-    views = [(source.camera_key, found) for source, found in zip(sources, fingerprints, strict=True)]
+    views = [(source.camera_key, lam.fingerprint) for source, lam in zip(sources, lams, strict=True)]
     same = [
-        f"sources {one} and {other} are the same: --policy.lam_camera_key={views[one - 1][0]}, and "
-        f"--policy.lam_model_path names the same LAM (fingerprint {views[one - 1][1][:16]}…) for both; leave "
-        "one of them out"
-        for one, other in duplicate_sources(views)
+        f"sources {one} and {other} are the same: --policy.lam_camera_key={view[0]}, and "
+        f"--policy.lam_model_path names the same LAM (fingerprint {view[1][:16]}…) for both; leave one of "
+        "them out"
+        for (one, view), (other, another) in combinations(enumerate(views, 1), 2)
+        if view == another and view[0] is not None
     ]
     raise_unfit("LAM", problems, common=same)
-    for other in allowed:
-        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean something else.", other)
 
 
-def another_lam(source: LamSource, fingerprint: str, it_is: str) -> str | None:
-    """How a LAM differs from the one in training; None if it does not, or if none is recorded.
+def lam_problems(
+    config: DiffusionLamConfig, source: LamSource, lam: Any, noun: str, remedy: str = ""
+) -> list[str]:
+    """Why a LAM is not the one that the policy expects; warns of another one where that is allowed.
 
     Args:
-        it_is: Beginning of the sentence, up to the fingerprint.
+        lam: A loaded LAM, or the provenance of one.
+        noun: What has its shape: the LAM itself, a store or a column.
+        remedy: For another shape; begins with a colon.
     """
-    if source.fingerprint in (None, fingerprint):
-        return None
-    trained_with = str(source.fingerprint)
-    return f"{it_is} {fingerprint[:16]}…, the policy was trained with {trained_with[:16]}…"
-
-
-def shape_problems(source: LamSource, shape: Any, noun: str, remedy: str = "") -> list[str]:
-    """Where the token shape of a LAM (or its provenance) contradicts the fields that are set."""
-    return [
-        f"--policy.{FIELDS[name]} is {getattr(source, name)}, the {noun} has {getattr(shape, name)}{remedy}"
+    problems = [
+        f"--policy.{FIELDS[name]} is {getattr(source, name)}, the {noun} has {getattr(lam, name)}{remedy}"
         for name in ("num_learned_tokens", "action_latent_dim")
-        if getattr(source, name) not in (None, getattr(shape, name))
+        if getattr(source, name) not in (None, getattr(lam, name))
     ]
+    if source.fingerprint in (None, lam.fingerprint):
+        return problems
+    trained_with = str(source.fingerprint)[:16]
+    other = f"the LAM's fingerprint is {lam.fingerprint[:16]}…, the policy was trained with {trained_with}…"
+    if not config.lam_allow_mismatch:
+        anyway = "" if problems else ", or continue with this one by --policy.lam_allow_mismatch=true"
+        return [*problems, f"{other}: use that LAM, or its tokens{anyway}"]
+    if not problems:
+        logger.warning("ANOTHER LAM THAN TRAINED WITH: %s. Its tokens mean something else.", other)
+    return problems
 
 
 def resolve_live_sources(

@@ -177,9 +177,7 @@ class FrameHistory:
         return tokens
 
 
-def raw_frames(
-    config: DiffusionLamConfig, batch: dict[str, Any], deployed: bool = False
-) -> dict[str, Tensor]:
+def raw_frames(config: DiffusionLamConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Camera → uint8 frames `(..., 3, H, W)` for the LAMs, as the pre-processor passed them on.
 
     Raises:
@@ -198,16 +196,11 @@ def raw_frames(
     if isinstance(frames, Tensor):
         frames = {cameras[0]: frames}
     unknown = ", ".join(repr(camera) for camera in cameras if camera not in frames)
-    if unknown and deployed:
-        raise DatasetError(
-            f"the LAM's camera {unknown} is not among the cameras {sorted(frames)} that the robot or "
-            "environment has: it needs the one that the policy was trained with, under that name "
-            "(--rename_map renames it; PushT gives images with --env.obs_type=pixels_agent_pos)"
-        )
     if unknown:
         raise DatasetError(
-            f"the LAM's camera {unknown} is not among the cameras {sorted(frames)}; name one of them by "
-            "--policy.lam_camera_key"
+            f"the LAM's camera {unknown} is not among the cameras {sorted(frames)} of the dataset, robot or "
+            "environment: name one by --policy.lam_camera_key, or give one that name by --rename_map (PushT "
+            "has images with --env.obs_type=pixels_agent_pos)"
         )
     return {camera: as_uint8(frames[camera]) for camera in cameras}
 

@@ -24,11 +24,11 @@ from lerobot_lam_diffusion.policy.cameras import (
     visible_cameras,
 )
 from lerobot_lam_diffusion.policy.lams import (
-    another_lam,
     fixed_scale,
+    lam_problems,
     local_fingerprint,
+    open_lams,
     record_sources,
-    shape_problems,
     with_shape,
 )
 from lerobot_lam_diffusion.sources import LamSource
@@ -89,10 +89,10 @@ def resolve_precomputed_sources(
             "--policy.lam_tokens_key to train on the store"
         )
     if sources[0].is_auto:
-        from lerobot_lam_diffusion.policy.auto import cached_stores, resolved_lams  # imports precompute
+        from lerobot_lam_diffusion.policy.auto import cached_stores  # imports precompute
 
         if names is None and dataset_meta is not None and may_be_exchanged(config, dataset_meta):
-            resolved_lams(config)
+            open_lams(config)  # so that a wrong one fails early
             logger.info("LAM tokens: waiting for the first batch, which shows the cameras (--rename_map).")
             return None
         stores = cached_stores(config, dataset_meta, names)
@@ -107,8 +107,6 @@ def resolve_precomputed_sources(
             "LeRobot's make_policy(config, ds_meta=dataset.meta), or its tokens may be of other frames.",
             flag,
         )
-    if config.lam_live_cache is not None:
-        logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _adopt_stores(config, stores, dataset_meta)
     return join_stores(stores)
 
@@ -290,19 +288,15 @@ def _contradictions(
         )
     provenance = tokens.provenance
     if provenance is not None:
-        shape = shape_problems(source, provenance.lam, noun, remedy)
-        problems += shape
+        lam = provenance.lam
+        problems += lam_problems(config, source, lam, noun, remedy)
+        if not config.lam_allow_mismatch:
+            problems += _other_lam_named(source, lam.fingerprint, noun)
         if _is_other_camera(config, source.camera_key, provenance.camera_key, dataset_meta):
             problems.append(
                 f"--policy.lam_camera_key is {source.camera_key}, the {noun} has "
                 f"{provenance.camera_key}{remedy}"
             )
-        other = another_lam(source, provenance.lam.fingerprint, "it was made by the LAM with fingerprint")
-        if other and not config.lam_allow_mismatch:
-            go_on = "" if shape else ", or continue with it by --policy.lam_allow_mismatch=true"
-            problems.append(f"{other}: train on a {noun} of that LAM{go_on}")
-        elif not config.lam_allow_mismatch:
-            problems += _other_lam_named(source, provenance.lam.fingerprint, noun)
     elif tokens.token_dim != source.token_dim:
         problems.append(
             f"--policy.lam_num_learned_tokens * lam_action_latent_dim is {source.token_dim}, the {noun} has "

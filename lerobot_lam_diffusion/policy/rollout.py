@@ -109,7 +109,7 @@ class Rollout:
         """Keep this tick's frames for the tokens of what has happened."""
         if self._history is None:
             self._history = {live.camera_key: FrameHistory(self._config) for live in self._live.lams}
-        frames = raw_frames(self._config, batch, deployed=True)
+        frames = raw_frames(self._config, batch)
         self._compare_sizes(frames)
         for camera, seen in frames.items():
             self._history[camera].append(seen)

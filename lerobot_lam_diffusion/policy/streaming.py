@@ -19,37 +19,28 @@ from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 logger = logging.getLogger(__name__)
 
 
-class StreamingGuard:
-    """Refuses a streamed batch of a dataset that LeRobot streams wrongly.
+def refuse_wrong_streaming(config: Any, dataset_meta: Any, batch: dict[str, Any]) -> None:
+    """Refuse a streamed batch of a dataset that LeRobot streams wrongly.
 
     Args:
         config: The policy's.
-        dataset_meta: `LeRobotDatasetMetadata` of the training dataset; None outside training.
+        dataset_meta: `LeRobotDatasetMetadata` of the training dataset.
+
+    Raises:
+        TrainingError: LeRobot would deliver other frames than the policy asks for.
     """
-
-    def __init__(self, config: Any, dataset_meta: Any) -> None:
-        self._meta = dataset_meta if config.use_lam_conditioning else None  # None: nothing left to check
-        self._config = config
-
-    def check(self, batch: dict[str, Any]) -> None:
-        """Check a training batch.
-
-        Raises:
-            TrainingError: it was streamed, and LeRobot would deliver other frames than the policy asks for.
-        """
-        if self._meta is None or not is_streamed(batch):
-            return
-        raise_problems(
-            f"dataset {self._meta.repo_id!r} cannot be streamed for this training (its batch has a float64 "
-            "`timestamp`, as streamed ones have; else pass it on as float32)",
-            [*_misplaced_videos(self._meta), *_long_windows(self._config)],
-            TrainingError,
-        )
-        self._meta = None
-        logger.warning(
-            "The dataset is streamed: LeRobot's StreamingLeRobotDataset delivers all its episodes, whatever "
-            "`episodes` says."
-        )
+    if not is_streamed(batch):
+        return
+    raise_problems(
+        f"dataset {dataset_meta.repo_id!r} cannot be streamed for this training (its batch has a float64 "
+        "`timestamp`, as streamed ones have; else pass it on as float32)",
+        [*_misplaced_videos(dataset_meta), *_long_windows(config)],
+        TrainingError,
+    )
+    logger.warning(
+        "The dataset is streamed: LeRobot's StreamingLeRobotDataset delivers all its episodes, whatever "
+        "`episodes` says."
+    )
 
 
 def is_streamed(batch: dict[str, Any]) -> bool:

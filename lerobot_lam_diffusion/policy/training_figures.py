@@ -6,9 +6,9 @@
     lam_shuffled_loss_ratio loss with the tokens of another sample of the batch, divided by the actual loss;
                             1: the policy does not use its tokens
 
-The last two need a second pass, without gradients, every `EVERY` steps; in between, their last values are
-repeated. That pass uses the same random numbers as the first and restores the generators and buffers, so that
-losses stay bit-identical.
+The last two need another pass, without gradients, every `EVERY` steps; in between, their last values are
+repeated. It runs before the actual one, on the same random numbers, and restores generators and buffers, so
+that losses stay bit-identical.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,61 +39,39 @@ class TrainingFigures:
         """The loss, as `forward` gives it, and the figures.
 
         Args:
-            policy: whose buffers the second pass must not change.
+            policy: whose buffers the other pass must not change.
             batch: with the tokens `(B, T, n·a)` under `key`.
-            layers: stock linear and LAM linear of each conditioning layer; empty: no second pass.
+            layers: stock linear and LAM linear of each conditioning layer; empty: no other pass.
             forward: the stock forward pass.
         """
         tokens = batch[key]
-        share = (tokens != 0).flatten(1).any(1).float().mean().item()
-        second = self._steps % EVERY == 0 and len(tokens) > 1 and bool(layers)
-        self._steps += 1
-        if not second:
+        if self._steps % EVERY == 0 and len(tokens) > 1 and layers:
+            with torch.no_grad(), _unchanged(policy, tokens.device), _squares(layers) as squares:
+                shuffled, _ = forward({**batch, key: tokens.roll(1, 0)})
             loss, _ = forward(batch)
-            return loss, {"lam_token_share": share, **self._last}
-        states = _generator_states(tokens.device)
-        loss, _ = forward(batch)
-        with torch.no_grad(), _unchanged(policy, states, tokens.device), _squares(layers) as squares:
-            shuffled, _ = forward({**batch, key: tokens.roll(1, 0)})
-        stock, lam = (float(total) for total in squares)
-        self._last = {
-            "lam_norm_ratio": (lam / stock) ** 0.5 if stock else 0.0,
-            "lam_shuffled_loss_ratio": float(shuffled) / max(float(loss.detach()), 1e-12),
-        }
+            stock, lam = (float(total) for total in squares)
+            self._last = {
+                "lam_norm_ratio": (lam / stock) ** 0.5 if stock else 0.0,
+                "lam_shuffled_loss_ratio": float(shuffled) / max(float(loss.detach()), 1e-12),
+            }
+        else:
+            loss, _ = forward(batch)
+        self._steps += 1
+        share = (tokens != 0).flatten(1).any(1).float().mean().item()
         return loss, {"lam_token_share": share, **self._last}
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
-    if device.type == "cpu":
-        return [torch.get_rng_state()]
-    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)]
-
-
-def _set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device).set_rng_state(states[1], device)
-
-
 @contextmanager
-def _unchanged(policy: nn.Module, before: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Replay the random numbers from state `before`; restore generators and buffers afterwards."""
-    after = _generator_states(device)
-    # Copies stand in for the buffers: the graph of the first pass may hold the buffers themselves.
-    buffers = [
-        (module, name, buffer)
-        for module in policy.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    for module, name, buffer in buffers:
-        setattr(module, name, buffer.clone())
-    _set_generators(before, device)
-    try:
+def _unchanged(policy: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore random number generators and buffers afterwards, and forget the weights that autocast cast."""
+    buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         yield
-    finally:
-        _set_generators(after, device)
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
+    for buffer, before in buffers:
+        if not torch.equal(buffer, before):  # an earlier batch's graph may hold the others
+            buffer.copy_(before)
+    torch.clear_autocast_cache()  # casts made without gradients would be used by the pass that follows
 
 
 @contextmanager

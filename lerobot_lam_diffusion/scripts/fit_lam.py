@@ -180,7 +180,8 @@ def _open_refined(path: str, device: str) -> VillaXLam:
             "expected one to refine: name a LAM that lerobot-lam-fit wrote"
         )
     with open_weights(folder) as weights:
-        dtypes = {weights.tensor(key).dtype for key in weights.keys if key.startswith(("encoder.", "vq."))}
+        keys = weights.keys()
+        dtypes = {weights.get_tensor(key).dtype for key in keys if key.startswith(("encoder.", "vq."))}
     if dtypes != {torch.float32}:
         raise UserError(
             f"--refine_decoder={path} is not stored in float32, so its fingerprint would change, expected "

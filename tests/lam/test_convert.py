@@ -141,7 +141,7 @@ def test_dimensions_that_do_not_fit_are_refused(convert):
         convert(LAPA, dims=Dims(image_size=128))
     with pytest.raises(LamError, match="image_size is 60, expected a multiple of patch_size"):
         convert(LAPA, dims=Dims(image_size=60))
-    with pytest.raises(LamError, match="code_seq_len is 5, expected 1, 2, 4"):
+    with pytest.raises(LamError, match="code_seq_len is 5, expected one of"):
         convert(LAPA, dims=Dims(image_size=64, code_seq_len=5))
     with pytest.raises(LamError, match="model_dim is 40, expected a multiple of num_heads"):
         convert(UNIVLA, UNIVLA, dims=Dims(image_size=56, dino_num_heads=4))
@@ -176,12 +176,12 @@ class Trap:
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(convert, tmp_path, capsys):
     path = tmp_path / "trap.ckpt"
     torch.save({"state_dict": state_of(UNIVLA), "hyper_parameters": {"optimizer": Trap()}}, path)
-    with pytest.raises(LamError, match=r"holds more than tensors(.|\n)*run code(.|\n)*state dict alone"):
+    with pytest.raises(LamError, match=r"GLOBAL print was(.|\n)*could run code(.|\n)*state dict alone"):
         convert(path, UNIVLA)
     assert "ran" not in capsys.readouterr().out
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", LAPA.read_bytes()[:-1000]):
         path.write_bytes(content)
-        with pytest.raises(LamError, match="is not a readable checkpoint"):
+        with pytest.raises(LamError, match=r"does not open with torch\.load\(weights_only=True\)"):
             convert(path)
     assert not (tmp_path / "lam").exists()
 

@@ -61,19 +61,6 @@ def test_restored_after_an_error(reduced_precision):
     assert torch.backends.cuda.matmul.allow_tf32
 
 
-def test_bfloat16_keeps_the_quantizer_in_float32(pairs):
-    exact = load_lam(DATA / "golden_public").encode_pairs(*pairs)
-    lam = load_lam(DATA / "golden_public", dtype=torch.bfloat16)
-    assert lam.dtype == torch.bfloat16
-    assert lam.codebook.dtype == torch.float32
-    rough = lam.encode_pairs(*pairs)
-    assert rough.continuous.dtype == torch.float32
-    error = (rough.continuous - exact.continuous).abs().max()
-    assert 1e-4 < error < 0.1
-    assert torch.equal(rough.quantized.unflatten(1, (-1, 8)), lam.codebook[rough.indices])
-    assert (rough.indices == exact.indices).float().mean() > 0.8
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_float32_is_immune_to_tf32(pairs, reduced_precision, golden):

@@ -14,7 +14,6 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion import DiffusionLamPolicy
-from lerobot_lam_diffusion.policy import auto as auto_tokens
 from lerobot_lam_diffusion.precompute.cache import cached_entries
 from lerobot_lam_diffusion.scripts.tokens import main as tokens_command
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -24,26 +23,7 @@ from tests.conftest import TOP, record_dataset, record_more, write_lam
 from tests.policies import build, lam_config, refused
 from tests.test_lerobot_train import SMALL_FLAGS, same, saved_config, train, weights
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A LeRobot home with an empty cache."""
-    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path / "home")
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """The folders into which stores were extracted."""
-    folders = []
-    extract = auto_tokens.precompute_tokens
-
-    def noted(dataset, lam, output_dir, **options):
-        folders.append(output_dir)
-        return extract(dataset, lam, output_dir, **options)
-
-    monkeypatch.setattr(auto_tokens, "precompute_tokens", noted)
-    return folders
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
@@ -312,7 +292,7 @@ def test_a_dataset_that_is_not_all_here_is_told(auto, tmp_path, builds):
     shutil.rmtree(bare.root / "data")
     with pytest.raises(
         UserError,
-        match=r"auto needs all episodes .*'local/squares' at .*bare is not whole: data/.*is not there",
+        match=r"'local/squares' at .*bare is not whole: data/.*is not there",
     ):
         make_policy(lam_config(**auto), ds_meta=meta)
     assert not builds

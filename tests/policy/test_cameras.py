@@ -123,15 +123,14 @@ def test_new_names_are_understood_too(checkpoint, both, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rename_map", [{}, SWAP], ids=["same names", "exchanged"])
 def test_auto_builds_the_tokens_of_the_camera_that_the_policy_sees(
-    checkpoint, both, stores, lam_folder, rename_map, tmp_path, monkeypatch
+    checkpoint, both, stores, lam_folder, rename_map, home
 ):
-    monkeypatch.setattr("lerobot_lam_diffusion.precompute.cache.HF_LEROBOT_HOME", tmp_path)
     policy, batch = fine_tune(checkpoint, both, rename_map, "--lam_tokens_path=auto")
     camera = rename_map.get(TOP, TOP)
     expected = stores[camera].window(torch.tensor(ROWS), policy.config.lam_token_deltas)
     assert torch.equal(conditioned_on(policy, batch), expected)
     assert policy.token_store.provenance.camera_key == camera
-    assert len(list(tmp_path.rglob("lam_tokens.safetensors"))) == 1  # and no store of the other camera
+    assert len(list(home.rglob("lam_tokens.safetensors"))) == 1  # and no store of the other camera
 
 
 def test_the_live_cache_is_that_of_the_camera_that_the_policy_sees(checkpoint, both, tmp_path):

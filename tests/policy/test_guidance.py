@@ -10,7 +10,7 @@ import torch
 
 from lerobot_lam_diffusion import OBS_LAM_TOKENS, DiffusionLamPolicy
 from lerobot_lam_diffusion.lam import load_lam
-from lerobot_lam_diffusion.policy.guidance import Guide, Track, open_guide
+from lerobot_lam_diffusion.policy.guidance import open_guide
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.utils.errors import TrainingError, UserError
 from tests.conftest import EPISODE_LENGTHS, FPS, TOP, write_lam
@@ -267,7 +267,7 @@ def errors(make_store, dataset, tmp_path_factory, frames, lam_folder):
         ("{partial}#0", "lacks episode 0; it covers 1 of 5 episodes"),
         ("{stride}#0", "--frame_stride=1"),
         ("{kind}#0", "--use_vq_tokens=true"),
-        ("{lam}#0", "made by the LAM with fingerprint"),
+        ("{lam}#0", "the LAM's fingerprint is"),
         ("no/store#0", "no token store at no/store"),
     ],
 )
@@ -303,10 +303,3 @@ def test_videos_unlike_training_are_told_of(checkpoints, tmp_path, caplog, datas
     assert "has 5 frames per second, the policy was trained at 10" in told
     assert "is 96 × 48, the LAM's camera observation.images.top 48 × 48" in told
     assert told.count("has other colours than the camera") == 1
-
-
-def test_a_guide_is_a_plain_lookup():
-    track = torch.arange(1.0, 6).unsqueeze(1)
-    guide = Guide([Track("a", track), Track("b", track * 10)])
-    window = guide.window(2, [1, 2, 3], 3)
-    assert window[:, :, 0].tolist() == [[4, 5, 0], [40, 50, 0], [4, 5, 0]]

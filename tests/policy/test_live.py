@@ -16,21 +16,13 @@ from tests.policies import (
     lam_config,
     live_config,
     make_lam_weights_matter,
+    observation,
     refused,
     teach,
     training_batch,
 )
 
 CONTINUOUS_TOLERANCE = 1e-4  # the tests' LAM magnifies its encoder's rounding (about 1e-6) some 30 times
-
-
-def observation(dataset, rows, camera=TOP):
-    """What a robot, or as many environments as `rows`, sees at one tick; images as LeRobot passes them on."""
-    items = [dataset[row] for row in rows]
-    return {
-        "observation.state": torch.stack([item["observation.state"] for item in items]),
-        camera: torch.stack([item[camera] for item in items]).float() / 255,
-    }
 
 
 class ConditioningTokens:
@@ -70,12 +62,12 @@ def episode(dataset, number):
     return range(bounds["dataset_from_index"], bounds["dataset_to_index"])
 
 
-def act(policy, preprocess, recorded, dataset, store, rows, camera=TOP):
+def act(policy, preprocess, recorded, dataset, store, rows):
     """Act through an episode; each chunk is conditioned on the store's tokens, which are returned."""
     compared = []
     for tick, row in enumerate(rows):
         chunks = len(recorded.seen)
-        policy.select_action(preprocess(observation(dataset, [row], camera)))
+        policy.select_action(preprocess(observation(dataset, [row])))
         predicts = tick % policy.config.n_action_steps == 0
         assert len(recorded.seen) - chunks == predicts
         if len(recorded.seen) > chunks:
@@ -192,7 +184,7 @@ def test_one_batch_two_sources_one_loss(
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses.append(policy.forward(preprocess(training_batch(config, dataset, rows)))[0].item())
-        tokens.append(recorded.seen[0])  # the second pass measures with shuffled tokens
+        tokens.append(recorded.seen[-1])  # the pass before it measures with shuffled tokens
     assert torch.equal(*tokens)
     assert len(tokens[0].flatten(0, 1).unique(dim=0)) >= 4
     assert losses[0] == losses[1]
@@ -304,7 +296,7 @@ def test_a_policy_trained_with_dropout_runs_without_a_lam_when_told(dataset, sto
     other = write_lam(tmp_path / "other", frames, seed=9)
     policy, preprocess, _ = deploy(dataset, store, **fields)
     policy.config.lam_model_path = str(other)
-    with refused("its fingerprint is"):
+    with refused("the LAM's fingerprint is"):
         policy.select_action(preprocess(observation(dataset, [20])))
 
 
@@ -330,7 +322,7 @@ def test_another_lam_is_refused(dataset, store, frames, tmp_path, caplog):
     other = str(write_lam(tmp_path / "other", frames, seed=9))
     policy, preprocess, _ = deploy(dataset, store)
     policy.config.lam_model_path = other  # as the flag of a deployment sets it
-    with refused("its fingerprint is ", "trained with", "lam_allow_mismatch=true"):
+    with refused("the LAM's fingerprint is ", "trained with", "lam_allow_mismatch=true"):
         policy.select_action(preprocess(observation(dataset, [20])))
     policy, preprocess, _ = deploy(dataset, store, lam_model_path=other, lam_allow_mismatch=True)
     policy.select_action(preprocess(observation(dataset, [20])))

@@ -120,7 +120,7 @@ def test_fields_that_contradict_the_tokens_are_listed_at_once(dataset, with_know
         f"lam_frame_stride is 3, the {noun} has 1",
         f"lam_num_learned_tokens is 4, the {noun} has 2",
         f"lam_action_latent_dim is 16, the {noun} has 32",
-        f"the policy was trained with abc…: train on a {noun} of that LAM",
+        "the policy was trained with abc…: use that LAM, or its tokens",
         "it holds vq tokens: pass --policy.lam_use_vq_tokens=true",
     ):
         build(lam_config(**fields, **CONTRADICTIONS), dataset if fields else with_known_column)

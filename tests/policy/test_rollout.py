@@ -11,8 +11,8 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot_lam_diffusion import OBS_LAM_IMAGES, DiffusionLamPolicy
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import FPS, TOP, record_dataset
-from tests.policies import build, lam_config, live_config, training_batch
-from tests.policy.test_live import deploy, observation
+from tests.policies import build, lam_config, live_config, observation, training_batch
+from tests.policy.test_live import deploy
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_robot_without_the_camera_is_told_what_it_needs(dataset, store):
     policy, preprocess, _ = deploy(dataset, store)
     seen = preprocess(observation(dataset, [0]))
     seen[OBS_LAM_IMAGES] = {}
-    with pytest.raises(UserError, match=r"is not among the cameras \[\] that .*--rename_map.*--env.obs_type"):
+    with pytest.raises(UserError, match=r"is not among the cameras \[\] of .*--rename_map .*--env.obs_type"):
         policy.select_action(seen)
 
 

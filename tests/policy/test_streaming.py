@@ -8,11 +8,11 @@ from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
 from lerobot.utils.constants import LOOKAHEAD_BACKTRACKTABLE, LOOKBACK_BACKTRACKTABLE
 
 from lerobot_lam_diffusion import LamTokenDataset
-from lerobot_lam_diffusion.policy.streaming import StreamingGuard, is_streamed
+from lerobot_lam_diffusion.policy.streaming import is_streamed, refuse_wrong_streaming
 from lerobot_lam_diffusion.tokens.add_column import add_column
 from lerobot_lam_diffusion.utils.errors import UserError
 from tests.conftest import TOP, record_dataset
-from tests.policies import build, lam_config, training_batch
+from tests.policies import build, lam_config, live_config, training_batch
 from tests.test_lerobot_train import SMALL_FLAGS, on_the_fly, same, train, weights
 
 needs_torchcodec = pytest.mark.torchcodec
@@ -35,15 +35,6 @@ def with_column(dataset, torchcodec_store, tmp_path_factory):
 def several_files(tmp_path_factory):
     """Its first video file holds one short episode: the frames of the later ones are sought far too late."""
     return record_dataset(tmp_path_factory.mktemp("files") / "data", (3, 20, 20), file_size_mb=0.001)
-
-
-def live_config(lam_folder, **fields):
-    on_the_fly = {
-        "use_precomputed_lam_tokens": False,
-        "lam_model_path": str(lam_folder),
-        "lam_camera_key": TOP,
-    }
-    return lam_config(**on_the_fly, **fields)
 
 
 def streamed_batch(config, dataset, size: int = 60, **options) -> dict:
@@ -157,13 +148,13 @@ def test_frames_beyond_the_first_video_file_are_refused(several_files, make_stor
 )
 def test_windows_that_streaming_cannot_look_over(dataset, fields, message):
     """LeRobot fills them up with copies of other frames, without a word in the loss."""
-    guard = StreamingGuard(live_config("x", **fields), dataset.meta)
-    guard.check({"timestamp": torch.zeros(2)})  # not streamed
+    config = live_config("x", **fields)
+    refuse_wrong_streaming(config, dataset.meta, {"timestamp": torch.zeros(2)})  # not streamed
     if message is None:
-        guard.check(STREAMED)
+        refuse_wrong_streaming(config, dataset.meta, STREAMED)
     else:
         with pytest.raises(UserError, match=message):
-            guard.check(STREAMED)
+            refuse_wrong_streaming(config, dataset.meta, STREAMED)
 
 
 @needs_torchcodec
@@ -175,10 +166,6 @@ def test_a_streamed_batch_is_recognised_and_warned_of_once(dataset, store, caplo
     for _ in range(2):
         policy.forward(batch)
     assert caplog.text.count("delivers all its episodes, whatever `episodes` says") == 1
-
-
-def test_the_stock_policy_is_left_alone(several_files):
-    StreamingGuard(lam_config(use_lam_conditioning=False), several_files.meta).check(STREAMED)
 
 
 @needs_torchcodec

@@ -47,11 +47,6 @@ BIAS = "spatial_rel_pos_bias.net"
 UNUSED = r"(enc|dec)_(spatial|temporal)_transformer\.layers\.\d+\.1\.(context_norm\.(gamma|beta)|null_kv)"
 
 
-def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's tensors, by the names that upstream gives them."""
-    return dict(state)
-
-
 def is_ours(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the keys of a LAQ."""
     return any(key.startswith(("enc_spatial_transformer.", "to_patch_emb_first_frame.")) for key in state)

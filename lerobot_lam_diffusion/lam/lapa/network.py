@@ -4,6 +4,7 @@ The modules follow the specification of the published weights, not their keys: `
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,14 @@ HEADS: dict[int, tuple[tuple[int, int], tuple[tuple[int, int], int, int] | None]
 """Tokens of a pair → first kernel (stride 2, padding 1); kernel, stride and padding of the second."""
 
 
-def tokens_of_grid(code_seq_len: int, grid_size: int) -> int | None:
-    """How many tokens the head `code_seq_len` makes of a grid of patches; None: there is no such head."""
+def tokens_of_grid(code_seq_len: int, grid_size: int) -> int:
+    """How many tokens the head `code_seq_len` makes of a grid of patches."""
     half = (grid_size - 1) // 2 + 1
-    tokens = {
-        1: max(0, half - 3) ** 2,
-        2: max(0, half - 2) * max(0, half - 3),
-        4: max(0, half - 2) ** 2,
-        16: ((half - 1) // 2 + 1) ** 2,
-        64: half**2,
-        256: half**2,
-    }
-    return tokens.get(code_seq_len)
+    _, second = HEADS[code_seq_len]
+    if second is None:
+        return half**2
+    kernel, stride, padding = second
+    return prod(max(0, (half + 2 * padding - side) // stride + 1) for side in kernel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +65,9 @@ class LapaConfig(ConvertedConfig):
     def problems(self) -> list[str]:
         if problems := self.not_multiples(("image_size", "patch_size")):
             return problems
+        if self.num_learned_tokens not in HEADS:
+            return [f"code_seq_len is {self.num_learned_tokens}, expected one of {list(HEADS)}"]
         tokens = tokens_of_grid(self.num_learned_tokens, self.grid_size)
-        if tokens is None:
-            return [f"code_seq_len is {self.num_learned_tokens}, expected 1, 2, 4, 16, 64 or 256"]
         if tokens != self.num_learned_tokens:
             return [
                 f"code_seq_len is {self.num_learned_tokens}, but {self.grid_size} × {self.grid_size} patches "

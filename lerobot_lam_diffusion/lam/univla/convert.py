@@ -37,16 +37,10 @@ RULES = (
 UNUSED = r"dino_encoder\.mask_token|(patch_up|action_up|action_up_uncontrol|decoder)\..+"  # the FDM
 
 
-def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's tensors, by the names that upstream gives them."""
-    return {key.replace("lam.", ""): value for key, value in state.items()}
-
-
 def is_ours(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the keys of a LAM of UniVLA, of whichever stage."""
-    keys = own_keys(state)
-    return any(key.startswith("encoder.transformer_blocks.") for key in keys) and any(
-        key.startswith(("dino_encoder.", "to_codebook", "text_encoder.")) for key in keys
+    return any(key.startswith("encoder.transformer_blocks.") for key in state) and any(
+        key.startswith(("dino_encoder.", "to_codebook", "text_encoder.")) for key in state
     )
 
 

@@ -160,15 +160,8 @@ class Dino(nn.Module):
         """(F, 3, R, R), normalised → (F, N, d), patches row-major."""
         patches = self.patches(frames).flatten(2).transpose(1, 2)
         first = self.cls_token + self.positions[:, :1]
-        count = len(frames)
-        x = torch.cat(
-            [
-                first.expand(count, -1, -1),
-                self.registers.expand(count, -1, -1),
-                patches + self.positions[:, 1:],
-            ],
-            dim=1,
-        )
+        shared = torch.cat([first, self.registers], dim=1).expand(len(frames), -1, -1)
+        x = torch.cat([shared, patches + self.positions[:, 1:]], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, -patches.shape[1] :]

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..attention import attend, split_heads
 from .config import LamConfig
-from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm, spatial_table
+from .layers import Attention, PatchEmbed, RMSNorm, SwishGLU, spatial_table
 
 
 class Decoder(nn.Module):
@@ -54,7 +53,7 @@ class DecoderBlock(nn.Module):
         X = config.decoder_embed_dim
         hidden = int(X * config.mlp_ratio)
         self.pre_norm_attn = RMSNorm(X)
-        self.attn = DecoderAttention(X, config.decoder_n_heads, config.use_qk_norm)
+        self.attn = Attention(X, config.decoder_n_heads, config.use_qk_norm)
         self.layer_scale_attn = LayerScale(X)
         self.pre_norm_mlp = RMSNorm(X)
         # The original has a parameter-free dropout between the two, hence the keys mlp.0 and mlp.2.
@@ -62,27 +61,9 @@ class DecoderBlock(nn.Module):
         self.layer_scale_mlp = LayerScale(X)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.layer_scale_attn(self.attn(self.pre_norm_attn(x)))
+        y = self.pre_norm_attn(x)
+        x = x + self.layer_scale_attn(self.attn(y, y))
         return x + self.layer_scale_mlp(self.mlp(self.pre_norm_mlp(x)))
-
-
-class DecoderAttention(nn.Module):
-    """Full multi-head self-attention; `kv` holds keys, then values."""
-
-    def __init__(self, width: int, heads: int, qk_norm: bool):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.q_layernorm = head_norm(width // heads, qk_norm)
-        self.k_layernorm = head_norm(width // heads, qk_norm)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, X) → (B, S, X)."""
-        q = split_heads(self.q(x), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.kv(x).chunk(2, dim=-1))
-        return self.proj(attend(self.q_layernorm(q), self.k_layernorm(k), v))
 
 
 class LayerScale(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import attend, attend_pair, split_heads
 from .config import LamConfig
-from .layers import PatchEmbed, RMSNorm, SwishGLU, head_norm, spatial_table, temporal_table
+from .layers import Attention, PatchEmbed, RMSNorm, SwishGLU, head_norm, spatial_table, temporal_table
 
 
 class Encoder(nn.Module):
@@ -127,7 +127,7 @@ class PoolingBlock(nn.Module):
         hidden = int(D * config.mlp_ratio)
         self.latents = nn.Parameter(0.02 * torch.randn(config.num_learned_tokens, D))
         self.pre_projection = nn.Linear(D, D)
-        self.attn = CrossAttention(D, config.map_heads)
+        self.attn = Attention(D, config.map_heads, qk_norm=False)
         self.attn_norm = RMSNorm(D)
         self.mlp_norm = RMSNorm(D)
         self.mlp = nn.Sequential(SwishGLU(D, hidden), nn.Linear(hidden, D))
@@ -138,22 +138,6 @@ class PoolingBlock(nn.Module):
         z = self.attn_norm(latents + self.attn(latents, self.pre_projection(features)))
         z = self.mlp_norm(z + self.mlp(z))
         return self.final_proj(z)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of given queries to given features; no norm of queries or keys."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        """queries (P, n, D), features (P, N, D) → (P, n, D)."""
-        k, v = (split_heads(part, self.heads) for part in self.kv(features).chunk(2, dim=-1))
-        return self.proj(attend(split_heads(self.q(queries), self.heads), k, v))
 
 
 def _plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

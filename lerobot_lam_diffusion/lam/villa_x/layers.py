@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attend, split_heads
+
 
 class RMSNorm(nn.Module):
     """x / max(rms(x), 1e-8) · g over the last axis; an all-zero row stays zero.
@@ -42,6 +44,25 @@ class PatchEmbed(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.proj(frames).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to features; `kv` holds keys, then values."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.q_layernorm = head_norm(width // heads, qk_norm)
+        self.k_layernorm = head_norm(width // heads, qk_norm)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
+        """queries (B, S, D), features (B, N, D) → (B, S, D)."""
+        q = split_heads(self.q(queries), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(features).chunk(2, dim=-1))
+        return self.proj(attend(self.q_layernorm(q), self.k_layernorm(k), v))
 
 
 def head_norm(width: int, enabled: bool) -> nn.Module:
