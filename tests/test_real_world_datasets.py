@@ -204,3 +204,13 @@ def test_older_datasets_are_refused_with_lerobots_command(store, lam_folder, dat
         )
         assert f"convert_dataset_v21_to_v30 --repo-id=local/old --root={root} --push-to-hub=false" in told
         assert "Traceback" not in told
+
+
+def test_a_dataset_in_the_lance_layout_is_named_as_such(lam_folder, tmp_path):
+    for table in ("frames", "videos", "meta"):
+        (tmp_path / "lance" / f"{table}.lance" / "data").mkdir(parents=True)
+    where = ["--dataset.repo_id=local/lance", f"--dataset.root={tmp_path / 'lance'}"]
+    with pytest.raises(SystemExit) as stopped:
+        precompute_lam_tokens.main([*where, f"--lam.path={lam_folder}", f"--output_dir={tmp_path}/o"])
+    assert "is in the Lance layout" in str(stopped.value)
+    assert "huggingface.co" not in str(stopped.value)

@@ -7,6 +7,7 @@ Task `rank` of `tasks` makes the same shards as a job-array task with `--shard_i
 The shards record what is finished: tasks that are run again make only what is missing.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -27,6 +28,9 @@ from lerobot_lam_diffusion.precompute.cluster_config import (
 from lerobot_lam_diffusion.precompute.merge import merge_unfinished
 from lerobot_lam_diffusion.precompute.processes import usable_cores
 from lerobot_lam_diffusion.utils.errors import ExtractionError
+
+logger = logging.getLogger(__name__)
+
 
 type Extract = Callable[[dict[str, Any], int, Any, int, int], None]
 """Makes the shards of one task; opens dataset and LAM itself. Takes the flags (names, paths and numbers), the
@@ -96,6 +100,7 @@ def _executor(
     resources = _resources(cluster, flags)
     step = partial(extract, flags, resources["cpus_per_task"])
     if cluster.engine == "ray":
+        _refuse_what_no_node_has(resources)
         return RayPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=folder, **resources)
     return _Slurm(
         [step],
@@ -130,6 +135,41 @@ def _resources(cluster: ClusterConfig, flags: dict[str, Any]) -> dict[str, int]:
         "mem_per_cpu_gb": cluster.mem_per_cpu_gb or DEFAULT_MEM_PER_CPU_GB,
         "gpus_per_task": 0 if flags["device"] == "cpu" else 1,
     }
+
+
+def _refuse_what_no_node_has(resources: dict[str, int]) -> None:
+    """Refuse tasks that no node can run: Ray would wait forever, since an autoscaler may add such a node.
+
+    Raises:
+        ExtractionError: no node can run a task; if RAY_ADDRESS names the cluster, this is only a warning.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init()
+    cpus = resources["cpus_per_task"]
+    needed = {
+        "CPU": cpus,
+        "memory": (cpus * resources["mem_per_cpu_gb"]) << 30,
+        "GPU": resources["gpus_per_task"],
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+        return
+    found = "; ".join(
+        f"{node.get('CPU', 0):g} cores, {node.get('memory', 0) / 2**30:.0f} GB, {node.get('GPU', 0):g} GPUs"
+        for node in nodes[:5]
+    )
+    memory = cpus * resources["mem_per_cpu_gb"]
+    if "RAY_ADDRESS" in os.environ:
+        logger.warning("No node of this Ray cluster can run a task (nodes: %s): waiting for one.", found)
+        return
+    raise ExtractionError(
+        f"no node of this Ray cluster can run a task of {cpus} cores, {memory} GB and "
+        f"{resources['gpus_per_task']} GPUs (nodes: {found}). Set --cluster.cpus_per_task, "
+        "--cluster.mem_per_cpu_gb and --device=cpu to what a node has; where an autoscaler adds such nodes, "
+        "set RAY_ADDRESS=auto"
+    )
 
 
 def _slurm_options(cluster: ClusterConfig) -> dict[str, Any]:

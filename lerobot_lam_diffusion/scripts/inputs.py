@@ -29,6 +29,7 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
     """
     raise_problems("these flags do not work", config.problems())
     try:
+        _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
         if config.root is not None and is_local(config.root):
             _refuse_absent_metadata(config.repo_id, Path(config.root))
         meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
@@ -56,6 +57,14 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
             "those out"
         )
     return meta
+
+
+def _refuse_lance(repo_id: str, root: Path) -> None:
+    if any(root.glob("*.lance")) or any((root / "data").glob("**/*.lance")):
+        raise DatasetError(
+            f"dataset {repo_id!r} at {root} is in the Lance layout (*.lance), which LeRobot 0.6 cannot read: "
+            "name the dataset in LeRobot's own layout that it was converted from"
+        )
 
 
 def _refuse_absent_metadata(repo_id: str, root: Path) -> None:

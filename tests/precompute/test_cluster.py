@@ -326,3 +326,14 @@ def test_failed_tasks_on_ray_are_named(ray_of_two_cores, flags, tmp_path):
     flags["dataset"]["root"] = str(tmp_path / "nowhere")
     with pytest.raises(ExtractionError, match=r"1 of 1 tasks failed, see task_00000\.log in"):
         submit(replace(RAY, tasks=1), extract_share, flags, tmp_path / "store")
+
+
+@pytest.mark.slow
+def test_a_task_that_no_node_of_ray_can_run_is_refused(ray_of_two_cores, flags, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    too_large = (
+        r"no node of this Ray cluster can run a task of 8 cores, 32 GB .*nodes: 2 cores.*cpus_per_task"
+    )
+    with pytest.raises(ExtractionError, match=too_large):
+        submit(ClusterConfig(engine="ray", tasks=2), extract_share, flags, tmp_path / "store")
+    assert not (tmp_path / "store.shards").exists()
