@@ -28,6 +28,7 @@ CHOICES = {
     "lam_dtype": ["float32", "bfloat16"],
     "lam_missing": ["error", "zero"],
 }
+NO_FOLDERS = ("", "true", "false", "yes", "no")  # as lam_live_cache: meant as a switch
 
 
 @PreTrainedConfig.register_subclass("diffusion_lam")
@@ -216,6 +217,11 @@ class DiffusionLamConfig(DiffusionConfig):
             problems.append(
                 f"lam_tokens_key={self.lam_tokens_key!r} must start with '{OBS_PREFIX}': LeRobot gives other "
                 "keys no observation window and drops them"
+            )
+        if self.lam_live_cache is not None and self.lam_live_cache.lower() in NO_FOLDERS:
+            problems.append(
+                f"lam_live_cache={self.lam_live_cache!r} must be 'auto' or a folder; to cache nothing leave "
+                "it out"
             )
         if not 0 <= self.lam_token_dropout <= 1:
             problems.append(f"lam_token_dropout={self.lam_token_dropout} must be in 0..1")

@@ -107,6 +107,8 @@ def resolve_precomputed_sources(
             "LeRobot's make_policy(config, ds_meta=dataset.meta), or its tokens may be of other frames.",
             flag,
         )
+    if config.lam_live_cache is not None:
+        logger.warning("lam_live_cache is for tokens on the fly: with precomputed ones it does nothing.")
     _adopt_stores(config, stores, dataset_meta)
     return join_stores(stores)
 

@@ -249,6 +249,9 @@ def test_a_folder_that_cannot_be_made_names_the_flag(live, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("--policy.lam_live_cache=", "/file/x cannot be used: ", "Name another folder"):
         live(lam_live_cache=str(tmp_path / "file" / "x"))
+    for value in ("false", "True", ""):  # it is no switch
+        with refused("must be 'auto' or a folder"):
+            live(lam_live_cache=value)
 
 
 def test_digests_tell_pixels():
