@@ -130,6 +130,15 @@ def test_frames_beyond_the_first_video_file_are_refused(several_files, make_stor
                 policy.forward(preprocessor(batch))
 
 
+def test_a_policy_refuses_its_first_batch_as_often_as_it_is_asked(several_files, make_store):
+    config = lam_config(lam_tokens_path=str(make_store(several_files).path))
+    policy, preprocessor = build(config, several_files)
+    batch = preprocessor(training_batch(config, several_files, [1, 2]) | STREAMED)
+    for _ in range(2):
+        with pytest.raises(UserError, match="wrong for 2 of 3 episodes"):
+            policy.forward(batch)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
