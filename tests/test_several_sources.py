@@ -119,7 +119,7 @@ def test_training_fills_in_what_the_checkpoint_must_know(both, stores, lams, tmp
         assert row in card, card
 
 
-@pytest.mark.parametrize("use_vq_tokens", [True, False])
+@pytest.mark.parametrize("use_vq_tokens", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_batch_two_ways_one_loss(both, stores, extract, lams, use_vq_tokens):
     if not use_vq_tokens:
         stores = [

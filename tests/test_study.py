@@ -75,6 +75,7 @@ def test_state_changes_are_zero_where_there_is_no_frame_before(data):
     torch.testing.assert_close(window[2], data.columns[STATE][11] - data.columns[STATE][9])
 
 
+@pytest.mark.slow
 def test_lams_see_no_held_out_frame_and_controls_are_not_degenerate(data, tmp_path):
     how = {"batch_size": 2, "preset": "tiny"}
     choice = lams.LamChoice(2)
@@ -87,6 +88,7 @@ def test_lams_see_no_held_out_frame_and_controls_are_not_degenerate(data, tmp_pa
     assert len(random["vq"][train].unique(dim=0)) > 3
 
 
+@pytest.mark.slow
 def test_policies_train_and_tokens_of_zeros_are_the_stock_policy(data):
     def measured(tokens, offsets=(0,), n_obs_steps=2):
         return run(data, tokens, offsets, n_obs_steps, data.train_frames, TINY, seed=0)
@@ -148,6 +150,7 @@ def test_closed_loop_acts_in_the_arena_with_live_tokens(number, tmp_path, monkey
     assert f"| {next(iter(study.conditions))}, 2 steps | 1 | {solved:.2f} [" in table
 
 
+@pytest.mark.slow
 def test_the_pendulum_is_held_only_by_who_knows_its_velocity():
     def held(torque) -> float:
         arena = pendulum.Pendulums(50)

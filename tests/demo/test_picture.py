@@ -37,6 +37,7 @@ def test_the_picture_is_a_png_of_reasonable_size(tmp_path, num_frames):
     assert 30_000 < len(content) < 2_000_000
 
 
+@pytest.mark.slow
 def test_other_tokens_give_another_picture(tmp_path):
     look = make_look()
     first = draw_picture(look, [1.0, 0.5], tmp_path / "a.png").read_bytes()

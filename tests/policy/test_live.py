@@ -79,15 +79,14 @@ def act(policy, preprocess, recorded, dataset, store, rows):
 # A policy trained on precomputed tokens, deployed without them: tick by tick the store's tokens.
 
 
-@pytest.mark.parametrize("n_action_steps", [1, 4])
 @pytest.mark.parametrize(
-    ("aggregation", "stride", "n_obs_steps", "vq"),
+    ("aggregation", "stride", "n_obs_steps", "vq", "n_action_steps"),
     [
-        ("latest", 1, 1, True),
-        ("latest", 3, 2, True),
-        ("concat", 1, 2, True),
-        ("concat", 3, 3, True),
-        ("concat", 1, 3, False),
+        ("latest", 1, 1, True, 4),
+        ("latest", 3, 2, True, 1),
+        ("concat", 1, 2, True, 4),
+        ("concat", 3, 3, True, 1),
+        ("concat", 1, 3, False, 4),
     ],
 )
 def test_frames_of_an_episode_give_the_stores_tokens(

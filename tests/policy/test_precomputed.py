@@ -362,7 +362,7 @@ def test_column_and_store_give_the_same_loss(dataset, with_column, store, with_s
 
 
 @pytest.mark.parametrize("kind", ["store", "continuous_store"])
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_added_column_and_its_store_give_the_same_loss(dataset, kind, recomputed, request, tmp_path):
     """Nothing is told to the policy but where the tokens are."""
     store = request.getfixturevalue(kind)

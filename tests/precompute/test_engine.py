@@ -102,8 +102,7 @@ def test_an_episode_subset_has_the_rows_of_the_full_store(
     )
 
 
-@pytest.mark.parametrize("return_uint8", [True, False])
-@pytest.mark.parametrize("use_videos", [True, False])
+@pytest.mark.parametrize(("use_videos", "return_uint8"), [(True, True), (False, False)])
 def test_the_named_camera_of_video_and_image_datasets(tmp_path, extract, lam, use_videos, return_uint8):
     cameras = (TOP, "observation.images.wrist")
     recorded = record_dataset(tmp_path / "data", (6, 5), cameras, use_videos)

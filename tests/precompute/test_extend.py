@@ -42,7 +42,9 @@ def same_files(one: TokenStore, other: TokenStore) -> bool:
     )
 
 
-@pytest.mark.parametrize("use_videos", [True, False], ids=["video", "images"])
+@pytest.mark.parametrize(
+    "use_videos", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["video", "images"]
+)
 def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=LENGTHS, use_videos=use_videos)
     before = extract(old).store

@@ -1,5 +1,6 @@
 """The frames that the LAM sees are those of LeRobot's random access, each once and in order."""
 
+import shutil
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -87,28 +88,37 @@ def test_image_transforms_of_training_do_not_reach_the_lam(two_cameras):
     assert torch.equal(next(EpisodeFrames(augmented, TOP).chunks(1)), plain)
 
 
-def images_in(root, change) -> LeRobotDataset:
-    """A dataset of images, each changed by `change` in the data files."""
-    recorded = record_dataset(root, (3, 2), use_videos=False)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> LeRobotDataset:
+    return record_dataset(tmp_path_factory.mktemp("images") / "data", (3, 2), use_videos=False)
 
-    def stored(number, image):
+
+@pytest.fixture
+def changed_images(images, tmp_path):
+    """Copies a dataset of images, each of them changed: `changed_images(lambda number, image: …)`."""
+
+    def stored(change, number, image):
         file = BytesIO()
         change(number, Image.open(BytesIO(image["bytes"]))).save(file, "PNG")
         return {**image, "bytes": file.getvalue()}
 
-    change_column(data_file(root), TOP, lambda images: [stored(*each) for each in enumerate(images)])
-    return LeRobotDataset(recorded.repo_id, root=root)
+    def copy(change) -> LeRobotDataset:
+        root = shutil.copytree(images.root, tmp_path / "data")
+        change_column(data_file(root), TOP, lambda each: [stored(change, *one) for one in enumerate(each)])
+        return LeRobotDataset(images.repo_id, root=root, video_backend="pyav")
+
+    return copy
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("P", 1), ("I;16", 1)])
 @pytest.mark.parametrize("first", [0, 4])
-def test_images_that_are_not_rgb(tmp_path, mode, channels, first):
+def test_images_that_are_not_rgb(changed_images, mode, channels, first):
     def change(number, image):
         if number < first:
             return image
         return Image.fromarray(np.zeros((48, 48), np.uint16)) if mode == "I;16" else image.convert(mode)
 
-    frames = EpisodeFrames(images_in(tmp_path / "data", change), TOP)
+    frames = EpisodeFrames(changed_images(change), TOP)
     told = (
         rf"frame {int(first > 0)} of episode {int(first > 0)} of dataset .*, camera {TOP}, "
         rf"is an image of mode {mode} \({channels} channels\)"
@@ -122,8 +132,8 @@ def test_images_that_are_not_rgb(tmp_path, mode, channels, first):
             list(frames.chunks(1))
 
 
-def test_images_of_different_sizes(tmp_path):
-    dataset = images_in(tmp_path / "data", lambda number, image: image.resize((20, 20 + number)))
+def test_images_of_different_sizes(changed_images):
+    dataset = changed_images(lambda number, image: image.resize((20, 20 + number)))
     with pytest.raises(DecodeError, match=r"different sizes, 20 x 20 and 20 x 21 pixels"):
         list(EpisodeFrames(dataset, TOP).chunks(0))
 

@@ -22,6 +22,7 @@ def flags(dataset):
     return [f"--dataset.repo_id={dataset.repo_id}", f"--dataset.root={dataset.root}"]
 
 
+@pytest.mark.slow
 def test_verify_with_the_dataset_leads_to_training(continuous_store, flags, lam_folder, tmp_path, capsys):
     for more in ([], [f"--lam.path={lam_folder}", "--num_samples=4", "--device=cpu"]):
         main(["verify", str(continuous_store.path), *flags, *more])
@@ -32,6 +33,7 @@ def test_verify_with_the_dataset_leads_to_training(continuous_store, flags, lam_
     assert parse(words, tmp_path).policy.lam_tokens_path == str(continuous_store.path)
 
 
+@pytest.mark.slow
 def test_a_column_leads_to_training_and_so_does_its_check(store, flags, tmp_path, capsys):
     root = tmp_path / "column"
     main(["add-column", str(store.path), *flags, f"--output_dir={root}"])

@@ -163,6 +163,7 @@ def test_deleted_episodes(column_dataset, added, whole, tmp_path):
     np.testing.assert_allclose(edited.meta.stats[OBS_LAM_TOKENS]["mean"], expected.mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_edit_in_place_by_lerobot_edit_dataset(dataset, store, whole, tmp_path):
     """The original and its video, which the edited dataset shared, stay as they are."""
     made = add_column(store, dataset.meta, tmp_path / "data")
@@ -185,6 +186,7 @@ def test_a_video_that_is_encoded_again_in_place(dataset, store, whole, tmp_path)
     assert read_column(again.meta, OBS_LAM_TOKENS).state == f"derived: the video of {TOP} was encoded again"
 
 
+@pytest.mark.slow
 def test_a_split_and_its_merge(column_dataset, whole, tmp_path):
     parts = split_dataset(column_dataset, {"a": [0, 1], "b": [2, 3, 4]}, output_dir=tmp_path / "parts")
     assert torch.equal(tokens_of(parts["a"]), whole[:23])
@@ -198,6 +200,7 @@ def test_a_split_and_its_merge(column_dataset, whole, tmp_path):
     assert OBS_LAM_TOKENS in edited.meta.stats
 
 
+@pytest.mark.slow
 def test_two_datasets_merge_if_one_lam_made_their_tokens(column_dataset, whole, make_store, tmp_path):
     other = record_dataset(tmp_path / "other", lengths=(6, 7), seed=5)
     theirs = make_store(other)
@@ -240,6 +243,7 @@ def test_two_columns(column_dataset, make_store, dataset, tmp_path):
     assert check_values(column, open_column(column, both.meta)) == 15
 
 
+@pytest.mark.slow
 def test_a_dataset_of_images_in_several_files(make_store, tmp_path):
     images = record_dataset(tmp_path / "images", lengths=(6, 5), use_videos=False)
     images.meta.update_chunk_settings(data_files_size_in_mb=1)
