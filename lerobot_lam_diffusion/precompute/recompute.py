@@ -68,7 +68,7 @@ def recompute_sample(
         TokenStoreError: the store was made by another LAM, or holds no tokens to compare.
         UserError: it is not known which camera to look at, or a frame cannot be read.
     """
-    _refuse_other_tokens(store, lam)
+    refuse_other_tokens(store, lam)
     camera = _camera(store, dataset, camera_key)
     index = _sample(store.frames_with_tokens(), store, dataset, num_samples, seed)
     if not len(index):
@@ -142,7 +142,7 @@ def _agreement(stored: Tensor, kind: str, tokens: Any, stored_error: float = 0.0
     )
 
 
-def _refuse_other_tokens(store: TokenStore, lam: Any) -> None:
+def refuse_other_tokens(store: TokenStore, lam: Any) -> None:
     """Refuse tokens that another LAM made.
 
     Raises:

@@ -45,7 +45,6 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
         "perplexity",
         "probe: R²",
         "shuffled",
-        "constant",
     ):
         assert figure in card
         assert figure in printed
