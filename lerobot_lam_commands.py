@@ -48,6 +48,8 @@ def _run(command: str, module: str, argv: Sequence[str] | None) -> None:
         text = _help_of([command, *words])
         if text is not None:
             print(text, end="")
+            if not words:
+                sys.exit(2)
             return
     try:
         main = import_module(f"{SCRIPTS}.{module}").main

@@ -42,7 +42,7 @@ from lerobot_lam_diffusion.policy.precomputed import (
     warn_of_pauses,
 )
 from lerobot_lam_diffusion.policy.rollout import Rollout
-from lerobot_lam_diffusion.policy.streaming import refuse_wrong_streaming
+from lerobot_lam_diffusion.policy.streaming import is_streamed, refuse_wrong_streaming
 from lerobot_lam_diffusion.policy.tick_clock import drives_a_robot
 from lerobot_lam_diffusion.policy.training_figures import TrainingFigures
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -93,9 +93,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
         self.token_store: TokenStore | JoinedStores | None = None
         self.live_tokens = LiveTokens(config)
         self._unresolved_meta: Any = None  # of the training dataset, until the first batch shows its cameras
+        self._unstreamed_meta: Any = None  # of the training dataset, until a batch of it is streamed
         guide = None
         if config.use_lam_conditioning:
-            self._unresolved_meta = dataset_meta
+            self._unresolved_meta = self._unstreamed_meta = dataset_meta
             self._given_sources = config.token_sources
             if dataset_meta is not None:
                 warn_of_another_rate(config, dataset_meta)
@@ -144,11 +145,10 @@ class DiffusionLamPolicy(DiffusionPolicy):
             self.live_tokens.use_caches(open_live_caches(self.config, dataset_meta, models, names))
 
     def _resolve_first_batch(self, batch: dict[str, Any]) -> None:
-        """Once, before the first training step: its frames and its tokens must be what the policy expects."""
+        """Once, before the first training step: make sure that the tokens come from the policy's camera."""
         config, meta = self.config, self._unresolved_meta
         if meta is None:
             return
-        refuse_wrong_streaming(config, meta, batch)
         self.token_store = resolve_first_batch(config, self.token_store, meta, batch, self._given_sources)
         if may_be_exchanged(config, meta):
             self._open_caches(meta, batch.get(OBS_LAM_CAMERAS))
@@ -187,6 +187,9 @@ class DiffusionLamPolicy(DiffusionPolicy):
                 with T at least `lam_conditioning_steps` (the last ones are used); `index` `(B,)`, to look
                 them up in the store; raw frames from the pre-processor, to compute them on the fly.
         """
+        if self._unstreamed_meta is not None and is_streamed(batch):
+            refuse_wrong_streaming(self.config, self._unstreamed_meta)
+            self._unstreamed_meta = None
         batch = self._with_window_tokens(batch)
         if not (self.config.use_lam_conditioning and self.training and torch.is_grad_enabled()):
             return super().forward(batch)
@@ -258,8 +261,8 @@ class DiffusionLamPolicy(DiffusionPolicy):
         elif "index" not in batch or self.token_store is None:
             lacking = "this policy has no token store open" if "index" in batch else "it has no 'index'"
             raise TrainingError(
-                f"the batch has no LAM tokens under {key!r}, and cannot be looked up, as {lacking}: wrap "
-                "the dataset in LamTokenDataset, or build the policy with LeRobot's make_policy and "
+                f"the batch has no LAM tokens under {key!r}, and they cannot be looked up, as {lacking}: "
+                "wrap the dataset in LamTokenDataset, or build the policy with LeRobot's make_policy and "
                 "--policy.lam_tokens_path"
             )
         else:

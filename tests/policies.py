@@ -17,7 +17,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.utils.errors import UserError
-from tests.conftest import TOP
 
 
 class NarrowResNet(ResNet):
@@ -31,6 +30,8 @@ class NarrowResNet(ResNet):
 
 
 torchvision.models.resnet_narrow = NarrowResNet  # LeRobot looks a backbone up here, by its name
+
+TOP = "observation.images.top"  # of `conftest.py`, which imports the LAM code
 
 SMALL = {
     "device": "cpu",

@@ -5,7 +5,6 @@ Imports `precompute`, so it is imported only for `auto`.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,41 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from lerobot_lam_diffusion.configuration_diffusion_lam import DiffusionLamConfig
-from lerobot_lam_diffusion.lam import LatentActionModel, proposed_stride, recorded_path
+from lerobot_lam_diffusion.lam import fingerprint_of, proposed_stride, read_config, recorded_path
 from lerobot_lam_diffusion.policy.cameras import dataset_camera
-from lerobot_lam_diffusion.policy.lams import open_lams
+from lerobot_lam_diffusion.policy.lams import check_lams, find_lams, open_lam
 from lerobot_lam_diffusion.precompute.cache import CacheEntry, cached_entries
-from lerobot_lam_diffusion.precompute.dataset import dataset_info, describe_tokens, open_whole
+from lerobot_lam_diffusion.precompute.dataset import dataset_info, open_whole
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens, resume_hint
 from lerobot_lam_diffusion.precompute.frames import DecodeError, decoder_of
 from lerobot_lam_diffusion.tokens import TokenStore
 from lerobot_lam_diffusion.tokens.episode_hashes import are_known
 from lerobot_lam_diffusion.tokens.frames_digest import frames_digest
-from lerobot_lam_diffusion.tokens.provenance import OF_THE_DATASET, VQ, Provenance
-from lerobot_lam_diffusion.utils.errors import ExtractionError, UserError
+from lerobot_lam_diffusion.tokens.provenance import CONTINUOUS, OF_THE_DATASET, VQ, LamInfo, Provenance
+from lerobot_lam_diffusion.tokens.storage import storage_dtype_of
+from lerobot_lam_diffusion.utils.errors import DatasetError, ExtractionError, UserError
 
 logger = logging.getLogger(__name__)
+
+
+def described_lams(config: DiffusionLamConfig) -> tuple[list[LamInfo], list[Any]]:
+    """Each source's LAM, checked to fit `config`, and its config; weights are hashed, but not loaded."""
+    folders = find_lams(config)
+    shapes = [read_config(folder) for folder in folders]
+    lams = [
+        LamInfo(
+            path=str(source.model_path),
+            revision=None,
+            fingerprint=fingerprint_of(folder),
+            num_learned_tokens=shape.num_learned_tokens,
+            action_latent_dim=shape.action_latent_dim,
+            num_codes=shape.num_codes,
+            token_scale=1.0,  # follows from the weights
+        )
+        for source, folder, shape in zip(config.token_sources, folders, shapes, strict=True)
+    ]
+    check_lams(config, lams)
+    return lams, shapes
 
 
 def cached_stores(
@@ -52,35 +72,34 @@ def cached_stores(
         )
     sources = config.token_sources
     cameras = [dataset_camera(config, str(source.camera_key), dataset_meta, names) for source in sources]
-    lams = open_lams(config)
+    lams, shapes = described_lams(config)
     fps, video_backend = float(dataset_meta.fps), get_safe_default_video_backend()
-    stride = config.lam_frame_stride or proposed_stride(lams, fps)
+    stride = config.lam_frame_stride or proposed_stride(shapes, fps)
     if config.lam_frame_stride is None and stride is not None:
         logger.info(
             "lam_frame_stride is %d: the LAM was trained on pairs some %.2g s apart, and the dataset has %g "
             "fps.", stride, stride / fps, fps,
         )  # fmt: skip
     config.lam_frame_stride = stride or 1
-    device, stores = torch.device(str(config.device)), []
-    for source, camera_key, lam in zip(sources, cameras, lams, strict=True):
+    stores = []
+    kind = VQ if config.lam_use_vq_tokens else CONTINUOUS
+    for camera_key, lam in zip(cameras, lams, strict=True):
         _fetch_frames(dataset_meta, camera_key, video_backend)
-        described = describe_tokens(
-            dataset_info(dataset_meta, camera_key),
-            lam,
+        wanted = Provenance(
+            dataset=dataset_info(dataset_meta, camera_key),
+            lam=lam,
             camera_key=camera_key,
-            lam_path=recorded_path(str(source.model_path)),
             frame_stride=config.lam_frame_stride,
-            use_vq_tokens=config.lam_use_vq_tokens,
+            stride_seconds=config.lam_frame_stride / fps,
+            token_kind=kind,
+            dtype=config.lam_dtype,
+            versions={},
+            storage_dtype=storage_dtype_of(kind, "", lam.num_codes),
+            device=torch.device(str(config.device)).type,
             decoder=decoder_of(dataset_meta, camera_key, video_backend),
         )
-        wanted = replace(described, device=device.type)
         build = partial(
-            _build,
-            wanted=wanted,
-            lam=lam,
-            device=device,
-            dataset_meta=dataset_meta,
-            video_backend=video_backend,
+            _build, wanted=wanted, config=config, dataset_meta=dataset_meta, video_backend=video_backend
         )
         stores.append(CacheEntry.of(wanted).open(dataset_meta, build))
     return stores
@@ -116,8 +135,7 @@ def _earlier_versions(wanted: Provenance) -> list[TokenStore]:
 def _build(
     folder: Path,
     wanted: Provenance,
-    lam: LatentActionModel,
-    device: torch.device,
+    config: DiffusionLamConfig,
     dataset_meta: Any,
     video_backend: str,
 ) -> None:
@@ -126,16 +144,21 @@ def _build(
         "%s.", dataset_meta.total_episodes, dataset_meta.repo_id, wanted.lam.path, wanted.camera_key, folder,
     )  # fmt: skip
     dataset = _whole_dataset(dataset_meta, video_backend)
+    lam = open_lam(config, wanted.lam.path, str(config.device))
+    if lam.fingerprint != wanted.lam.fingerprint:
+        raise ExtractionError(
+            f"the LAM {wanted.lam.path} was replaced while its tokens were being prepared; start again"
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # building must not change a run's random numbers
             precompute_tokens(
                 dataset,
-                lam.to(device),
+                lam,
                 folder,
                 camera_key=wanted.camera_key,
-                lam_path=wanted.lam.path,
+                lam_path=recorded_path(wanted.lam.path),
                 frame_stride=wanted.frame_stride,
-                use_vq_tokens=wanted.token_kind == VQ,
+                use_vq_tokens=config.lam_use_vq_tokens,
                 video_backend=video_backend,
                 extend=_earlier_versions(wanted),
             )
@@ -150,17 +173,23 @@ def _build(
         if hint:
             logger.warning("Stopped while building LAM tokens. %s.", hint)
         raise
-    lam.to("cpu")
-    if device.type == "cuda":
+    if lam.device.type == "cuda":
+        del lam
         torch.cuda.empty_cache()  # the policy needs the memory now
 
 
 def _whole_dataset(dataset_meta: Any, video_backend: str) -> LeRobotDataset:
     """All episodes, whichever of them are trained on; what is not on this machine yet is fetched."""
-    return open_whole(
-        dataset_meta,
-        # None for a dataset in the Hub's cache, which LeRobot opens without a root
-        root=getattr(dataset_meta, "_requested_root", dataset_meta.root),
-        revision=dataset_meta.revision,
-        video_backend=video_backend,
-    )
+    try:
+        return open_whole(
+            dataset_meta,
+            # None for a dataset in the Hub's cache, which LeRobot opens without a root
+            root=getattr(dataset_meta, "_requested_root", dataset_meta.root),
+            revision=dataset_meta.revision,
+            video_backend=video_backend,
+        )
+    except DatasetError as error:
+        raise ExtractionError(
+            "--policy.lam_tokens_path=auto needs all episodes of a dataset on this machine: "
+            f"{error}, or name a token store instead of auto"
+        ) from error

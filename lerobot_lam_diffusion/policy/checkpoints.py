@@ -95,6 +95,11 @@ def load_stock_weights(policy: nn.Module, config: Any, checkpoint: str, own_para
     file = Path(checkpoint) / "model.safetensors"
     if not Path(checkpoint).is_dir():
         file = Path(hf_hub_download(checkpoint, "model.safetensors"))
+    elif not file.is_file():
+        raise TrainingError(
+            f"{flag} has no model.safetensors; name the folder pretrained_model of a stock diffusion "
+            "checkpoint"
+        )
     load_weights(policy, load_file(file), str(file), may_lack=own_parameters)
 
 

@@ -20,6 +20,7 @@ from lerobot_lam_diffusion.utils.errors import LamError, LamNotFoundError, raise
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.lam import LatentActionModel
+    from lerobot_lam_diffusion.tokens.provenance import LamInfo
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def local_fingerprint(path: str) -> str | None:
         return None  # deployment will say so
 
 
-def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel]") -> None:
+def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel | LamInfo]") -> None:
     """Check, by fingerprint and token shape, that each source's LAM is the one that the policy expects.
 
     Raises:
@@ -104,11 +105,12 @@ def check_lams(config: DiffusionLamConfig, lams: "Sequence[LatentActionModel]") 
     sources = config.token_sources
     problems = []
     for source, lam in zip(sources, lams, strict=True):
-        own = lam_problems(config, source, lam, "LAM")
+        own = []
         if config.lam_use_vq_tokens and not lam.num_codes:
             own.append(
                 "it has no codebook, so its tokens are continuous: pass --policy.lam_use_vq_tokens=false"
             )
+        own += lam_problems(config, source, lam, "LAM")
         name = str(source.model_path)
         problems.append((name if len(sources) == 1 else f"{name} for {source.camera_key}", own))
     views = [(source.camera_key, lam.fingerprint) for source, lam in zip(sources, lams, strict=True)]

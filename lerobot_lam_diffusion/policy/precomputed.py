@@ -27,7 +27,6 @@ from lerobot_lam_diffusion.policy.lams import (
     fixed_scale,
     lam_problems,
     local_fingerprint,
-    open_lams,
     record_sources,
     with_shape,
 )
@@ -89,10 +88,10 @@ def resolve_precomputed_sources(
             "--policy.lam_tokens_key to train on the store"
         )
     if sources[0].is_auto:
-        from lerobot_lam_diffusion.policy.auto import cached_stores  # imports precompute
+        from lerobot_lam_diffusion.policy.auto import cached_stores, described_lams  # imports precompute
 
         if names is None and dataset_meta is not None and may_be_exchanged(config, dataset_meta):
-            open_lams(config)  # so that a wrong one fails early
+            described_lams(config)  # so that a wrong one fails early
             logger.info("LAM tokens: waiting for the first batch, which shows the cameras (--rename_map).")
             return None
         stores = cached_stores(config, dataset_meta, names)

@@ -2,7 +2,7 @@
 
 LeRobot looks for a streamed frame at `index / fps` in its video file, whatever the dataset says, and its
 lookback and lookahead are limited. A policy does not know that its dataset is streamed: it recognises this
-from the first batch, before the first step. Problems that a batch does not show (ignored flags,
+from the first such batch, before its step. Problems that a batch does not show (ignored flags,
 `num_workers=0`) are described in the guide.
 """
 
@@ -19,8 +19,8 @@ from lerobot_lam_diffusion.utils.errors import TrainingError, raise_problems
 logger = logging.getLogger(__name__)
 
 
-def refuse_wrong_streaming(config: Any, dataset_meta: Any, batch: dict[str, Any]) -> None:
-    """Refuse a streamed batch of a dataset that LeRobot streams wrongly.
+def refuse_wrong_streaming(config: Any, dataset_meta: Any) -> None:
+    """Refuse a dataset that is streamed, and that LeRobot streams wrongly.
 
     Args:
         config: The policy's.
@@ -29,8 +29,6 @@ def refuse_wrong_streaming(config: Any, dataset_meta: Any, batch: dict[str, Any]
     Raises:
         TrainingError: LeRobot would deliver other frames than the policy asks for.
     """
-    if not is_streamed(batch):
-        return
     raise_problems(
         f"dataset {dataset_meta.repo_id!r} cannot be streamed for this training (its batch has a float64 "
         "`timestamp`, as streamed ones have; else pass it on as float32)",

@@ -64,13 +64,21 @@ class TrainingFigures:
 @contextmanager
 def _unchanged(policy: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore random number generators and buffers afterwards, and forget the weights that autocast cast."""
-    buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
+    # Copies stand in for the buffers: the graph of an earlier batch may hold the buffers themselves.
+    buffers = [
+        (module, name, buffer)
+        for module in policy.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer.clone())
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        yield
-    for buffer, before in buffers:
-        if not torch.equal(buffer, before):  # an earlier batch's graph may hold the others
-            buffer.copy_(before)
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
     torch.clear_autocast_cache()  # casts made without gradients would be used by the pass that follows
 
 

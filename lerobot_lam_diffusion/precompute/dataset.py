@@ -8,6 +8,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from huggingface_hub import is_offline_mode
@@ -114,7 +115,7 @@ def open_readable(
         try:
             return open_whole(meta, episodes=episodes, **options), {}
         except DatasetError as error:
-            if not _hub_lacks_files(error):
+            if _is_unanswered(error):
                 raise DatasetError(
                     f"{error}, or skip what is missing without asking the Hub: HF_HUB_OFFLINE=1"
                 ) from error
@@ -128,13 +129,14 @@ def open_readable(
     return open_whole(meta, episodes=episodes, **options), unreadable
 
 
-def _hub_lacks_files(error: DatasetError) -> bool:
-    """Whether the Hub answered that it has no such files, or is not to be asked. Else it may have them."""
+def _is_unanswered(error: DatasetError) -> bool:
+    """Whether the Hub may have what is missing: it was not reached, or refused. Offline it is not asked."""
     cause = error.__cause__ or error.__context__
     has_no_version = isinstance(cause, RuntimeError) and "codebase version" in str(cause)  # LeRobot's own
     answers = FileNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError
     is_answer = isinstance(cause, answers) and not isinstance(cause, LocalEntryNotFoundError | GatedRepoError)
-    return is_offline_mode() or has_no_version or is_answer
+    of_the_transport = isinstance(cause, OSError | RuntimeError | httpx.HTTPError)
+    return of_the_transport and not (is_offline_mode() or has_no_version or is_answer)
 
 
 def check_dataset(dataset: Any) -> None:

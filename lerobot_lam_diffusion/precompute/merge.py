@@ -1,6 +1,8 @@
 """Merge: the finished shards of an extraction become its store."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from lerobot_lam_diffusion.tokens.store import TokenStore
 from lerobot_lam_diffusion.tokens.writer import write_store
 from lerobot_lam_diffusion.utils.errors import ExtractionError, raise_problems
 from lerobot_lam_diffusion.utils.files import locked, remove_partial, remove_whole
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".merge.lock"
 
@@ -35,17 +39,21 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
         ShardError: shards were damaged, and are unfinished now; extract again.
         OSError: the disk is full or not writable.
     """
-    try:
-        with locked(shards.path / LOCK_FILE, wait=False) as is_locked:
-            if (output_dir / PROVENANCE_FILE).is_file():
-                return None
-            if is_locked:
-                remove_partial(output_dir)
-            store = _write(shards, output_dir)
-            remove_whole(shards.path)
-            return store
-    except Timeout:
-        return None
+    with ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(locked(shards.path / LOCK_FILE, wait=False))
+        except Timeout:
+            return None
+        except OSError as error:  # shards that another user made: they can be read, and moved away
+            logger.warning("%s cannot be locked (%s); merging without a lock.", shards.path, error)
+            is_locked = False
+        if (output_dir / PROVENANCE_FILE).is_file():
+            return None
+        if is_locked:
+            remove_partial(output_dir)
+        store = _write(shards, output_dir)
+        remove_whole(shards.path)
+        return store
 
 
 def merge_unfinished(output_dir: Path) -> TokenStore:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
-from lerobot_lam_diffusion.tokens import TokenStore
+from lerobot_lam_diffusion.tokens import TokenStore, TokenStoreError
 from lerobot_lam_diffusion.tokens.card import CardPicture
-from lerobot_lam_diffusion.utils.errors import UserError
+from lerobot_lam_diffusion.utils.errors import LamError, UserError
 
 if TYPE_CHECKING:
     from lerobot_lam_diffusion.report.frames import Footage
@@ -76,10 +76,15 @@ def open_footage(
     camera_key: str | None = None,
     device: str | None = None,
     tolerance_s: float = 1e-4,
+    episode: int | None = None,
 ) -> tuple[TokenStore, "Footage | None"]:
     """The store and, where a dataset is named, its frames and the LAM; all of them checked.
 
+    Args:
+        episode: That the store must have tokens of.
+
     Raises:
+        TokenStoreError: the store has no tokens of the episode.
         LamError: the LAM predicts no images, or did not make the store.
     """
     if dataset is None:
@@ -91,11 +96,19 @@ def open_footage(
 
     meta = open_metadata(dataset)
     store = TokenStore.open(path, meta)
+    if episode is not None and store.episode_row[episode] < 0:
+        raise TokenStoreError(
+            f"{store.name} has no tokens of episode {episode}: {store.coverage}. Look at one of these, or "
+            "extract the missing ones with lerobot-lam-precompute"
+        )
     camera = store.provenance.camera_key if store.provenance is not None else choose_camera(meta, camera_key)
     loaded = None
     if lam is not None:
-        loaded = lam.load(device, fdm=True)
-        refuse_other_tokens(store, loaded)
         nothing = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-        loaded.predict_next(nothing, torch.zeros(1, loaded.token_dim))  # some LAMs predict no images
+        try:
+            loaded = lam.load(device, fdm=True)
+            loaded.predict_next(nothing, torch.zeros(1, loaded.token_dim))  # some LAMs predict no images
+        except LamError as error:
+            raise LamError(f"{error} To do without predicted frames, leave out --lam.path.") from error
+        refuse_other_tokens(store, loaded)
     return store, Footage(open_dataset(dataset, tolerance_s), camera, loaded)

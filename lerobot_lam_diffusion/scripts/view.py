@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lerobot_lam_diffusion.scripts.command_line import DatasetSource, LamFlags
 from lerobot_lam_diffusion.scripts.report import open_footage
-from lerobot_lam_diffusion.utils.errors import TokenStoreError, UserError
+from lerobot_lam_diffusion.utils.errors import UserError
 
 
 @dataclass
@@ -50,14 +50,9 @@ def view(config: ViewConfig) -> None:
         raise UserError(f"view needs Rerun ({error}): pip install 'lerobot[viz]'") from error
     one = replace(config.dataset, episodes=[config.episode])  # the Hub sends no others
     store, footage = open_footage(
-        config.store, one, config.lam, config.camera_key, config.device, config.tolerance_s
+        config.store, one, config.lam, config.camera_key, config.device, config.tolerance_s, config.episode
     )
     assert footage is not None
-    if store.episode_row[config.episode] < 0:
-        raise TokenStoreError(
-            f"{store.name} has no tokens of episode {config.episode}: {store.coverage}. Look at one of "
-            "these, or extract the missing ones with lerobot-lam-precompute"
-        )
     opened = View(store, footage, config.episode)
     if config.save is None:
         opened.show()

@@ -71,7 +71,13 @@ def _digests(meta: Any, camera_key: str, video: Any) -> tuple[str, str]:
     wanted = [*BOUNDARIES]
     wanted += [f"stats/{feature}/{name}" for feature in (*FEATURES, camera_key) for name in STATISTICS]
     tables = [_numbers(file, wanted) for file in files]
-    table = pa.concat_tables(tables, promote_options="permissive").sort_by("episode_index")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive").sort_by("episode_index")
+    except (pa.ArrowException, KeyError) as error:
+        raise DatasetError(
+            f"the columns of {files[0].parent} and of the other files in {meta.root}/meta/episodes do not "
+            f"fit together ({error}); restore the dataset"
+        ) from error
     columns = [name for name in wanted if name in table.column_names]
     digest = hashlib.sha256()
     for name in columns:

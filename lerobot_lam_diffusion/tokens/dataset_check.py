@@ -185,10 +185,10 @@ def _files(meta: Any, prefix: str, template: str, **names: str) -> dict[Path, li
     found: dict[tuple[float, float], list[int]] = defaultdict(list)
     for episode, numbers in enumerate(zip(chunks, files, strict=True)):
         found[numbers].append(episode)
-    return {
-        Path(template.format(chunk_index=int(chunk), file_index=int(file), **names)): episodes
-        for (chunk, file), episodes in found.items()
-    }
+    paths: dict[Path, list[int]] = defaultdict(list)
+    for (chunk, file), episodes in found.items():  # a template may leave one of the two out
+        paths[Path(template.format(chunk_index=int(chunk), file_index=int(file), **names))] += episodes
+    return paths
 
 
 def image_bytes(image: Any, root: Path, beside: list[Path]) -> bytes:
@@ -197,6 +197,8 @@ def image_bytes(image: Any, root: Path, beside: list[Path]) -> bytes:
     Raises:
         OSError: there is no image, or its file cannot be read.
     """
+    if isinstance(image, bytes):
+        return image
     if not isinstance(image, dict):
         raise FileNotFoundError("a row has no image")
     if image.get("bytes") is not None:

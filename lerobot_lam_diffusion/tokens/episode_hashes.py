@@ -218,8 +218,8 @@ class _Packets:
         before = (after - 1).clip(min=0)
         nearest = np.where(seconds - self._times[before] <= self._times[after] - seconds, before, after)
         shown = self._by_time[nearest]
-        keyframe = bisect_right(self._keyframes, int(shown.min())) - 1
-        first = self._keyframes[keyframe] if keyframe >= 0 else 0
+        keyframe = max(0, bisect_right(self._keyframes, int(shown.min())) - 1)
+        first = self._keyframes[keyframe] if self._keyframes else 0
         digest = hashlib.sha256(b"video" + self._codec)
         digest.update(b"".join(self._digests[first : int(shown.max()) + 1]))
         digest.update(_numbers(shown - first) + _numbers(np.arange(len(shown))))

@@ -52,6 +52,8 @@ def frames_digest(meta: Any, camera_key: str) -> str | None:
 
 
 def _digest(meta: Any, camera_key: str) -> str | None:
+    if meta.episodes is None:
+        return None
     root = Path(meta.root)
     is_video = camera_key in meta.video_keys
     names = [name for name in _BOUNDARIES if name in meta.episodes.column_names]

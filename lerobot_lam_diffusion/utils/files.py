@@ -102,7 +102,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
             raise
-        logger.warning("%s cannot be locked (%s); continuing without a lock.", path.parent, error)
+        if wait:
+            logger.warning("%s cannot be locked (%s); continuing without a lock.", path.parent, error)
     try:
         yield lock.is_locked
     finally:
@@ -133,6 +134,8 @@ def refuse_existing(path: Path, flag: str = "--output_dir") -> None:
         FileExistsError: `path` is a file or a folder that is not empty.
         NotADirectoryError, PermissionError: nothing can be made there.
     """
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path} is a link to nowhere; choose another {flag} or remove it first")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "exists already and is not empty" if path.is_dir() else "exists already"
         raise FileExistsError(f"{path} {what}; choose another {flag} or remove it first")

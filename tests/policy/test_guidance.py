@@ -181,7 +181,7 @@ def test_a_store_of_another_camera_warns(checkpoints, store, caplog):
 @pytest.mark.slow
 def test_a_store_guides_without_any_lam(checkpoints, store):
     """On the robot: no LAM is loaded, its code not even imported."""
-    folder = checkpoints(*NEXT, use_precomputed_lam_tokens=True)
+    folder = checkpoints(*NEXT, use_precomputed_lam_tokens=True, vision_backbone="resnet18")
     program = f"""
 import sys, torch
 from lerobot_lam_diffusion import DiffusionLamPolicy

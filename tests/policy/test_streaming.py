@@ -130,10 +130,12 @@ def test_frames_beyond_the_first_video_file_are_refused(several_files, make_stor
                 policy.forward(preprocessor(batch))
 
 
-def test_a_policy_refuses_its_first_batch_as_often_as_it_is_asked(several_files, make_store):
+def test_a_streamed_batch_is_refused_whenever_it_comes(several_files, make_store):
     config = lam_config(lam_tokens_path=str(make_store(several_files).path))
     policy, preprocessor = build(config, several_files)
-    batch = preprocessor(training_batch(config, several_files, [1, 2]) | STREAMED)
+    batch = preprocessor(training_batch(config, several_files, [1, 2]))
+    policy.forward(batch)  # of the dataset on disk
+    batch |= STREAMED
     for _ in range(2):
         with pytest.raises(UserError, match="wrong for 2 of 3 episodes"):
             policy.forward(batch)
@@ -158,12 +160,11 @@ def test_a_policy_refuses_its_first_batch_as_often_as_it_is_asked(several_files,
 def test_windows_that_streaming_cannot_look_over(dataset, fields, message):
     """LeRobot fills them up with copies of other frames, without a word in the loss."""
     config = live_config("x", **fields)
-    refuse_wrong_streaming(config, dataset.meta, {"timestamp": torch.zeros(2)})  # not streamed
     if message is None:
-        refuse_wrong_streaming(config, dataset.meta, STREAMED)
+        refuse_wrong_streaming(config, dataset.meta)
     else:
         with pytest.raises(UserError, match=message):
-            refuse_wrong_streaming(config, dataset.meta, STREAMED)
+            refuse_wrong_streaming(config, dataset.meta)
 
 
 @needs_torchcodec

@@ -74,6 +74,7 @@ def test_a_missing_video_is_named_without_asking_the_hub(root, hub):
         (RuntimeError("Data processing error: the transport broke"), False),
         (RuntimeError(MISSING_VERSION_TAG_MESSAGE), True),
         (FileNotFoundError("no such file in the repository"), True),
+        (ValueError("no name that the Hub knows"), True),
     ],
 )
 def test_a_hub_that_does_not_answer_makes_no_episode_missing(root, failure, is_answer, monkeypatch):

@@ -9,7 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-from lerobot_lam_diffusion.tokens.dataset_check import absent_files, channels_of, check_metadata, not_rgb
+from lerobot_lam_diffusion.tokens.dataset_check import (
+    absent_files,
+    channels_of,
+    check_metadata,
+    files_of,
+    not_rgb,
+)
 from lerobot_lam_diffusion.utils.errors import DatasetError
 from tests.conftest import TOP
 from tests.parquet import change_column, episodes_file
@@ -62,6 +68,12 @@ CONTRADICTIONS = {
 
 def test_metadata_as_recorded_are_accepted(dataset):
     check_metadata(dataset.meta)
+
+
+def test_episodes_of_a_file_that_two_numbers_name(copy):
+    info(video_path="videos/{video_key}.mp4")(copy)
+    column(f"videos/{TOP}/file_index", [0, 0, 1, 1, 2])(copy)
+    assert files_of(opened(copy), TOP) == {Path(f"videos/{TOP}.mp4"): [0, 1, 2, 3, 4]}
 
 
 @pytest.mark.parametrize(("change", "expected"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
