@@ -166,7 +166,7 @@ def test_forward_on_a_batch_that_brings_its_tokens():
     ("batch", "message"),
     [
         ({OBS_LAM_TOKENS: torch.zeros(4, 2, 32)}, "shape (4, 2, 32), expected (B, at least 1, 64)"),
-        ({}, "no LAM tokens under 'observation.lam_tokens', and cannot be looked up, as it has no 'index'"),
+        ({}, "and they cannot be looked up, as it has no 'index'"),
         ({"index": torch.tensor([0])}, "no token store open: wrap the dataset in LamTokenDataset"),
     ],
 )

@@ -44,9 +44,10 @@ def merge_shards(shards: ShardFolder, output_dir: Path) -> TokenStore | None:
             is_locked = stack.enter_context(locked(shards.path / LOCK_FILE, wait=False))
         except Timeout:
             return None
-        except OSError as error:  # shards that another user made: they can be read, and moved away
-            logger.warning("%s cannot be locked (%s); merging without a lock.", shards.path, error)
+        except OSError:  # shards that another user made: they can be read, and moved away
             is_locked = False
+        if not is_locked:
+            logger.warning("%s cannot be locked; merging without a lock.", shards.path)
         if (output_dir / PROVENANCE_FILE).is_file():
             return None
         if is_locked:
