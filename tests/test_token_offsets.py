@@ -177,6 +177,7 @@ def test_tokens_of_other_frames_are_refused(dataset, store):
         policy.forward(batch)
 
 
+@pytest.mark.slow
 def test_two_cameras_look_ahead_side_by_side(make_store, tmp_path):
     cameras = [TOP, "observation.images.side"]
     data = record_dataset(tmp_path / "two", lengths=(9, 7), cameras=cameras)

@@ -65,6 +65,7 @@ def test_every_command_of_a_page_is_accepted(page, checkpoint, at_the_root, caps
     assert not refused, "\n".join(refused)
 
 
+@pytest.mark.slow
 def test_every_flag_that_the_text_mentions_exists():
     known = known_flags() | OTHERS_FLAGS
     found = {page.name: mentioned_flags(page) for page in PAGES}

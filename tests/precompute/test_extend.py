@@ -55,6 +55,7 @@ def test_a_grown_dataset_has_the_bytes_of_a_fresh_extraction(use_videos, tmp_pat
     TokenStore.open(extended.store.path, new.meta)
 
 
+@pytest.mark.slow
 def test_copied_episodes_take_no_memory_until_their_shard_is_begun(tmp_path, extract, lam):
     """Shards whose episodes are all copied are written at once; in the others the rest is encoded."""
     old = record_dataset(tmp_path / "old", lengths=LENGTHS)
@@ -64,6 +65,7 @@ def test_copied_episodes_take_no_memory_until_their_shard_is_begun(tmp_path, ext
     assert same_files(extended.store, extract(new, shard_frames=10).store)
 
 
+@pytest.mark.slow
 def test_an_episode_shorter_than_the_stride(tmp_path, extract):
     old = record_dataset(tmp_path / "old", lengths=(9, 2, 8))
     new = record_more(tmp_path / "new", old)

@@ -94,6 +94,7 @@ def test_shares_of_transitions_sum_to_one(store):
     assert all(abs(total - 1) < 1e-9 or total == 0 for total in rows.tolist())
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_last_episode_are_no_frames(store, dataset, tmp_path):
     root = with_rows_beyond(dataset, tmp_path / "data")
     opened = LeRobotDataset(dataset.repo_id, root=root, video_backend="pyav", return_uint8=True)

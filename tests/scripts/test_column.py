@@ -50,6 +50,7 @@ def test_verify_of_a_dataset(column_root, lam_folder, capsys):
 
 
 @pytest.mark.parametrize("kind", ["store", pytest.param("continuous_store", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_verify_of_a_derived_dataset(kind, source, lam_folder, tmp_path, capsys, request):
     """Its video was encoded again: tokens of its frames are nearly those that the column has."""
     root = tmp_path / "data"

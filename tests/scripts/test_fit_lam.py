@@ -92,6 +92,7 @@ def test_resume_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     assert (broken / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_fit_stopped_before_its_first_checkpoint_is_simply_run_again(arguments, tmp_path, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt

@@ -63,6 +63,7 @@ def same_files(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in (TENSORS_FILE, PROVENANCE_FILE))
 
 
+@pytest.mark.slow
 def test_all_spellings_give_the_same_store(flags, dataset, lam_folder, store, tmp_path, capsys):
     config = tmp_path / "x.yaml"
     config.write_text(YAML.format(root=dataset.root, lam=lam_folder, camera=TOP))
@@ -269,6 +270,7 @@ def test_torchrun_shares_the_work(flags, store, tmp_path):
     assert os.listdir(tmp_path) == ["store"]
 
 
+@pytest.mark.slow
 def test_a_job_array_and_its_last_merge_by_hand(flags, store, tmp_path, capsys):
     main(flags(shard_frames=1, shard_index=0, num_shards=2))
     told = capsys.readouterr().out

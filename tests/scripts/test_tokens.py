@@ -221,6 +221,7 @@ def on(root, lam_folder):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_verify_allows_for_late_frames_as_extraction_does(late, make_store, lam_folder, capsys):
     store = make_store(LeRobotDataset("local/squares", root=late, tolerance_s=0.05, video_backend="pyav"))
     told = refusal(main, ["verify", store.path, *on(late, lam_folder)])
