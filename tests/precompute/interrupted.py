@@ -87,6 +87,7 @@ def run_as(
 
 def command_stopped_by(number: int, at_write: int, argv: list[str], told: Path) -> None:
     """`lerobot-lam-precompute`, which gets a signal at a write; its stderr goes to a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     output_dir = next(Path(word.split("=")[1]) for word in argv if word.startswith("--output_dir="))
     on_writes(output_dir.parent, lambda k: k == at_write and os.kill(os.getpid(), number))
     with told.open("w") as stderr:

@@ -96,7 +96,7 @@ def test_a_stopped_command_says_how_to_go_on(server, where, undisturbed, tmp_pat
         "--device=cpu", "--batch_size=8", "--shard_frames=1", "--num_workers=1",
     ]  # fmt: skip
     told = tmp_path / "told.txt"
-    process = server.Process(target=interrupted.command_stopped_by, args=(number, 12, argv, told))
+    process = server.Process(target=interrupted.command_stopped_by, args=(number, 20, argv, told))
     process.start()
     process.join(60)
     assert process.exitcode == 130
