@@ -19,7 +19,8 @@ def test_probe_tells_meaning_from_chance():
     result = probe(tokens[:400], changes[:400], tokens[400:], changes[400:])
     assert result.token > 0.99
     assert result.shuffled < 0.05
-    noise = probe(torch.randn(400, 8), changes[:400], torch.randn(200, 8), changes[400:])
+    others = torch.randn(600, 8, generator=generator)
+    noise = probe(others[:400], changes[:400], others[400:], changes[400:])
     assert noise.token < 0.1
 
 
