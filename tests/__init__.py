@@ -1,0 +1,1 @@
+TOP = "observation.images.top"  # the camera of most datasets here

@@ -32,12 +32,12 @@ from lerobot_lam_diffusion.lam.villa_x.decoder import Decoder
 from lerobot_lam_diffusion.lam.villa_x.encoder import Encoder
 from lerobot_lam_diffusion.precompute.engine import precompute_tokens
 from lerobot_lam_diffusion.tokens import TokenStore
+from tests import TOP
 from tests.parquet import change_column, data_file
 
 settings.register_profile("untimed", deadline=None)  # machines are busy
 settings.load_profile("untimed")
 
-TOP = "observation.images.top"
 EPISODE_LENGTHS = (14, 9, 17, 8, 12)
 FPS = 10
 SIZE = 48

@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lerobot_lam_diffusion import DiffusionLamConfig
 from lerobot_lam_diffusion.utils.errors import UserError
+from tests import TOP
 
 
 class NarrowResNet(ResNet):
@@ -30,8 +31,6 @@ class NarrowResNet(ResNet):
 
 
 torchvision.models.resnet_narrow = NarrowResNet  # LeRobot looks a backbone up here, by its name
-
-TOP = "observation.images.top"  # of `conftest.py`, which imports the LAM code
 
 SMALL = {
     "device": "cpu",

@@ -28,8 +28,9 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
             episodes that it does not have.
     """
     raise_problems("these flags do not work", config.problems())
+    root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
     try:
-        _refuse_lance(config.repo_id, Path(config.root or HF_LEROBOT_HOME / config.repo_id))
+        _refuse_lance(config.repo_id, root)
         if config.root is not None and is_local(config.root):
             _refuse_absent_metadata(config.repo_id, Path(config.root))
         meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
@@ -44,7 +45,6 @@ def open_metadata(config: DatasetSource) -> LeRobotDatasetMetadata:
         ) from error
     except Exception as error:  # `datasets`, Arrow and the Hub's client have errors of their own
         reason = first_line(str(error) or type(error).__name__)  # `strerror` would not name the file
-        root = Path(config.root or HF_LEROBOT_HOME / config.repo_id)
         raise DatasetError(
             f"the metadata of dataset {config.repo_id!r} cannot be read in {root / 'meta'}, nor fetched from "
             f"the Hub ({reason}); correct --dataset.repo_id or --dataset.root, or restore the files"
