@@ -125,17 +125,18 @@ def test_conveyor_records_fits_and_measures_every_arm(number, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [6, 8, 11], ids=["keypoints", "pictures", "pendulum"])
+@pytest.mark.parametrize("number", [6, 8, 11, 14], ids=["keypoints", "pictures", "pendulum", "flow"])
 def test_closed_loop_acts_in_the_arena_with_live_tokens(number, tmp_path, monkeypatch):
     """Whatever the policy sees, the token is computed from rendered frames."""
-    small = {"HELD_OUT": 2, "STARTS": 2, "LAM_BATCH": 4, "LAM": lams.LamChoice(2, uses_state=True)}
+    small = {"HELD_OUT": 2, "STARTS": 2, "LAM_BATCH": 4}
     for name, value in small.items():
         monkeypatch.setattr(closed_loop, name, value)
     monkeypatch.setattr(pendulum, "EPISODES", 4)
     root, study = tmp_path / "demonstrations", closed_loop.STUDIES[number]
     if isinstance(study.task, closed_loop.PushT):
         record_pusht(root, "local/near", 4, near_goal=True, first_seed=20_000)
-    study = dataclasses.replace(study, task=dataclasses.replace(study.task, longest=6), budget=TINY)
+    task, lam = dataclasses.replace(study.task, longest=6), dataclasses.replace(study.lam, steps=2)
+    study = dataclasses.replace(study, task=task, lam=lam, budget=TINY)
     monkeypatch.setitem(closed_loop.STUDIES, number, study)
     command = [f"--dataset.root={root}", f"--work_dir={tmp_path}", "--seeds", "0", f"--study={number}"]
     closed_loop.main(command)

@@ -1,4 +1,4 @@
-"""What a LAM is fitted to: the next frame through the FDM, and the state's change through a small head."""
+"""What a LAM is fitted to: the next frame through the FDM, and what changed through a small head."""
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,17 @@ from .data import moving_pixels
 from .recipe import GROUND, QUANTISE, FitRecipe
 
 
-class StateHead(nn.Module):
+class ChangeHead(nn.Module):
     """The proprioceptive FDM: (state, token) → change of the state; not part of the saved LAM.
 
-    States and changes are standardised by the given statistics.
+    Without a state, token → optical flow. Both sides are standardised by the given statistics.
+
+    Args:
+        term: name of its loss.
+        weight: of its loss.
+        token_dim: n·a.
+        states: (S, W), or None.
+        changes: (S, C), what tokens have to explain.
     """
 
     state_mean: Tensor
@@ -24,32 +31,43 @@ class StateHead(nn.Module):
     change_mean: Tensor
     change_std: Tensor
 
-    def __init__(self, token_dim: int, states: Tensor, changes: Tensor, hidden: int = 64):
+    def __init__(
+        self,
+        term: str,
+        weight: float,
+        token_dim: int,
+        states: Tensor | None,
+        changes: Tensor,
+        hidden: int = 64,
+    ):
         super().__init__()
-        width = states.shape[1]
-        self.layers = nn.Sequential(nn.Linear(token_dim + width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.linear = nn.Linear(token_dim, width)
+        self.term, self.weight = term, weight
+        inputs, outputs = token_dim + (0 if states is None else states.shape[1]), changes.shape[1]
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+        self.linear = nn.Linear(token_dim, outputs)
         for name, tensor in (("state", states), ("change", changes)):
-            self.register_buffer(f"{name}_mean", tensor.mean(0))
-            self.register_buffer(f"{name}_std", tensor.std(0) + 1e-6)
+            if tensor is not None:
+                self.register_buffer(f"{name}_mean", tensor.mean(0))
+                self.register_buffer(f"{name}_std", tensor.std(0) + 1e-6)
 
-    def loss(self, tokens: Tensor, state: Tensor, change: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, state: Tensor | None, change: Tensor) -> Tensor:
         """Mean squared standardised error; a constant prediction gives 1."""
-        state = (state - self.state_mean) / self.state_std
-        change = (change - self.change_mean) / self.change_std
-        predicted = self.linear(tokens) + self.layers(torch.cat([tokens, state], dim=1))
-        return F.mse_loss(predicted, change)
+        inputs = [tokens]
+        if state is not None:
+            inputs.append((state - self.state_mean) / self.state_std)
+        predicted = self.linear(tokens) + self.layers(torch.cat(inputs, dim=1))
+        return F.mse_loss(predicted, (change - self.change_mean) / self.change_std)
 
 
 class FitModel(nn.Module):
     """A LAM in training."""
 
-    def __init__(self, config: LamConfig, recipe: FitRecipe, state_head: StateHead | None):
+    def __init__(self, config: LamConfig, recipe: FitRecipe, change_head: ChangeHead | None):
         super().__init__()
         self.config, self.recipe = config, recipe
         self.encoder, self.vq, self.decoder = Encoder(config), Quantizer(config), Decoder(config)
         self.vq.requires_grad_(False)  # its rows follow moving averages
-        self.state_head = state_head
+        self.change_head = change_head
 
     def encode(self, prev: Tensor, cur: Tensor) -> Tensor:
         """uint8 (B, 3, R, R) each → continuous tokens (B, n·a)."""
@@ -68,7 +86,7 @@ class FitModel(nn.Module):
 
         Args:
             prev, cur: uint8 (B, 3, R, R).
-            state, change: (B, S), or None.
+            state, change: what the change head is given and has to predict, (B, W) and (B, C); None for none.
             phase: a phase of the recipe.
             generator: CPU generator for the noise.
 
@@ -87,10 +105,10 @@ class FitModel(nn.Module):
         else:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
             latents = tokens + recipe.noise * noise
-        if self.state_head is not None and recipe.state_weight:
-            assert state is not None
+        head = self.change_head
+        if head is not None:
             assert change is not None
-            terms["state"] = recipe.state_weight * self.state_head.loss(latents, state, change)
+            terms[head.term] = head.weight * head.loss(latents, state, change)
         if phase != GROUND:
             terms["pixels"] = self._pixel_loss(prev, cur, latents)
         return terms, tokens, indices

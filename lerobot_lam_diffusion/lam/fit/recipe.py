@@ -8,15 +8,18 @@ from lerobot_lam_diffusion.utils.errors import LamError
 from ..villa_x.config import LamConfig
 
 GROUND, DRAW, QUANTISE = "ground", "draw", "quantise"
+STATE_TERM, FLOW_TERM = "state", "flow"
+"""Terms of the loss that tie tokens to what changed."""
 
 
 @dataclass(frozen=True)
 class FitRecipe:
     """Three phases under one learning-rate schedule.
 
-    *ground*: the tokens learn to predict the change of the state, without pixels (skipped if the data have no
-    state). *draw*: the FDM joins in, while the tokens are still continuous and noisy. *quantise*: the
-    codebook is initialised to the k-means centres of the tokens, and training continues through it.
+    *ground*: the tokens learn to predict the change of the state, or the optical flow if the data have no
+    state; the FDM rests. *draw*: the FDM joins in, while the tokens are still continuous and noisy.
+    *quantise*: the codebook is initialised to the k-means centres of the tokens, and training continues
+    through it.
 
     Args:
         steps: total number of optimiser steps.
@@ -25,7 +28,9 @@ class FitRecipe:
         learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay to 5 % of it.
         warmup_steps: steps of the linear warm-up.
         ground_share, draw_share: share of `steps` spent in the first two phases.
-        state_weight: weight of the state head's loss (the proprioceptive FDM); 0 switches it off.
+        state_weight: weight of the loss that ties tokens to the state's change; 0 ties them to the flow.
+        flow_weight: weight of the loss that ties tokens to the optical flow where there is no state; with 0 a
+            small LAM's tokens collapse, since its FDM learns to predict without them.
         moving_weight: extra loss weight of a pixel that changes over one that does not.
         noise: standard deviation of the noise on continuous tokens; makes distances between tokens matter.
         token_penalty: weight of the tokens' mean square; keeps both slots around one centre.
@@ -41,6 +46,7 @@ class FitRecipe:
     ground_share: float = 0.2
     draw_share: float = 0.2
     state_weight: float = 1.0
+    flow_weight: float = 1.0
     moving_weight: float = 30.0
     noise: float = 0.3
     token_penalty: float = 0.01
@@ -54,9 +60,9 @@ class FitRecipe:
                 "than 1: the rest of the steps is for the codebook."
             )
 
-    def phase(self, step: int, has_state: bool) -> str:
-        """The phase of a step, counted from 0."""
-        if step < self.ground_share * self.steps and has_state and self.state_weight:
+    def phase(self, step: int, is_grounded: bool) -> str:
+        """The phase of a step, counted from 0; tokens that are tied to nothing skip the first one."""
+        if step < self.ground_share * self.steps and is_grounded:
             return GROUND
         return DRAW if step < self.quantise_from else QUANTISE
 

@@ -9,15 +9,16 @@ from ..preprocess import standardize
 from ..villa_x.config import LamConfig
 from .codebook import CodebookAverages, kmeans
 from .data import FitData
+from .flow import mean_flow
 from .motion_init import init_decoder, init_encoder
-from .objective import FitModel, StateHead
-from .recipe import QUANTISE, FitRecipe
+from .objective import ChangeHead, FitModel
+from .recipe import FLOW_TERM, QUANTISE, STATE_TERM, FitRecipe
 from .training import Training
 
 CHECKPOINT_FILE = "fit_checkpoint.pt"
 
 _INIT_PAIRS = 256
-_KMEANS_PAIRS = 4096
+_KMEANS_PAIRS = _FLOW_PAIRS = 4096
 _RESTART_EVERY = 50
 _RESTART_UNTIL = 0.8
 """Share of the steps after which no dead row is restarted, so that the last ones can settle."""
@@ -42,7 +43,7 @@ class Fit(Training):
         super().__init__(recipe, data, device)
         self.config = config
         torch.manual_seed(recipe.seed)
-        self.model = FitModel(config, recipe, self._state_head()).to(self.device)
+        self.model = FitModel(config, recipe, self._change_head()).to(self.device)
         self._init_from_data()
         self.averages = CodebookAverages(self.model.vq, recipe.codebook_decay)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -52,10 +53,12 @@ class Fit(Training):
         step, recipe, generator = self.step, self.recipe, self._generator(self.step)
         if step == recipe.quantise_from:
             self._start_codebook()
-        phase = recipe.phase(step, self.model.state_head is not None)
+        phase = recipe.phase(step, self.model.change_head is not None)
         later = self.pairs[torch.randint(len(self.pairs), (recipe.batch_size,), generator=generator)]
         prev, cur = self._frames(later)
-        terms, tokens, indices = self.model.losses(prev, cur, *self._states(later), phase, generator)
+        terms, tokens, indices = self.model.losses(
+            prev, cur, *self._changes(later, prev, cur), phase, generator
+        )
         self._descend(torch.stack(list(terms.values())).sum())
         if phase == QUANTISE:
             assert indices is not None
@@ -79,17 +82,27 @@ class Fit(Training):
         """`count` pairs to fit, the same ones every time (with repetition where there are fewer)."""
         return self.pairs[torch.randint(len(self.pairs), (count,), generator=self._generator(-1))]
 
-    def _states(self, later: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.data.states is None:
+    def _change_head(self) -> ChangeHead | None:
+        recipe, dim = self.recipe, self.config.token_dim
+        if recipe.state_weight and self.data.states is not None:
+            changes = self.data.state_changes(self.pairs)
+            if changes.any():
+                return ChangeHead(STATE_TERM, recipe.state_weight, dim, self.data.states[self.pairs], changes)
+        if not recipe.flow_weight:
+            return None
+        chunks = self._sample(_FLOW_PAIRS).split(256)
+        flows = torch.cat([mean_flow(*self._frames(chunk)) for chunk in chunks])
+        return ChangeHead(FLOW_TERM, recipe.flow_weight, dim, None, flows)
+
+    def _changes(self, later: Tensor, prev: Tensor, cur: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the change head is given and what it has to predict."""
+        if self.model.change_head is None:
             return None, None
+        if self.model.change_head.term == FLOW_TERM:
+            return None, mean_flow(prev, cur)
+        assert self.data.states is not None
         before = self.data.states[later - self.data.frame_stride].to(self.device)
         return before, self.data.state_changes(later).to(self.device)
-
-    def _state_head(self) -> StateHead | None:
-        if self.data.states is None or not self.recipe.state_weight:
-            return None
-        states = self.data.states[self.pairs]
-        return StateHead(self.config.token_dim, states, self.data.state_changes(self.pairs))
 
     def _init_from_data(self) -> None:
         prev, cur = map(standardize, self._frames(self._sample(_INIT_PAIRS)))

@@ -26,6 +26,7 @@ from torch import Tensor
 from lerobot_lam_diffusion import DiffusionLamPolicy
 from lerobot_lam_diffusion.demo.pusht import PushTEnv, make_env
 from lerobot_lam_diffusion.lam import load_lam
+from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, STATE_TERM
 
 from . import lams, pendulum
 from .data import ACTION, ENV, STATE, Recorded, pusht, reset_to_start
@@ -33,7 +34,7 @@ from .lams import LamChoice, Tokens
 from .policies import Budget, Pictures, Windows, errors, train
 from .results import Results
 
-LAM, LAM_BATCH, PRESET = LamChoice(1200, uses_state=True), 32, "compact"
+LAM, LAM_BATCH, PRESET = LamChoice(1200, STATE_TERM), 32, "compact"
 HELD_OUT = 40  # episodes that the LAM's probe is measured on; the policy's test are new starts
 FIRST_START, STARTS = 50_000, 200  # seeds of the test's starts; no demonstration has one of them
 BUDGET = Budget(steps=20_000, learning_rate=1e-3, down_dims=(64, 128), ema=0.999)
@@ -113,12 +114,14 @@ class Study:
         windows: What the policy sees: keypoints or pictures, and the state.
         conditions: By name; the first one is what the others are compared with.
         budget: Of each training; `--steps` replaces its steps.
+        lam: Whose tokens they are.
     """
 
     task: PushT | Pendulum
     windows: type[Windows]
     conditions: dict[str, Condition]
     budget: Budget = BUDGET
+    lam: LamChoice = LAM
 
 
 NEAR = PushT(near_goal=True, longest=150)
@@ -147,6 +150,17 @@ STUDIES = {
             "true state change with 1 observation": (1, "true state change"),
         },
         Budget(steps=4_000, n_action_steps=2),
+    ),
+    14: Study(
+        Pendulum(pendulum.LONGEST),
+        Windows,
+        {
+            "stock with 1 observation": (1, "stock"),
+            "latest with 1 observation": (1, "latest"),
+            "tokens of other episodes with 1 observation": (1, "shuffled"),
+        },
+        Budget(steps=4_000, n_action_steps=2),
+        replace(LAM, tied_to=FLOW_TERM),
     ),
 }
 
@@ -218,21 +232,23 @@ def act(policy: DiffusionLamPolicy, windows: Windows, arena: Arena, steps: int, 
             return
 
 
-def seen_by(which: str, data: Recorded, work_dir: Path, device: str) -> tuple[Tokens | None, Token | None]:
+def seen_by(
+    which: str, lam: LamChoice, data: Recorded, work_dir: Path, device: str
+) -> tuple[Tokens | None, Token | None]:
     """A condition's tokens in training, and how it comes by them in the arena."""
     if which == "stock":
         return None, None
     if which == "true state change":
         return lams.state_changes(data), lambda _, state, __, now: now - state
     how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
-    tokens = lams.of_lam(LAM, "vq", data, **how)
+    tokens = lams.of_lam(lam, "vq", data, **how)
     if which == "shuffled":
         pool, generator = tokens.store.values[data.train_frames], torch.Generator().manual_seed(3)
         return lams.of_other_episodes(tokens, data), lambda before, *_: pool[
             torch.randint(len(pool), (len(before),), generator=generator)
         ]
-    lam = load_lam(lams.fitted(LAM, data, **how), device=device)
-    return tokens, lambda before, _, now, __: lam.encode_pairs(before, now).of_kind(True).cpu()
+    encoder = load_lam(lams.fitted(lam, data, **how), device=device)
+    return tokens, lambda before, _, now, __: encoder.encode_pairs(before, now).of_kind(True).cpu()
 
 
 def results_of(study: int, work_dir: Path) -> Results:
@@ -268,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             started = time.perf_counter()
             n_obs_steps, which = study.conditions[condition]
-            tokens, token = seen_by(which, data, folder, args.device)
+            tokens, token = seen_by(which, study.lam, data, folder, args.device)
             windows = study.windows(data, n_obs_steps, budget.horizon, tokens, (0,))
             policy = train(windows, data.train_frames, budget, seed, args.device)
             trained = time.perf_counter() - started

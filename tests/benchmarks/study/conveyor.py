@@ -21,6 +21,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
 from lerobot_lam_diffusion.demo.quiet import quiet_recording
+from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, STATE_TERM
 
 from . import lams
 from .data import ACTION, ENV, IMAGE, STATE, Recorded, load
@@ -53,7 +54,8 @@ class Study:
     conditions: dict[str, Condition]
 
 
-SHORT, PIXELS, PLACE = LamChoice(400), LamChoice(1200), LamChoice(1200, uses_state=True)
+SHORT, PIXELS = LamChoice(400), LamChoice(1200)
+PLACE, OF_FLOW = LamChoice(1200, STATE_TERM), LamChoice(1200, FLOW_TERM)
 STUDIES = {
     2: Study(
         120,
@@ -76,6 +78,16 @@ STUDIES = {
             "1 observation and token, LAM fitted with the block's place": (1, "latest", PLACE),
             "1 observation and such a token of another episode": (1, "shuffled", PLACE),
             "1 observation and token, LAM of pixels alone": (1, "latest", PIXELS),
+        },
+    ),
+    13: Study(
+        400,
+        Budget(every=1, steps=2000),
+        True,
+        {
+            "stock, 1 observation": (1, None, None),
+            "1 observation and token, LAM of pixels and their flow": (1, "latest", OF_FLOW),
+            "1 observation and such a token of another episode": (1, "shuffled", OF_FLOW),
         },
     ),
 }

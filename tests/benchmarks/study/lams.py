@@ -12,7 +12,7 @@ from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.codebook import kmeans
 from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.objective import FitModel
-from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, PRESETS, STATE_TERM, FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import probe
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
 from lerobot_lam_diffusion.tokens import TokenStore
@@ -27,19 +27,19 @@ class LamChoice:
 
     Attributes:
         steps: Of the fit; 0: its starting point, which the package computes from the data.
-        uses_state: Whether the fit has the state's term, beside that of the pixels.
+        tied_to: The term that the fit has beside that of the next frame: `STATE_TERM`, `FLOW_TERM` or none.
         is_random: Weights as PyTorch draws them, instead; the codebook still holds k-means centres.
         stride: Gap of a frame pair, in the fit and in the tokens.
     """
 
     steps: int
-    uses_state: bool = False
+    tied_to: str | None = None
     is_random: bool = False
     stride: int = 1
 
     @property
     def name(self) -> str:
-        kind = "random" if self.is_random else f"{'state' if self.uses_state else 'pixels'}_{self.steps}"
+        kind = "random" if self.is_random else f"{self.tied_to or 'pixels'}_{self.steps}"
         return f"{kind}_stride{self.stride}"
 
 
@@ -74,8 +74,9 @@ def fitted(choice: LamChoice, data: Recorded, folder: Path, batch_size: int, pre
     if (path / "model.safetensors").exists():
         return path
     started = time.process_time()
-    states = data.columns[STATE] if choice.uses_state else None
-    recipe = FitRecipe(steps=max(choice.steps, 1), batch_size=batch_size)
+    states = data.columns[STATE] if choice.tied_to == STATE_TERM else None
+    flow_weight = float(choice.tied_to == FLOW_TERM)
+    recipe = FitRecipe(steps=max(choice.steps, 1), batch_size=batch_size, flow_weight=flow_weight)
     fit = Fit(
         PRESETS[preset], recipe, FitData(data.frames, data.episode, states, choice.stride, data.held_out)
     )

@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, STATE_TERM
+
 from . import lams
 from .data import Recorded, pusht
 from .lams import LamChoice, Tokens
@@ -27,9 +29,9 @@ HELD_OUT = 40  # the last episodes; of 206, 166 are left for training
 SEEDS = (0, 1, 2)
 FULL = 600  # steps of a LAM's fit
 LAM_BATCH, PRESET = 32, "compact"
-PIXELS, WITH_STATE = LamChoice(FULL), LamChoice(FULL, uses_state=True)
+PIXELS, WITH_STATE = LamChoice(FULL), LamChoice(FULL, STATE_TERM)
 RANDOM = LamChoice(0, is_random=True)
-INFORMATIVE = LamChoice(1200, uses_state=True)
+INFORMATIVE, OF_FLOW = LamChoice(1200, STATE_TERM), LamChoice(1200, FLOW_TERM)
 BUDGET = Budget()
 LONG = 3000  # steps, to see whether what is found hangs on the short training
 
@@ -151,7 +153,7 @@ def study_5() -> list[Condition]:
         token(4, f"2 obs, {LONG} steps: latest", long, steps=LONG),
     ]
     for steps in (25, 75, 200):
-        lam = LamChoice(steps, uses_state=True)
+        lam = LamChoice(steps, STATE_TERM)
         found.append(Condition(2, f"1 obs: LAM of {steps} steps", one, 1, lam=lam))
     for demonstrations in (25, 100):
         few = f"{demonstrations} demos, 2 obs: stock"
@@ -179,7 +181,21 @@ def study_9() -> list[Condition]:
     ]
 
 
-STUDIES = {1: study_1, 5: study_5, 9: study_9}
+def study_12() -> list[Condition]:
+    """A LAM of pixels alone whose tokens are tied to the optical flow, beside that of study 5."""
+    found = []
+    for n in (1, 2):
+        stock = f"{n} obs: stock"
+        found += [
+            Condition(1, stock, stock, n, "stock"),
+            Condition(1, f"{n} obs: latest, flow", stock, n, lam=OF_FLOW),
+            Condition(1, f"{n} obs: shuffled, flow", stock, n, "shuffled", lam=OF_FLOW),
+            Condition(2, f"{n} obs: latest, state", stock, n, lam=INFORMATIVE),
+        ]
+    return sorted(found, key=lambda condition: condition.tier)
+
+
+STUDIES = {1: study_1, 5: study_5, 9: study_9, 12: study_12}
 
 
 def results_of(study: int, work_dir: Path) -> Results:
