@@ -11,6 +11,7 @@ from torch import Tensor
 from lerobot_lam_diffusion.lam import load_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.codebook import kmeans
 from lerobot_lam_diffusion.lam.fit.data import FitData
+from lerobot_lam_diffusion.lam.fit.flow import mean_flow
 from lerobot_lam_diffusion.lam.fit.objective import FitModel
 from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, PRESETS, STATE_TERM, FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import probe
@@ -137,9 +138,20 @@ def state_changes(data: Recorded, stride: int = 1) -> Tokens:
     """What no camera could tell better: the true change of the state over the pair, as a token."""
     states, frames = data.columns[STATE], torch.arange(len(data.episode))
     before = data.window(frames, [-stride])[0][:, 0]
-    changes = states - states[before]
-    scale = math.sqrt(float(changes[data.train_frames].square().mean()))
-    return Tokens(store_of(changes, data, stride), scale, 1)
+    return _scaled(states - states[before], data, stride)
+
+
+def flows(data: Recorded, stride: int = 1) -> Tokens:
+    """What a fit without a state ties its tokens to, as a token of its own: no LAM at all."""
+    frames = torch.arange(len(data.episode))
+    before = data.window(frames, [-stride])[0][:, 0]
+    chunks = [mean_flow(data.frames[before[part]], data.frames[part]) for part in frames.split(256)]
+    return _scaled(torch.cat(chunks), data, stride)
+
+
+def _scaled(values: Tensor, data: Recorded, stride: int) -> Tokens:
+    scale = math.sqrt(float(values[data.train_frames].square().mean()))
+    return Tokens(store_of(values, data, stride), scale, 1)
 
 
 def beside(one: Tokens, other: Tokens, data: Recorded, stride: int = 1) -> Tokens:

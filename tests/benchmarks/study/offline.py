@@ -43,7 +43,7 @@ class Condition:
     Attributes:
         against: The condition that its error is divided by.
         sees: `stock` nothing; `lam` its tokens; `shuffled` those of other episodes; `zero` tokens of zeros;
-            `change` the state's true change instead; `both` change and token.
+            `change` the state's true change instead; `both` change and token; `flow` the optical flow itself.
         kind: Of a LAM's tokens: `vq`, `continuous`, `standardized`.
         demonstrations: None: all training episodes.
         steps: Of the policy's training.
@@ -69,6 +69,8 @@ class Condition:
             return None
         if self.sees == "change":
             return lams.state_changes(data)
+        if self.sees == "flow":
+            return lams.flows(data)
         how = {"folder": work_dir / "lams", "batch_size": LAM_BATCH, "preset": PRESET}
         tokens = lams.of_lam(self.lam, self.kind, data, **how)
         if self.sees == "shuffled":
@@ -191,6 +193,7 @@ def study_12() -> list[Condition]:
             Condition(1, f"{n} obs: latest, flow", stock, n, lam=OF_FLOW),
             Condition(1, f"{n} obs: shuffled, flow", stock, n, "shuffled", lam=OF_FLOW),
             Condition(2, f"{n} obs: latest, state", stock, n, lam=INFORMATIVE),
+            Condition(3, f"{n} obs: the flow itself", stock, n, "flow"),
         ]
     return sorted(found, key=lambda condition: condition.tier)
 
@@ -230,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         frames = data.frames_of(0, condition.demonstrations or data.train_episodes)
         tokens = condition.tokens(data, args.work_dir)
-        r2 = lams.probe_r2(tokens, data) if condition.sees == "lam" else None
+        r2 = lams.probe_r2(tokens, data) if condition.sees in ("lam", "flow") else None
         found = run(
             data, tokens, condition.offsets, condition.n_obs_steps, frames,
             replace(BUDGET, steps=condition.steps, batch_size=condition.batch_size), seed, condition.windows,
