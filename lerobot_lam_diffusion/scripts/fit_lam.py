@@ -19,7 +19,7 @@ from tqdm import tqdm
 import lerobot_lam_commands
 from lerobot_lam_diffusion.lam import LamConfig, load_lam, read_config, resolve_lam, save_lam
 from lerobot_lam_diffusion.lam.fit.data import FitData
-from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
+from lerobot_lam_diffusion.lam.fit.recipe import FLOW_TERM, PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.refine import REFINE_CHECKPOINT_FILE, DecoderRefinement, copying_decoder
 from lerobot_lam_diffusion.lam.fit.report import FitReport, evaluate, write_card
 from lerobot_lam_diffusion.lam.fit.trainer import CHECKPOINT_FILE, Fit
@@ -59,7 +59,8 @@ class FitLamConfig:
         batch_size: Frame pairs a step.
         seed: Of weights, batches and noise.
         learning_rate: Peak of the learning rate.
-        state_weight: Weight of the loss that ties tokens to changes of `observation.state`; 0: pixels only.
+        state_weight: Weight of the loss that ties tokens to changes of `observation.state`. With 0, and
+            without a state that changes, they are tied to the optical flow: pixels only.
         device: cuda, mps, cpu; the best there is if left out.
 
     A LAM that there is:
@@ -139,6 +140,7 @@ def fit_lam(config: FitLamConfig) -> None:
     training: Fit | DecoderRefinement
     if refined is None:
         training = Fit(model_config, recipe, data, device)
+        print(f"Its tokens are tied to {_tied_to(training)}.")
         about = (
             f"{config.preset} LAM of {config.dataset.repo_id} ({camera}), frame stride {data.frame_stride}"
         )
@@ -164,7 +166,7 @@ def fit_lam(config: FitLamConfig) -> None:
     )
     lam = load_lam(config.output_dir, device=device, fdm=True)
     report = evaluate(lam, data)
-    write_card(config.output_dir, lam, report, _facts(config, dataset, camera, data))
+    write_card(config.output_dir, lam, report, _facts(config, dataset, camera, training))
     for leftover in (CHECKPOINT_FILE, REFINE_CHECKPOINT_FILE, FRAMES_FILE):
         (config.output_dir / leftover).unlink(missing_ok=True)
     _tell(config, camera, report)
@@ -241,17 +243,25 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _facts(config: FitLamConfig, dataset: LeRobotDataset, camera: str, data: FitData) -> dict[str, str]:
+def _tied_to(fit: Fit) -> str:
+    head = fit.model.change_head
+    assert head is not None
+    return "the optical flow of the pixels" if head.term == FLOW_TERM else f"changes of `{STATE_KEY}`"
+
+
+def _facts(
+    config: FitLamConfig, dataset: LeRobotDataset, camera: str, training: Fit | DecoderRefinement
+) -> dict[str, str]:
     stride = config.frame_stride
     return {
         "dataset": f"`{config.dataset.repo_id}`",
         "episodes, frames": f"{dataset.num_episodes}, {dataset.num_frames}",
         "camera": f"`{camera}`",
         "frame stride": f"{stride} ({stride / dataset.fps:.3g} s at {dataset.fps} fps)",
-        "held out": f"the last {data.holdout_episodes} episodes",
+        "held out": f"the last {training.data.holdout_episodes} episodes",
         **(
-            {"preset": f"`{config.preset}`"}
-            if config.refine_decoder is None
+            {"preset": f"`{config.preset}`", "tokens tied to": _tied_to(training)}
+            if isinstance(training, Fit)
             else {"FDM refined; encoder and codebook of": f"`{config.refine_decoder}`"}
         ),
         "steps": f"{config.steps} of {config.batch_size} pairs, seed {config.seed}",

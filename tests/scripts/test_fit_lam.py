@@ -60,6 +60,21 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
     assert "is not empty" in complaint(arguments()), "a LAM is never overwritten"
 
 
+@pytest.mark.parametrize(
+    ("changes", "tied_to", "probe"),
+    [
+        ({}, "changes of `observation.state`", "R² of the state's change"),
+        ({"state_weight": 0}, "the optical flow of the pixels", "R² of the state's change"),
+    ],
+)
+def test_says_what_the_tokens_are_tied_to(arguments, tmp_path, capsys, changes, tied_to, probe):
+    main(arguments(steps=2, **changes))
+    assert f"Its tokens are tied to {tied_to}." in capsys.readouterr().out
+    card = (tmp_path / "lam" / "README.md").read_text()
+    assert f"| tokens tied to | {tied_to} |" in card
+    assert probe in card
+
+
 def test_fits_where_folders_cannot_be_synced(arguments, tmp_path, without_folder_sync):
     main(arguments(steps=2))
     assert load_lam(tmp_path / "lam")

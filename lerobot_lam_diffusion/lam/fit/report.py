@@ -1,9 +1,8 @@
 """Is the LAM any good? Figures on episodes that the fit never saw, and the README.md that tells them."""
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from ..base import LatentActionModel
 from ..loading import WEIGHTS_FILE
 from .data import FitData, moving_pixels
+from .flow import mean_flow
 
 _PROBE_PAIRS = 8000
 """Pairs that the probe is fitted to, at most."""
@@ -30,22 +30,24 @@ villa-X architecture, fitted with `lerobot-lam-fit`. Open it with `--lam.path` o
 {figures}
 
 Moving pixels: a colour changes by more than 20 of 255. Errors on the 0..1 scale. The probe is a ridge
-regression from a pair's VQ token to the change of `observation.state`, fitted on the other episodes.
+regression from a pair's VQ token to {target}, fitted on the other episodes.
 Shuffled: tokens of other pairs.
 """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """R² of the state's change over a pair, held out, averaged over the state's axes.
+    """R² of what changed over a pair, held out, averaged over its axes.
 
     Attributes:
         token: from the pair's VQ token, by ridge regression.
         shuffled: the same from the token of another pair.
+        target: what changed: the state, or the optical flow where the data have no state that changes.
     """
 
     token: float
     shuffled: float
+    target: str = "the state's change"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class FitReport:
         deviation, copy_deviation, moving_deviation, moving_copy_deviation: the same as mean absolute errors.
         perplexity: perplexity of the codes, per slot; the number of codes if all are used equally often.
         codes_used: number of codes used, per slot.
-        probe: None if the data have no state.
+        probe: None if nothing changes.
     """
 
     episodes: int
@@ -75,9 +77,6 @@ class FitReport:
     perplexity: list[float]
     codes_used: list[int]
     probe: Probe | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Rows of a Markdown table."""
@@ -99,7 +98,7 @@ class FitReport:
         ]
         if self.probe is not None:
             against = f"shuffled tokens {self.probe.shuffled:.3f}"
-            rows.append(("probe: R² of the state's change", f"{self.probe.token:.3f}", against))
+            rows.append((f"probe: R² of {self.probe.target}", f"{self.probe.token:.3f}", against))
         return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -132,23 +131,32 @@ def evaluate(lam: LatentActionModel, data: FitData, batch_size: int = 128) -> Fi
         },
         perplexity=[perplexity(codes[:, slot], lam.num_codes) for slot in range(codes.shape[1])],
         codes_used=[len(codes[:, slot].unique()) for slot in range(codes.shape[1])],
-        probe=None if data.states is None else _probe_data(lam, data, torch.cat(tokens), batch_size),
+        probe=_probe_data(lam, data, torch.cat(tokens), batch_size),
     )
 
 
 def _probe_data(
     lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int
 ) -> Probe | None:
-    """None if no axis of the state changes."""
-    pairs = evenly(data.fit_pairs(), _PROBE_PAIRS)
-    changes = data.state_changes(pairs), data.state_changes(data.holdout_pairs())
+    """None if neither an axis of the state nor the picture changes."""
+    pairs, heldout, target = evenly(data.fit_pairs(), _PROBE_PAIRS), data.holdout_pairs(), Probe.target
+    changes = None
+    if data.states is not None:
+        changes = data.state_changes(pairs), data.state_changes(heldout)
+    if changes is None or not moving_axes(*changes).any():
+        target = "the optical flow"
+        changes = _flows(data, pairs, batch_size), _flows(data, heldout, batch_size)
     if not moving_axes(*changes).any():
         return None
     chunks = [
         lam.encode_pairs(*data.pair_frames(later)).of_kind(True).cpu()
         for later in tqdm(pairs.split(batch_size), desc="probe", unit="batch")
     ]
-    return probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1])
+    return replace(probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1]), target=target)
+
+
+def _flows(data: FitData, later: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([mean_flow(*data.pair_frames(part)) for part in later.split(batch_size)])
 
 
 def probe(
@@ -169,7 +177,8 @@ def probe(
     other = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
     predicted = ridge_predictions(fit_tokens, fit_changes, tokens, ridge)
     by_chance = ridge_predictions(fit_tokens[order], fit_changes, tokens[other], ridge)
-    return Probe(*(float(axis_r2(each, changes).mean()) for each in (predicted, by_chance)))
+    token, shuffled = (float(axis_r2(each, changes).mean()) for each in (predicted, by_chance))
+    return Probe(token, shuffled)
 
 
 def moving_axes(fit_changes: Tensor, changes: Tensor) -> Tensor:
@@ -226,5 +235,6 @@ def write_card(folder: Path, lam: LatentActionModel, report: FitReport, facts: d
         episodes=report.episodes,
         pairs=report.pairs,
         figures="\n".join(report.lines()),
+        target=Probe.target if report.probe is None else report.probe.target,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

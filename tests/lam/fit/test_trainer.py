@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lerobot_lam_diffusion.lam import load_lam, save_lam
-from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
@@ -74,10 +75,11 @@ def test_starts_as_a_copy_of_the_frame(squares):
 
 
 @pytest.mark.slow
-def test_learns_the_motion(squares, tmp_path):
+@pytest.mark.parametrize("has_states", [True, False], ids=["state", "pixels alone"])
+def test_learns_the_motion(squares, has_states, tmp_path):
     """Some hundred steps suffice on a toy."""
     recipe = FitRecipe(steps=300, batch_size=32, warmup_steps=20, learning_rate=3e-3)
-    fit = run(squares, tmp_path / "fit", recipe)
+    fit = run(squares if has_states else replace(squares, states=None), tmp_path / "fit", recipe)
     model = fit.model
     save_lam(tmp_path / "lam", PRESETS["tiny"], model.encoder, model.vq, model.decoder)
     report = evaluate(load_lam(tmp_path / "lam", fdm=True), squares)
@@ -88,11 +90,28 @@ def test_learns_the_motion(squares, tmp_path):
 
 
 def test_without_states(squares, tmp_path):
-    data = FitData(squares.frames, squares.episodes, None, holdout_episodes=2)
+    data = replace(squares, states=None)
     model = run(data, tmp_path / "fit").model
-    assert model.state_head is None
     save_lam(tmp_path / "lam", PRESETS["tiny"], model.encoder, model.vq, model.decoder)
-    assert evaluate(load_lam(tmp_path / "lam", fdm=True), data).probe is None
+    lam = load_lam(tmp_path / "lam", fdm=True)
+    probe = evaluate(lam, data).probe
+    assert probe is not None
+    assert probe.target == "the optical flow"
+    still = replace(data, frames=torch.full_like(data.frames, 9))
+    assert evaluate(lam, still).probe is None
+
+
+def test_tokens_are_tied_to_what_the_data_show(squares):
+    """To the state's change; to the optical flow where no state changes, or none is wanted."""
+
+    def terms(data, **recipe):
+        return Fit(PRESETS["tiny"], replace(RECIPE, **recipe), data).take_step().keys() - {"penalty"}
+
+    assert terms(squares) == {"state"}
+    for data in (replace(squares, states=None), replace(squares, states=squares.states * 0 + 5)):
+        assert terms(data) == {"flow"}
+    assert terms(squares, state_weight=0.0) == {"flow"}
+    assert terms(squares, state_weight=0.0, flow_weight=0.0) == {"pixels"}
 
 
 def test_a_recipe_leaves_steps_for_the_codebook():
