@@ -1,4 +1,4 @@
-"""How the moving pixels move: what tokens are tied to where there is no state to tie them to."""
+"""How the moving pixels move: what tokens are tied to where the data have no state."""
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,13 @@ from .data import moving_pixels
 _SCALES = (1, 2, 4)
 """Sizes of the pixels whose motion is measured: a coarse scale sees fast motion, a fine one slow motion."""
 _DAMPING = 0.01
-"""Share of the image's whole gradient that stands against motion, so that a few pixels alone do not fly."""
+"""Tikhonov term, as a share of the image's squared gradient: few flickering pixels do not make a large shift."""
 
 
 def mean_flow(prev: Tensor, cur: Tensor) -> Tensor:
-    """The one shift that best explains how brightness changes where pixels move.
+    """The one shift that best explains how brightness changes at the moving pixels, at three scales.
 
-    Least squares over the image, as Lucas and Kanade (1981) do over a window, at three scales.
+    Damped least squares over the whole image, as Lucas and Kanade (1981) do over a window.
 
     Args:
         prev, cur: uint8 (B, 3, R, R) each.
