@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lerobot_lam_diffusion.demo.record import record_pusht
+from lerobot_lam_diffusion.lam.fit.flow import mean_flow
 from tests.benchmarks.study import closed_loop, conveyor, lams, pendulum
 from tests.benchmarks.study.data import ACTION, ENV, STATE, Recorded
 from tests.benchmarks.study.offline import STUDIES
@@ -73,6 +74,12 @@ def test_state_changes_are_zero_where_there_is_no_frame_before(data):
     window = tokens.store.window(torch.tensor([9, 10, 11]), [0])[:, 0]
     assert not window[:2].any()
     torch.testing.assert_close(window[2], data.columns[STATE][11] - data.columns[STATE][9])
+
+
+def test_flows_are_zero_where_there_is_no_frame_before(data):
+    window = lams.flows(data, stride=2).store.window(torch.tensor([9, 10, 11]), [0])[:, 0]
+    assert not window[:2].any()
+    torch.testing.assert_close(window[2:], mean_flow(data.frames[9:10], data.frames[11:12]))
 
 
 @pytest.mark.slow

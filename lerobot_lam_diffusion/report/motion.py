@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_lam_diffusion.lam.fit.report import axis_r2, moving_axes, ridge_predictions
+from lerobot_lam_diffusion.lam.fit.data import moving_axes
+from lerobot_lam_diffusion.lam.fit.report import axis_r2, ridge_predictions
 from lerobot_lam_diffusion.precompute.rows import rows_of, vectors_of
 from lerobot_lam_diffusion.report.codes import Codes
 from lerobot_lam_diffusion.tokens.store import TokenStore

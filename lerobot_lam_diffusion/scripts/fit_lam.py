@@ -59,8 +59,8 @@ class FitLamConfig:
         batch_size: Frame pairs a step.
         seed: Of weights, batches and noise.
         learning_rate: Peak of the learning rate.
-        state_weight: Weight of the loss that ties tokens to changes of `observation.state`. With 0, and
-            without a state that changes, they are tied to the optical flow: pixels only.
+        state_weight: Weight of the loss that ties tokens to changes of `observation.state`. If 0, or if
+            there is no state that changes, tokens are tied to the optical flow instead: pixels only.
         device: cuda, mps, cpu; the best there is if left out.
 
     A LAM that there is:
@@ -140,7 +140,7 @@ def fit_lam(config: FitLamConfig) -> None:
     training: Fit | DecoderRefinement
     if refined is None:
         training = Fit(model_config, recipe, data, device)
-        print(f"Its tokens are tied to {_tied_to(training)}.")
+        print(f"The LAM's tokens are tied to {_tied_to(training)}.")
         about = (
             f"{config.preset} LAM of {config.dataset.repo_id} ({camera}), frame stride {data.frame_stride}"
         )
@@ -246,7 +246,8 @@ def _frames(source: EpisodeFrames, episodes: Tensor, resolution: int, path: Path
 def _tied_to(fit: Fit) -> str:
     head = fit.model.change_head
     assert head is not None
-    return "the optical flow of the pixels" if head.term == FLOW_TERM else f"changes of `{STATE_KEY}`"
+    what = "the optical flow of the pixels" if head.term == FLOW_TERM else f"changes of `{STATE_KEY}`"
+    return f"{what}, with weight {head.weight:g}"
 
 
 def _facts(
@@ -265,7 +266,7 @@ def _facts(
             else {"FDM refined; encoder and codebook of": f"`{config.refine_decoder}`"}
         ),
         "steps": f"{config.steps} of {config.batch_size} pairs, seed {config.seed}",
-        "learning rate, weight of the state": f"{config.learning_rate:g}, {config.state_weight:g}",
+        "learning rate": f"{config.learning_rate:g}",
     }
 
 

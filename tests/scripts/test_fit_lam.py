@@ -8,6 +8,7 @@ import pytest
 from lerobot_lam_diffusion.lam import load_lam
 from lerobot_lam_diffusion.scripts.fit_lam import CHECKPOINT_FILE, FRAMES_FILE, main
 from tests.conftest import record_dataset, with_rows_beyond
+from tests.parquet import change_column
 
 
 @pytest.fixture
@@ -24,6 +25,13 @@ def arguments(dataset, tmp_path):
         return [f"--{name}={value}" for name, value in flags.items()]
 
     return make
+
+
+def with_still_state(dataset, root):
+    shutil.copytree(dataset.root, root)
+    for path in root.glob("data/**/*.parquet"):
+        change_column(path, "observation.state", lambda states: [[0.0] * len(state) for state in states])
+    return root
 
 
 def complaint(argv) -> str:
@@ -61,18 +69,22 @@ def test_fits_and_says_how_good_it_is(arguments, tmp_path, frames, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "tied_to", "probe"),
+    ("case", "tied_to", "probe"),
     [
-        ({}, "changes of `observation.state`", "R² of the state's change"),
-        ({"state_weight": 0}, "the optical flow of the pixels", "R² of the state's change"),
+        ("as recorded", "changes of `observation.state`, with weight 0.5", "R² of the state's change"),
+        ("state_weight=0", "the optical flow of the pixels, with weight 1", "R² of the state's change"),
+        ("the state stands still", "the optical flow of the pixels, with weight 1", "R² of the optical flow"),
     ],
 )
-def test_says_what_the_tokens_are_tied_to(arguments, tmp_path, capsys, changes, tied_to, probe):
+def test_says_what_the_tokens_are_tied_to(arguments, dataset, tmp_path, capsys, case, tied_to, probe):
+    changes = {"state_weight": 0 if case == "state_weight=0" else 0.5}
+    if case == "the state stands still":
+        changes["dataset__root"] = with_still_state(dataset, tmp_path / "data")
     main(arguments(steps=2, **changes))
-    assert f"Its tokens are tied to {tied_to}." in capsys.readouterr().out
+    assert f"The LAM's tokens are tied to {tied_to}.\n" in capsys.readouterr().out
     card = (tmp_path / "lam" / "README.md").read_text()
     assert f"| tokens tied to | {tied_to} |" in card
-    assert probe in card
+    assert f"| probe: {probe} |" in card
 
 
 def test_fits_where_folders_cannot_be_synced(arguments, tmp_path, without_folder_sync):

@@ -84,6 +84,11 @@ class FitData:
         return self.states[later] - self.states[later - self.frame_stride]
 
 
+def moving_axes(*changes: Tensor) -> Tensor:
+    """Which axes vary in each of `changes` (·, S): bool (S,)."""
+    return torch.stack([each.amax(0) - each.amin(0) > 1e-9 for each in changes]).all(0)
+
+
 def moving_pixels(prev: Tensor, cur: Tensor) -> Tensor:
     """uint8 (B, 3, R, R) each → bool (B, R, R): where any colour changes visibly."""
     return (prev.int() - cur.int()).abs().amax(dim=1) > MOVING_LEVELS

@@ -7,9 +7,9 @@ from torch import Tensor
 from .data import moving_pixels
 
 _SCALES = (1, 2, 4)
-"""Sizes of the pixels whose motion is measured: a coarse scale sees fast motion, a fine one slow motion."""
+"""Downsampling factors: a coarse scale sees fast motion, a fine one slow motion."""
 _DAMPING = 0.01
-"""Tikhonov term, as a share of the image's squared gradient: a little flicker makes no large shift."""
+"""Tikhonov term, as a share of the image's squared gradient: keeps flicker from producing large shifts."""
 
 
 def mean_flow(prev: Tensor, cur: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class ChangeHead(nn.Module):
         token_dim: n·a.
         states: (S, W), or None.
         changes: (S, C), what tokens have to explain.
+        least_spread: of the changes; less is noise.
     """
 
     state_mean: Tensor
@@ -38,6 +39,7 @@ class ChangeHead(nn.Module):
         token_dim: int,
         states: Tensor | None,
         changes: Tensor,
+        least_spread: float = 0.0,
         hidden: int = 64,
     ):
         super().__init__()
@@ -45,10 +47,10 @@ class ChangeHead(nn.Module):
         inputs, outputs = token_dim + (0 if states is None else states.shape[1]), changes.shape[1]
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
         self.linear = nn.Linear(token_dim, outputs)
-        for name, tensor in (("state", states), ("change", changes)):
+        for name, tensor, least in (("state", states, 0.0), ("change", changes, least_spread)):
             if tensor is not None:
                 self.register_buffer(f"{name}_mean", tensor.mean(0))
-                self.register_buffer(f"{name}_std", tensor.std(0) + 1e-6)
+                self.register_buffer(f"{name}_std", tensor.std(0).clamp(min=least) + 1e-6)
 
     def loss(self, tokens: Tensor, state: Tensor | None, change: Tensor) -> Tensor:
         """Mean squared standardised error; a constant prediction gives 1."""

@@ -17,9 +17,9 @@ class FitRecipe:
     """Three phases under one learning-rate schedule.
 
     *ground*: the tokens learn to predict the change of the state, or the optical flow if the data have no
-    state; the FDM rests. *draw*: the FDM joins in, while the tokens are still continuous and noisy.
-    *quantise*: the codebook is initialised to the k-means centres of the tokens, and training continues
-    through it.
+    state that changes; the FDM is not trained yet. *draw*: the FDM joins in, while the tokens are still
+    continuous and noisy. *quantise*: the codebook is initialised to the k-means centres of the tokens, and
+    training continues through it.
 
     Args:
         steps: total number of optimiser steps.
@@ -29,8 +29,8 @@ class FitRecipe:
         warmup_steps: steps of the linear warm-up.
         ground_share, draw_share: share of `steps` spent in the first two phases.
         state_weight: weight of the loss that ties tokens to the state's change; 0 ties them to the flow.
-        flow_weight: weight of the loss that ties tokens to the optical flow where there is no state; with 0 a
-            small LAM's tokens collapse, since its FDM learns to predict without them.
+        flow_weight: weight of the loss that ties tokens to the optical flow if no state is used; with 0 the
+            tokens of a small LAM collapse, since its FDM learns to predict without them.
         moving_weight: extra loss weight of a pixel that changes over one that does not.
         noise: standard deviation of the noise on continuous tokens; makes distances between tokens matter.
         token_penalty: weight of the tokens' mean square; keeps both slots around one centre.
@@ -61,7 +61,7 @@ class FitRecipe:
             )
 
     def phase(self, step: int, is_grounded: bool) -> str:
-        """The phase of a step, counted from 0; tokens that are tied to nothing skip the first one."""
+        """The phase of a step, counted from 0; the first one is skipped if tokens are tied to nothing."""
         if step < self.ground_share * self.steps and is_grounded:
             return GROUND
         return DRAW if step < self.quantise_from else QUANTISE

@@ -10,11 +10,13 @@ from tqdm import tqdm
 
 from ..base import LatentActionModel
 from ..loading import WEIGHTS_FILE
-from .data import FitData, moving_pixels
+from .data import FitData, moving_axes, moving_pixels
 from .flow import mean_flow
 
 _PROBE_PAIRS = 8000
 """Pairs that the probe is fitted to, at most."""
+
+OF_STATE, OF_FLOW = "the state's change", "the optical flow"
 
 _CARD = """\
 # A compact latent action model
@@ -30,8 +32,7 @@ villa-X architecture, fitted with `lerobot-lam-fit`. Open it with `--lam.path` o
 {figures}
 
 Moving pixels: a colour changes by more than 20 of 255. Errors on the 0..1 scale. The probe is a ridge
-regression from a pair's VQ token to {target}, fitted on the other episodes.
-Shuffled: tokens of other pairs.
+regression from a pair's VQ token, fitted on the other episodes. Shuffled: tokens of other pairs.
 """
 
 
@@ -47,7 +48,7 @@ class Probe:
 
     token: float
     shuffled: float
-    target: str = "the state's change"
+    target: str = OF_STATE
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,13 @@ def _probe_data(
     lam: LatentActionModel, data: FitData, heldout_tokens: Tensor, batch_size: int
 ) -> Probe | None:
     """None if neither an axis of the state nor the picture changes."""
-    pairs, heldout, target = evenly(data.fit_pairs(), _PROBE_PAIRS), data.holdout_pairs(), Probe.target
+    pairs, heldout, target = evenly(data.fit_pairs(), _PROBE_PAIRS), data.holdout_pairs(), OF_STATE
     changes = None
     if data.states is not None:
         changes = data.state_changes(pairs), data.state_changes(heldout)
     if changes is None or not moving_axes(*changes).any():
-        target = "the optical flow"
-        changes = _flows(data, pairs, batch_size), _flows(data, heldout, batch_size)
+        target = OF_FLOW
+        changes = _flows(lam, data, pairs, batch_size), _flows(lam, data, heldout, batch_size)
     if not moving_axes(*changes).any():
         return None
     chunks = [
@@ -155,8 +156,9 @@ def _probe_data(
     return replace(probe(torch.cat(chunks), changes[0], heldout_tokens, changes[1]), target=target)
 
 
-def _flows(data: FitData, later: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([mean_flow(*data.pair_frames(part)) for part in later.split(batch_size)])
+def _flows(lam: LatentActionModel, data: FitData, later: Tensor, batch_size: int) -> Tensor:
+    pairs = (data.pair_frames(part) for part in tqdm(later.split(batch_size), desc="flow", unit="batch"))
+    return torch.cat([mean_flow(prev.to(lam.device), cur.to(lam.device)).cpu() for prev, cur in pairs])
 
 
 def probe(
@@ -179,11 +181,6 @@ def probe(
     by_chance = ridge_predictions(fit_tokens[order], fit_changes, tokens[other], ridge)
     token, shuffled = (float(axis_r2(each, changes).mean()) for each in (predicted, by_chance))
     return Probe(token, shuffled)
-
-
-def moving_axes(fit_changes: Tensor, changes: Tensor) -> Tensor:
-    """Axes that change among the fitted pairs (F, S) and the measured ones (M, S): bool (S,)."""
-    return (fit_changes.double().std(0) > 1e-9) & (changes.double().std(0) > 1e-9)
 
 
 def evenly(rows: Tensor, at_most: int) -> Tensor:
@@ -235,6 +232,5 @@ def write_card(folder: Path, lam: LatentActionModel, report: FitReport, facts: d
         episodes=report.episodes,
         pairs=report.pairs,
         figures="\n".join(report.lines()),
-        target=Probe.target if report.probe is None else report.probe.target,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lerobot_lam_diffusion.utils.errors import LamError
+
 from ..preprocess import standardize
 from ..villa_x.config import LamConfig
 from .codebook import CodebookAverages, kmeans
-from .data import FitData
+from .data import FitData, moving_axes
 from .flow import mean_flow
 from .motion_init import init_decoder, init_encoder
 from .objective import ChangeHead, FitModel
@@ -18,7 +20,10 @@ from .training import Training
 CHECKPOINT_FILE = "fit_checkpoint.pt"
 
 _INIT_PAIRS = 256
-_KMEANS_PAIRS = _FLOW_PAIRS = 4096
+_SAMPLE_PAIRS = 4096
+"""The codebook and the statistics of the optical flow are initialised from these."""
+_LEAST_FLOW = 0.05
+"""Standard deviation of the flow, in pixels, below which it is noise."""
 _RESTART_EVERY = 50
 _RESTART_UNTIL = 0.8
 """Share of the steps after which no dead row is restarted, so that the last ones can settle."""
@@ -76,7 +81,8 @@ class Fit(Training):
         self.averages.counts, self.averages.sums = state["counts"], state["sums"]
 
     def _setting(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict()}
+        head = self.model.change_head
+        return {"config": self.config.to_dict(), "tied_to": None if head is None else head.term}
 
     def _sample(self, count: int) -> Tensor:
         """`count` pairs to fit, the same ones every time (with repetition where there are fewer)."""
@@ -86,13 +92,19 @@ class Fit(Training):
         recipe, dim = self.recipe, self.config.token_dim
         if recipe.state_weight and self.data.states is not None:
             changes = self.data.state_changes(self.pairs)
-            if changes.any():
+            if moving_axes(changes).any():
                 return ChangeHead(STATE_TERM, recipe.state_weight, dim, self.data.states[self.pairs], changes)
         if not recipe.flow_weight:
             return None
-        chunks = self._sample(_FLOW_PAIRS).split(256)
-        flows = torch.cat([mean_flow(*self._frames(chunk)) for chunk in chunks])
-        return ChangeHead(FLOW_TERM, recipe.flow_weight, dim, None, flows)
+        sample = self._sample(_SAMPLE_PAIRS)
+        flows = torch.cat([mean_flow(*self._frames(chunk)) for chunk in sample.split(256)])
+        if not flows.any():
+            raise LamError(
+                f"Nothing moves in {len(sample)} frame pairs, {self.data.frame_stride} frames apart, and "
+                "there is no state that changes, expected motion to fit tokens to. Use a larger frame_stride "
+                "or other episodes."
+            )
+        return ChangeHead(FLOW_TERM, recipe.flow_weight, dim, None, flows, _LEAST_FLOW)
 
     def _changes(self, later: Tensor, prev: Tensor, cur: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the change head is given and what it has to predict."""
@@ -111,7 +123,7 @@ class Fit(Training):
 
     @torch.no_grad()
     def _start_codebook(self) -> None:
-        chunks = self._sample(_KMEANS_PAIRS).split(256)
+        chunks = self._sample(_SAMPLE_PAIRS).split(256)
         tokens = torch.cat([self.model.encode(*self._frames(chunk)) for chunk in chunks])
         slots = tokens.reshape(-1, self.config.action_latent_dim)
         self.averages.start(kmeans(slots, self.config.n_codes, self._generator(-2)))

@@ -105,8 +105,8 @@ class Training(ABC):
         if json.loads(state["setting"]) != json.loads(self._setting_text()):
             raise LamError(
                 f"{path} belongs to another LAM, other settings or data:\n  {state['setting']}\nexpected\n  "
-                f"{self._setting_text()}\nResume with the settings it began with, or write into another "
-                "folder."
+                f"{self._setting_text()}\nResume with the settings and the version that it began "
+                "with, or write into another folder."
             )
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])

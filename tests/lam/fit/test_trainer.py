@@ -1,9 +1,11 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lerobot_lam_diffusion.lam import load_lam, save_lam
+from lerobot_lam_diffusion.lam.fit.data import FitData
 from lerobot_lam_diffusion.lam.fit.recipe import PRESETS, FitRecipe
 from lerobot_lam_diffusion.lam.fit.report import evaluate
 from lerobot_lam_diffusion.lam.fit.trainer import Fit
@@ -27,7 +29,9 @@ class StopError(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [7, 14])  # before and after the codebook starts at step 8
-def test_resume_equals_uninterrupted(squares, tmp_path, stop_at):
+@pytest.mark.parametrize("has_states", [True, False], ids=["state", "flow"])
+def test_resume_equals_uninterrupted(squares, has_states, tmp_path, stop_at):
+    squares = squares if has_states else replace(squares, states=None)
     whole = run(squares, tmp_path / "whole")
 
     def stop(_line):
@@ -112,6 +116,19 @@ def test_tokens_are_tied_to_what_the_data_show(squares):
         assert terms(data) == {"flow"}
     assert terms(squares, state_weight=0.0) == {"flow"}
     assert terms(squares, state_weight=0.0, flow_weight=0.0) == {"pixels"}
+
+
+def test_without_motion_and_state_nothing_can_be_fitted(squares):
+    still = replace(squares, states=None, frames=torch.full_like(squares.frames, 9))
+    with pytest.raises(LamError, match="Nothing moves in 4096 frame pairs, 1 frames apart"):
+        Fit(PRESETS["tiny"], RECIPE, still)
+
+
+def test_one_pair_is_enough_to_stay_finite(squares):
+    few = torch.cat([torch.arange(2), torch.arange(20, 40)])  # frames of the first two episodes
+    data = FitData(squares.frames[few], squares.episodes[few], squares.states[few], 1, 1)
+    assert len(data.fit_pairs()) == 1
+    assert all(math.isfinite(term) for term in Fit(PRESETS["tiny"], RECIPE, data).take_step().values())
 
 
 def test_a_recipe_leaves_steps_for_the_codebook():
