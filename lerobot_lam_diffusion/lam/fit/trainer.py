@@ -22,7 +22,7 @@ CHECKPOINT_FILE = "fit_checkpoint.pt"
 _INIT_PAIRS = 256
 _SAMPLE_PAIRS = 4096
 """The codebook and the statistics of the optical flow are initialised from these."""
-_LEAST_FLOW = 0.05
+_LEAST_FLOW = 0.01
 """Standard deviation of the flow, in pixels, below which it is noise."""
 _RESTART_EVERY = 50
 _RESTART_UNTIL = 0.8
