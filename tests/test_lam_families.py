@@ -51,7 +51,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         name: convert_lam(Source(path), root / name, dims=dims) for name, (path, dims) in CHECKPOINTS.items()
     }
     example = own_lam()
-    made["flow"] = write_lam(root / "flow", example.GridFlowLam, example.GridFlowConfig(), {})
+    made["flow"] = write_lam(root / "flow", example.MeanFlowLam, example.MeanFlowConfig(), {})
     return made
 
 
@@ -208,12 +208,12 @@ def test_on_the_fly_the_lams_own_stride_is_told(dataset, folders, caplog):
 def test_the_documented_example_is_short_and_its_mistakes_are_refused():
     example = own_lam()
     code = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
-    assert len(code) - code.index("import sys") <= 45
-    with pytest.raises(UserError, match="'GridFlow' of Impostor is taken"):
-        register_lam(type("Impostor", (example.GridFlowLam,), {}))
+    assert len(code) - code.index("import sys") <= 32
+    with pytest.raises(UserError, match="'MeanFlow' of Impostor is taken"):
+        register_lam(type("Impostor", (example.MeanFlowLam,), {}))
     built = {"build_modules": classmethod(lambda _cls, _config: {"flow": torch.nn.Linear(2, 2)})}
     with pytest.raises(UserError, match=r"has the modules \['flow'\], but its fingerprint covers only"):
-        meta_modules(type("Undeclared", (example.GridFlowLam,), built), example.GridFlowConfig())
-    namesake = type("GridFlowLam", (example.GridFlowLam,), {"__module__": "another.package"})
-    with pytest.raises(UserError, match="'GridFlow' of GridFlowLam is taken"):
+        meta_modules(type("Undeclared", (example.MeanFlowLam,), built), example.MeanFlowConfig())
+    namesake = type("MeanFlowLam", (example.MeanFlowLam,), {"__module__": "another.package"})
+    with pytest.raises(UserError, match="'MeanFlow' of MeanFlowLam is taken"):
         register_lam(namesake)
