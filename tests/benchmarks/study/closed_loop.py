@@ -151,18 +151,16 @@ STUDIES = {
         },
         Budget(steps=4_000, n_action_steps=2),
     ),
-    14: Study(
-        Pendulum(pendulum.LONGEST),
-        Windows,
-        {
-            "stock with 1 observation": (1, "stock"),
-            "latest with 1 observation": (1, "latest"),
-            "tokens of other episodes with 1 observation": (1, "shuffled"),
-        },
-        Budget(steps=4_000, n_action_steps=2),
-        replace(LAM, tied_to=FLOW_TERM),
-    ),
 }
+STUDIES[14] = replace(
+    STUDIES[11],
+    conditions={
+        name: (n, which)
+        for name, (n, which) in STUDIES[11].conditions.items()
+        if n == 1 and which != "true state change"
+    },
+    lam=replace(LAM, tied_to=FLOW_TERM),
+)
 
 Token = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Token (B, D) of the pair of frames (B, 3, H, W) and states (B, 2): before, now."""

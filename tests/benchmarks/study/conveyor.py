@@ -80,17 +80,15 @@ STUDIES = {
             "1 observation and token, LAM of pixels alone": (1, "latest", PIXELS),
         },
     ),
-    13: Study(
-        400,
-        Budget(every=1, steps=2000),
-        True,
-        {
-            "stock, 1 observation": (1, None, None),
-            "1 observation and token, LAM of pixels and their flow": (1, "latest", OF_FLOW),
-            "1 observation and such a token of another episode": (1, "shuffled", OF_FLOW),
-        },
-    ),
 }
+STUDIES[13] = replace(
+    STUDIES[7],
+    conditions={
+        "stock, 1 observation": (1, None, None),
+        "1 observation and token, LAM of pixels and their flow": (1, "latest", OF_FLOW),
+        "1 observation and such a token of another episode": (1, "shuffled", OF_FLOW),
+    },
+)
 FEATURES = {
     IMAGE: {"dtype": "video", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]},
     STATE: {"dtype": "float32", "shape": (1,), "names": ["rest"]},

@@ -136,17 +136,20 @@ def of_lam(choice: LamChoice, kind: str, data: Recorded, **how) -> Tokens:
 
 def state_changes(data: Recorded, stride: int = 1) -> Tokens:
     """What no camera could tell better: the true change of the state over the pair, as a token."""
-    states, frames = data.columns[STATE], torch.arange(len(data.episode))
-    before = data.window(frames, [-stride])[0][:, 0]
+    states, before = data.columns[STATE], _before(data, stride)
     return _scaled(states - states[before], data, stride)
 
 
 def flows(data: Recorded, stride: int = 1) -> Tokens:
     """What a fit without a state ties its tokens to, as a token of its own: no LAM at all."""
-    frames = torch.arange(len(data.episode))
-    before = data.window(frames, [-stride])[0][:, 0]
-    chunks = [mean_flow(data.frames[before[part]], data.frames[part]) for part in frames.split(256)]
+    pairs = zip(_before(data, stride).split(256), data.frames.split(256), strict=True)
+    chunks = [mean_flow(data.frames[before], now) for before, now in pairs]
     return _scaled(torch.cat(chunks), data, stride)
+
+
+def _before(data: Recorded, stride: int) -> Tensor:
+    """The frame `stride` before each one, or the first of its episode (F,)."""
+    return data.window(torch.arange(len(data.episode)), [-stride])[0][:, 0]
 
 
 def _scaled(values: Tensor, data: Recorded, stride: int) -> Tokens:
